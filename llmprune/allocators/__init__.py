@@ -1,0 +1,1 @@
+"""Allocators: overall sparsity to sparsity per matrix. One file is one algorithm."""

@@ -1,0 +1,194 @@
+"""The types every room agrees on. Shapes: R out_features, C in_features, K columns of a slice, N sequences, T tokens, S sampled tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Need(Flag):
+    """What an algorithm must know about the inputs of a matrix; combine with `|`."""
+
+    NONE = 0
+    MEAN = auto()
+    SECOND_MOMENT = auto()
+    VARIANCE = auto()
+    WITHIN_VARIANCE = auto()
+    GRAM = auto()
+    SAMPLE = auto()
+
+
+class InputStats:
+    """Statistics of one input group, per token, float32: vectors [C], gram [C, C], sample [S, C].
+
+    Args:
+        count: tokens seen.
+        sequence_length: tokens per calibration sequence.
+        values: the collected statistics by need; reading one that was not declared raises `LookupError`.
+    """
+
+    def __init__(self, count: int, sequence_length: int, values: Mapping[Need, Tensor]) -> None:
+        self.count, self.sequence_length, self._values = count, sequence_length, dict(values)
+
+    @property
+    def needs(self) -> Need:
+        """The statistics that can be read."""
+        collected = Need.NONE
+        for need in self._values:
+            collected |= need
+        return collected
+
+    def _read(self, need: Need) -> Tensor:
+        if need not in self._values:
+            raise LookupError(f"statistic {need.name} was read but not declared; add Need.{need.name} to the algorithm's `needs`")
+        return self._values[need]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each input feature, [C]."""
+        return self._read(Need.MEAN)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean square of each input feature, [C]."""
+        return self._read(Need.SECOND_MOMENT)
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each input feature over all tokens, [C]."""
+        return self._read(Need.VARIANCE)
+
+    @property
+    def within_variance(self) -> Tensor:
+        """Token-weighted mean of each sequence's own population variance, [C]."""
+        return self._read(Need.WITHIN_VARIANCE)
+
+    @property
+    def gram(self) -> Tensor:
+        """X^T X / T over all tokens, [C, C]."""
+        return self._read(Need.GRAM)
+
+    @property
+    def sample(self) -> Tensor:
+        """Input rows drawn evenly over the sequences, seeded, [S, C]."""
+        return self._read(Need.SAMPLE)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration tokens int64 [N, T] on the CPU, where they came from, and the hash of the tokens."""
+
+    tokens: Tensor
+    source: str
+    seed: int
+    digest: str
+
+
+class Pattern(ABC):
+    """Which positions may be pruned together and how many: turns a score into a keep mask."""
+
+    width: int  # columns per indivisible group
+
+    @abstractmethod
+    def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
+        """Keep mask, bool [R, K], of a score [R, K]; higher scores are kept, and among equals the lower column is pruned first.
+
+        `start` is the first column of a slice: the counts of slices laid side by side add up to the exact count of the whole matrix.
+        """
+
+    @abstractmethod
+    def check(self, keep: Tensor, sparsity: float) -> None:
+        """Raise `ValueError` unless the mask [R, C] has the exact count and grouping."""
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One matrix to prune. `weight` is the dense float32 [R, C] and must not be written to."""
+
+    name: str
+    weight: Tensor
+    stats: InputStats
+    pattern: Pattern
+    sparsity: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned matrix: float32 [R, C], zero wherever `keep` (bool [R, C]) is False.
+
+    `score` [R, C] is the ranking that chose the mask, for steps that continue from it.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    score: Tensor
+
+
+class Algorithm:
+    """Shared by every room: a nested frozen `Config`, checked once at construction."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config: Any = config if config is not None else type(self).Config()
+
+
+class Pruner(Algorithm, ABC):
+    """Decides which weights go. `scope` is the comparison its paper uses for unstructured masks."""
+
+    needs: Need = Need.NONE
+    scope: ClassVar[str] = "row"
+
+    @abstractmethod
+    def prune(self, job: Job) -> Pruned:
+        """The pruned matrix; the mask satisfies `job.pattern` exactly."""
+
+
+class ScorePruner(Pruner):
+    """A pruner that only ranks: the kept weights stay as they are."""
+
+    @abstractmethod
+    def score(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor:
+        """Importance [R, C] of each weight; higher is kept."""
+
+    def prune(self, job: Job) -> Pruned:
+        score = self.score(job.weight, job.stats, job.generator)
+        keep = job.pattern.select(score, job.sparsity)
+        return Pruned(job.weight * keep, keep, score)
+
+
+class Step(Algorithm, ABC):
+    """Runs after the pruner and changes one thing: the mask (a refiner) or the kept weights (an update)."""
+
+    needs: Need = Need.NONE
+    changes: ClassVar[str]  # "mask" or "weights"
+
+    @abstractmethod
+    def apply(self, job: Job, pruned: Pruned) -> Pruned:
+        """The changed matrix; a refiner keeps pattern and count, an update keeps the mask."""
+
+
+class Allocator(Algorithm, ABC):
+    """Shares the model's sparsity out over its matrices; the size-weighted mean stays the target."""
+
+    needs: Need = Need.NONE
+
+    def measure(self, job: Job) -> float:
+        """One number per matrix, gathered in a first pass over the model by allocators with needs."""
+        return 0.0
+
+    @abstractmethod
+    def allocate(self, measures: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+        """Sparsity of every matrix in `sizes`."""

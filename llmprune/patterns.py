@@ -1,0 +1,150 @@
+"""Sparsity patterns: a score becomes an exact keep mask. R rows, K columns of a slice of a matrix."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmprune.contracts import Pattern
+
+SCOPES = ("row", "matrix", "published")
+
+
+# Rows are worked off in slices that stay in the processor's cache: 1 MiB of float32.
+_CHUNK = 1 << 18
+
+
+def _threshold(score: Tensor, pruned: int) -> Tensor:
+    """The `pruned`-th lowest value of each row, [R, 1]."""
+    if score.is_cpu and score.dtype == torch.float32:  # numpy's partial selection is vectorised: several times faster than kthvalue
+        return torch.from_numpy(np.partition(score.numpy(), pruned - 1, axis=1)[:, pruned - 1 : pruned].copy())
+    return torch.kthvalue(score, pruned, dim=1, keepdim=True).values
+
+
+def keep_highest(score: Tensor, pruned: int) -> Tensor:
+    """Keep mask [R, K] that drops exactly the `pruned` lowest of each row, the lower column first among equals.
+
+    A partial selection: only the threshold is searched, and only rows with several weights at it are counted out.
+    """
+    keep = torch.ones_like(score, dtype=torch.bool)
+    if pruned == 0:
+        return keep
+    kept = score.shape[1] - pruned
+    rows = max(1, _CHUNK // score.shape[1]) if score.is_cpu else score.shape[0]
+    for part, part_keep in zip(score.split(rows), keep.split(rows), strict=True):
+        threshold = _threshold(part, pruned)
+        torch.gt(part, threshold, out=part_keep)
+        surplus = kept - part_keep.count_nonzero(dim=1)
+        tied = surplus.nonzero().squeeze(1)
+        if len(tied):
+            equal = part[tied] == threshold[tied]
+            behind = equal.flip(1).cumsum(1).flip(1)  # of the equals, the last `surplus` columns are kept
+            part_keep[tied] |= equal & (behind <= surplus[tied, None])
+    return keep
+
+
+def keep_highest_of_group(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep mask [R, K] with the n highest of every aligned group of m columns, the higher column first among equals."""
+    keep = torch.empty_like(score, dtype=torch.bool)
+    size = _CHUNK // m if score.is_cpu else max(1, score.numel() // m)
+    for part, part_keep in zip(score.reshape(-1, m).split(size), keep.view(-1, m).split(size), strict=True):
+        columns = part.T.contiguous()  # one contiguous row per position in the group
+        rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of the group go before: higher, or equal and further right
+        for j in range(m):
+            rank[j + 1 :] += columns[j] > columns[j + 1 :]
+            rank[:j] += columns[j] >= columns[:j]
+        part_keep.copy_((rank < n).T)
+    return keep
+
+
+class Unstructured(Pattern):
+    """Any position, compared per row or over the whole matrix: `int(C * sparsity)` per row or `int(R * C * sparsity)` are pruned."""
+
+    width = 1
+
+    def __init__(self, scope: str = "row") -> None:
+        if scope not in SCOPES:  # "published" is a class of its own, below
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        self.scope = scope
+
+    def _pruned(self, rows: int, start: int, columns: int, sparsity: float) -> int:
+        factor = 1 if self.scope == "row" else rows
+        return int(factor * (start + columns) * sparsity) - int(factor * start * sparsity)
+
+    def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
+        pruned = self._pruned(score.shape[0], start, score.shape[1], sparsity)
+        if self.scope == "row":
+            return keep_highest(score, pruned)
+        return keep_highest(score.reshape(1, -1), pruned).view_as(score)
+
+    def check(self, keep: Tensor, sparsity: float) -> None:
+        wanted = self._pruned(keep.shape[0], 0, keep.shape[1], sparsity)
+        counts = (~keep).sum(dim=1) if self.scope == "row" else (~keep).sum().reshape(1)
+        if not bool((counts == wanted).all()):
+            off = int(counts[(counts != wanted).nonzero()[0, 0]])
+            raise ValueError(f"the mask prunes {off} weights of a {self.scope} where {wanted} are wanted")
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+class PublishedThreshold(Unstructured):
+    """For reproduction only: the `<= threshold` of the published magnitude and SparseGPT code, over a matrix or a slice of it.
+
+    The threshold is entry `int(n * sparsity)` of the n sorted scores, so each slice loses one weight too many, and more on ties.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("matrix")
+
+    def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
+        return score > torch.kthvalue(score.flatten(), int(score.numel() * sparsity) + 1).values
+
+    def check(self, keep: Tensor, sparsity: float) -> None:
+        pruned, wanted = int((~keep).sum()), int(keep.numel() * sparsity)
+        if pruned < wanted:
+            raise ValueError(f"the mask prunes {pruned} weights of a matrix where at least {wanted} are wanted")
+
+
+class NM(Pattern):
+    """In every aligned group of m inputs of a row exactly n are kept."""
+
+    def __init__(self, n: int, m: int) -> None:
+        if not 0 < n < m:
+            raise ValueError(f"an N:M pattern keeps N of M with 0 < N < M, got {n}:{m}")
+        self.n, self.width = n, m
+
+    @property
+    def sparsity(self) -> float:
+        """The share of pruned weights the pattern implies."""
+        return 1 - self.n / self.width
+
+    def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
+        self._check_width(score)
+        return keep_highest_of_group(score, self.n, self.width)
+
+    def check(self, keep: Tensor, sparsity: float) -> None:
+        self._check_width(keep)
+        counts = keep.reshape(-1, self.width).sum(dim=1)
+        if not bool((counts == self.n).all()):
+            raise ValueError(f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights where {self.n} are wanted")
+
+    def _check_width(self, matrix: Tensor) -> None:
+        if matrix.shape[1] % self.width:
+            raise ValueError(f"in_features {matrix.shape[1]} is not divisible by {self.width}, as pattern {self} requires")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.width}"
+
+
+def parse(text: str, scope: str = "row") -> Pattern:
+    """The pattern named `unstructured` or `N:M`. Raises `ValueError` on anything else."""
+    if text == "unstructured":
+        return PublishedThreshold() if scope == "published" else Unstructured(scope)
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", str(text))
+    if not match:
+        raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {text!r}")
+    return NM(int(match[1]), int(match[2]))

@@ -1,0 +1,249 @@
+"""Recipes: YAML in, frozen dataclasses out, checked once. A recipe says everything that decides a mask."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmprune import patterns, registry
+from llmprune.contracts import Allocator, Pattern, Pruner, Step
+from llmprune.data import read_yaml, shipped, shipped_names
+
+DEFAULT = "dsnot"
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSpec:
+    """An algorithm by name, its options, and the matrices it works on (glob patterns on their names)."""
+
+    name: str
+    targets: tuple[str, ...] = ("*",)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies(self, matrix: str) -> bool:
+        """Whether the algorithm works on this matrix."""
+        return any(fnmatch.fnmatchcase(matrix, target) for target in self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """For matrices whose name matches: another sparsity, another pattern, or not pruned at all. The first match wins."""
+
+    match: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec:
+    """Where calibration rows come from; None and `auto` are resolved against the model."""
+
+    source: str = "auto"
+    samples: int | None = None
+    sequence_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a mask, checked. Build one with `load`."""
+
+    name: str
+    description: str = ""
+    sparsity: float = DEFAULT_SPARSITY
+    pattern: str = "unstructured"
+    scope: str | None = None
+    pruner: AlgorithmSpec
+    refiner: AlgorithmSpec | None = None
+    allocator: AlgorithmSpec = AlgorithmSpec(name="uniform")
+    rules: tuple[Rule, ...] = ()
+    calibration: CalibrationSpec = CalibrationSpec()
+    seed: int = 0
+
+    def build_pruner(self) -> Pruner:
+        """The pruner with its options."""
+        return registry.build("pruners", self.pruner.name, self.pruner.options)  # type: ignore[no-any-return]
+
+    def build_refiner(self) -> Step | None:
+        """The refiner with its options, or None."""
+        return registry.build("refiners", self.refiner.name, self.refiner.options) if self.refiner else None
+
+    def build_allocator(self) -> Allocator:
+        """The allocator with its options."""
+        return registry.build("allocators", self.allocator.name, self.allocator.options)  # type: ignore[no-any-return]
+
+    def rule_for(self, matrix: str) -> Rule | None:
+        """The first rule that matches a matrix."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(matrix, rule.match)), None)
+
+    def pattern_for(self, rule: Rule | None) -> Pattern:
+        """The pattern of a matrix under its rule, compared in the recipe's scope or the pruner's own."""
+        scope = self.scope or registry.find("pruners", self.pruner.name).scope  # type: ignore[attr-defined]
+        return patterns.parse((rule and rule.pattern) or self.pattern, scope)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in the record and as a recipe file would say it."""
+        value = dataclasses.asdict(self)
+        for key in ("pruner", "refiner", "allocator"):
+            if value[key]:
+                spec = value[key]
+                value[key] = {"name": spec["name"], "targets": list(spec["targets"]), **spec["options"]}
+        value["rules"] = [{k: v for k, v in rule.items() if v not in (None, False)} for rule in value["rules"]]
+        return value
+
+
+def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name or file, with dotted overrides such as `{"pruner.damp": 0.1}`, every value checked.
+
+    Raises:
+        ValueError: an unknown recipe, key, algorithm or option, a value out of range, a sparsity that contradicts N:M.
+    """
+    path = Path(name)
+    if name.endswith((".yaml", ".yml")):
+        if not path.is_file():
+            raise ValueError(f"no such recipe file: {name}")
+        values, label = read_yaml(path), path.stem
+    elif name in shipped_names("recipes"):
+        values, label = read_yaml(shipped("recipes", f"{name}.yaml")), name
+    else:
+        raise registry.nearest("recipe", name, shipped_names("recipes"))
+    values = copy.deepcopy(values)
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    return from_dict({**values, "name": label})
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`dotted.key=value` from the command line, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set takes dotted.key=value, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}: the value {value!r} is not valid YAML") from None
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    head, _, rest = key.partition(".")
+    if rest:
+        inner = values.get(head)
+        if inner is None:
+            inner = values[head] = {"name": DEFAULT_NAMES[head]} if head in DEFAULT_NAMES else {}
+        if isinstance(inner, str):
+            inner = values[head] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ValueError(f"cannot set {key!r}: {head!r} holds {inner!r}")
+        _override(inner, rest, value)
+    elif isinstance(values.get(head), dict) and isinstance(value, str) and value == values[head].get("name"):
+        return  # the same algorithm: its options stay
+    elif value == "none" and head == "refiner":
+        values[head] = None
+    else:
+        values[head] = value
+
+
+DEFAULT_NAMES = {"allocator": "uniform"}
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A checked recipe from plain values (a YAML file's, or a record's)."""
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in known:
+            raise registry.nearest("recipe key", key, known)
+    if not values.get("pruner"):
+        raise ValueError("a recipe needs a pruner, for example 'pruner: wanda'")
+    fields = {k: v for k, v in values.items() if v is not None}
+    for key, room in (("pruner", "pruners"), ("refiner", "refiners"), ("allocator", "allocators")):
+        if key in fields:
+            fields[key] = _algorithm(room, fields[key])
+    fields["rules"] = tuple(_part(Rule, "rule", rule) for rule in _typed("rules", fields.get("rules", []), list))
+    if any(not isinstance(rule.match, str) for rule in fields["rules"]):
+        raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
+    fields["calibration"] = _part(CalibrationSpec, "calibration", fields.get("calibration", {}))
+    for key in ("name", "description", "pattern", "scope"):
+        if key in fields:
+            _typed(key, fields[key], str)
+    fields["sparsity"] = _resolve_sparsity(fields.get("pattern", "unstructured"), fields.get("sparsity"))
+    recipe = Recipe(**fields)
+    _check(recipe)
+    return recipe
+
+
+def _typed(key: str, value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"{key!r} must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _part(cls: type, kind: str, value: Any) -> Any:
+    value = _typed(kind, value, dict)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in known:
+            raise registry.nearest(f"{kind} key", key, known)
+    if cls is Rule and "match" not in value:
+        raise ValueError(f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {value!r}")
+    return cls(**value)
+
+
+def _algorithm(room: str, value: Any) -> AlgorithmSpec:
+    kind = room.removesuffix("s")
+    value = {"name": value} if isinstance(value, str) else dict(_typed(kind, value, dict))
+    if not isinstance(value.get("name"), str):
+        raise ValueError(f"{kind} needs a name: one of {', '.join(registry.names(room))}, got {value!r}")
+    name, targets = value.pop("name"), value.pop("targets", ["*"])
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"targets of {name!r} must be a list of glob patterns, got {targets!r}")
+    if room != "refiners" and targets != ["*"]:
+        raise ValueError(f"only a refiner takes targets; use rules to choose the matrices {kind} {name!r} works on")
+    algorithm = registry.build(room, name, value)  # checks the options, and fills in every default
+    return AlgorithmSpec(name=name, targets=tuple(targets), options=dataclasses.asdict(algorithm.config))
+
+
+def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
+    """The sparsity asked for, or the one an N:M pattern implies; the two may not contradict each other."""
+    parsed = patterns.parse(pattern)
+    if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1):
+        raise ValueError(f"sparsity must be in [0, 1), the share of weights to remove, got {sparsity!r}")
+    if not isinstance(parsed, patterns.NM):
+        return DEFAULT_SPARSITY if sparsity is None else float(sparsity)
+    if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-6:
+        raise ValueError(f"sparsity {sparsity} contradicts pattern {pattern}, which is {parsed.sparsity:g}; leave --sparsity out")
+    return parsed.sparsity
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.scope is not None:
+        patterns.parse("unstructured", recipe.scope)
+    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {recipe.seed!r}")
+    spec = recipe.calibration
+    _typed("calibration.source", spec.source, str)
+    for key, least in (("samples", 1), ("sequence_length", 2)):
+        value = getattr(spec, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"calibration.{key} must be a whole number from {least}, got {value!r}")
+    for rule in recipe.rules:
+        if rule.skip and (rule.sparsity is not None or rule.pattern is not None):
+            raise ValueError(f"rule {rule.match!r} both skips and sets a sparsity or pattern; keep one")
+        if not rule.skip:
+            rule_sparsity(recipe, rule)
+
+
+def rule_sparsity(recipe: Recipe, rule: Rule) -> float | None:
+    """The sparsity a rule sets (its own, or that of its N:M pattern), None where the allocator decides."""
+    if rule.pattern is None and rule.sparsity is None:
+        return None
+    if rule.pattern == "unstructured" and rule.sparsity is None:
+        return None
+    return _resolve_sparsity(rule.pattern or recipe.pattern, rule.sparsity)

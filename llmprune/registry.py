@@ -1,0 +1,59 @@
+"""The file name is the algorithm's name: `(room, name)` -> the one class its file defines."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any, get_type_hints
+
+from llmprune.contracts import Algorithm
+
+ROOMS = ("pruners", "refiners", "allocators")
+
+
+def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
+    """The error for an unknown name: what was received, the nearest names and all of them."""
+    names = sorted(available)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return ValueError(f"unknown {kind} {name!r}: {hint}available: {', '.join(names)}")
+
+
+def names(room: str) -> list[str]:
+    """Algorithms of a room, by file name, nothing imported but the room itself."""
+    package = importlib.import_module(f"llmprune.{room}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def find(room: str, name: str) -> type[Algorithm]:
+    """The class of an algorithm. Raises `ValueError` with the nearest names; an import error inside the file surfaces whole."""
+    if name not in names(room):
+        raise nearest(room.removesuffix("s"), name, names(room))
+    module = importlib.import_module(f"llmprune.{room}.{name}")
+    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Algorithm) and c.__module__ == module.__name__]
+    assert len(found) == 1, f"{module.__name__} must define exactly one algorithm"
+    return found[0]
+
+
+def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
+    """An algorithm with its options. Raises `ValueError` on an unknown option, a wrong type or a value out of range."""
+    cls = find(room, name)
+    types = get_type_hints(cls.Config)
+    for key, value in options.items():
+        if key not in types:
+            raise nearest(f"option of {room.removesuffix('s')} {name!r}", key, types or ["(none)"])
+        wanted = (int, float) if types[key] is float else types[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
+            raise ValueError(f"option {key!r} of {name!r} must be {types[key].__name__}, got {value!r}")
+    return cls(cls.Config(**options))
+
+
+def describe(room: str, name: str) -> dict[str, Any]:
+    """The first line of an algorithm's source note (with its paper) and its options with their defaults."""
+    cls = find(room, name)
+    summary = (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()[0]
+    return {"summary": summary, "options": {f.name: f.default for f in dataclasses.fields(cls.Config)}}

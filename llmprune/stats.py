@@ -1,0 +1,145 @@
+"""Input statistics: what algorithms declare, accumulated once per input group while a block runs forward.
+
+Everything is kept as sums, so batches (and later processes) merge by addition. C input features, N sequences, T tokens, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.contracts import InputStats, Need
+
+SAMPLE_TOKENS = 1024
+
+
+def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:
+    """Which tokens make up a sample: int64 [S, 2] of (sequence, position), drawn evenly over the sequences, seeded."""
+    size = min(size, sequences * tokens)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for n in range(sequences):
+        share = (n + 1) * size // sequences - n * size // sequences
+        places = torch.randperm(tokens, generator=generator)[:share].sort().values
+        rows.append(torch.stack([torch.full_like(places, n), places], dim=1))
+    return torch.cat(rows)
+
+
+class StatsSums:
+    """Sums over tokens for one input group. Vectors in float64, the Gram matrix in float32 (one [C, C] buffer)."""
+
+    def __init__(self, needs: Need, positions: Tensor) -> None:
+        self.needs, self._positions = needs, positions
+        self.count, self.tokens = 0, 0
+        self._sums: dict[str, Tensor] = {}
+        self._samples: list[Tensor] = []
+
+    def add(self, inputs: Tensor, first: int) -> None:
+        """Take in the inputs [N, T, C] of the sequences from number `first` on."""
+        inputs = inputs.detach()
+        self.count += inputs.shape[0] * inputs.shape[1]
+        self.tokens = inputs.shape[1]
+        x = inputs.float()
+        if self.needs & (Need.MEAN | Need.VARIANCE | Need.WITHIN_VARIANCE):
+            means = x.mean(dim=1)  # [N, C]
+            self._plus("sum", means.double().sum(dim=0) * self.tokens)
+            if self.needs & (Need.VARIANCE | Need.WITHIN_VARIANCE):
+                # Per sequence and centred: the difference of two large sums would cancel.
+                self._plus("within", x.var(dim=1, correction=0).double().sum(dim=0) * self.tokens)
+                self._plus("means", means.double().square().sum(dim=0) * self.tokens)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.needs & Need.SECOND_MOMENT:
+            self._plus("squares", flat.square().sum(dim=0).double())
+        if self.needs & Need.GRAM:
+            if "gram" not in self._sums:
+                self._sums["gram"] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            self._sums["gram"].addmm_(flat.T, flat)
+        if self.needs & Need.SAMPLE:
+            here = (self._positions[:, 0] >= first) & (self._positions[:, 0] < first + len(x))
+            places = self._positions[here].to(x.device)
+            self._samples.append(x[places[:, 0] - first, places[:, 1]])
+
+    def _plus(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value
+
+    def result(self) -> InputStats:
+        """The statistics per token."""
+        n, sums, values = self.count, self._sums, {}
+        if Need.MEAN in self.needs:
+            values[Need.MEAN] = (sums["sum"] / n).float()
+        if Need.SECOND_MOMENT in self.needs:
+            values[Need.SECOND_MOMENT] = (sums["squares"] / n).float()
+        if Need.WITHIN_VARIANCE in self.needs:
+            values[Need.WITHIN_VARIANCE] = (sums["within"] / n).float()
+        if Need.VARIANCE in self.needs:
+            between = sums["means"] / n - (sums["sum"] / n).square()
+            values[Need.VARIANCE] = (sums["within"] / n + between.clamp_min(0)).float()
+        if Need.GRAM in self.needs:
+            values[Need.GRAM] = sums["gram"] / n
+        if Need.SAMPLE in self.needs:
+            values[Need.SAMPLE] = torch.cat(self._samples)
+        return InputStats(n, self.tokens, values)
+
+
+class Collector:
+    """Hooks on the inputs of modules; modules fed the very same tensor (q, k, v; gate, up) share one accumulation."""
+
+    def __init__(self, needs: Need, positions: Tensor) -> None:
+        self._needs, self._positions = needs, positions
+        self._sums: dict[str, StatsSums] = {}
+        self._leader: dict[str, str] = {}
+        self._inputs: dict[int, tuple[Tensor, str]] = {}  # keeps this batch's tensors alive, so an id is never reused
+        self._shape, self._first = (0, 0), 0
+
+    @contextmanager
+    def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Collect from every forward pass inside the `with`."""
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def batch(self, first: int, shape: tuple[int, int]) -> None:
+        """Announce the next micro-batch: its first sequence number and its shape [N, T]."""
+        self._inputs.clear()
+        self._first, self._shape = first, shape
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            _, leader = self._inputs.setdefault(id(x), (x, name))
+            if self._leader.setdefault(name, leader) != leader:
+                raise ValueError(f"{name} does not always read the same input as {self._leader[name]}; this architecture is not supported")
+            if leader == name:
+                if x.numel() != x.shape[-1] * self._shape[0] * self._shape[1]:
+                    raise ValueError(f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported")
+                if name not in self._sums:
+                    self._sums[name] = StatsSums(self._needs, self._positions)
+                self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+
+        return collect
+
+    def results(self) -> dict[str, InputStats]:
+        """Statistics by module name; members of a group share one object."""
+        self._inputs.clear()
+        finished = {name: sums.result() for name, sums in self._sums.items()}
+        self._sums.clear()
+        return {name: finished[leader] for name, leader in self._leader.items()}
+
+
+def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
+    """`||X (W - W')^T||^2 / ||X W^T||^2`: exact with the Gram matrix where it was collected, else on the sampled inputs."""
+    difference = weight - pruned
+    if Need.GRAM in stats.needs:
+        lost, whole = ((d @ stats.gram).mul_(d).sum().item() for d in (difference, weight))
+    else:
+        lost, whole = ((stats.sample @ d.T).square().sum().item() for d in (difference, weight))
+    return lost / whole if whole > 0 else 0.0

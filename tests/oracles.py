@@ -1,0 +1,321 @@
+"""Slow, independent reference versions, written from the papers' formulas; nothing here is imported by the package.
+
+Everything is numpy float64. Shapes: weight [R, C] = (out_features, in_features), inputs [T, C], masks bool [R, C] with
+True = kept. Ties: rankings are ascending and stable, so among equal scores the lower index is pruned first.
+Counts are the literal floating point products, int(C * sparsity) and int(R * C * sparsity).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+TINY_VARIANCE = 1e-12  # variances below this (0 above all) count as this much, so D / var^p is never NaN or infinite
+
+
+def _f64(values: ArrayLike) -> np.ndarray:
+    return np.asarray(values, dtype=np.float64)
+
+
+# --- input statistics -------------------------------------------------------------------------------------------------
+
+
+def input_statistics(sequences: list[np.ndarray]) -> dict[str, Any]:
+    """Per-feature statistics of calibration inputs, each sequence [T_i, C]; Gram = X^T X / T (SparseGPT, Wanda, DSnoT).
+
+    'within_variance' is the token-weighted mean of each sequence's own population variance (published DSnoT code).
+    Returns count (int), mean / second_moment / variance / within_variance [C], gram [C, C]. Empty sequences count for nothing.
+    """
+    parts = [_f64(s) for s in sequences if len(s) > 0]
+    x = np.concatenate(parts, axis=0)
+    count = x.shape[0]
+    mean = x.sum(axis=0) / count
+    within = np.zeros(x.shape[1])
+    for part in parts:
+        own_mean = part.sum(axis=0) / len(part)
+        within += ((part - own_mean) ** 2).sum(axis=0)  # = T_i * own population variance
+    return {
+        "count": count,
+        "mean": mean,
+        "second_moment": (x**2).sum(axis=0) / count,
+        "variance": ((x - mean) ** 2).sum(axis=0) / count,
+        "within_variance": within / count,
+        "gram": x.T @ x / count,
+    }
+
+
+# --- scores and masks -------------------------------------------------------------------------------------------------
+
+
+def magnitude_score(weight: ArrayLike) -> np.ndarray:
+    """|W_ij|, [R, C] (magnitude pruning)."""
+    return np.abs(_f64(weight))
+
+
+def wanda_score(weight: ArrayLike, second_moment: ArrayLike) -> np.ndarray:
+    """|W_ij| * sqrt(mean of x_j^2), weight [R, C], second_moment [C] (Wanda, arXiv 2306.11695)."""
+    w, m2 = _f64(weight), _f64(second_moment)
+    score = np.zeros(w.shape)
+    for j in range(w.shape[1]):
+        score[:, j] = np.abs(w[:, j]) * np.sqrt(m2[j])
+    return score
+
+
+def _keep_all_but_lowest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Bool [K] for scores [K]: False for the `count` lowest; among equals the lower index is pruned first."""
+    keep = np.ones(len(scores), dtype=bool)
+    for j in sorted(range(len(scores)), key=lambda j: scores[j])[:count]:
+        keep[j] = False
+    return keep
+
+
+def unstructured_mask(score: ArrayLike, sparsity: float, scope: str = "row") -> np.ndarray:
+    """Keep mask of score [R, C]: exactly int(C * sparsity) pruned in each row, or int(R * C * sparsity) in the matrix.
+
+    Scope 'row' as in Wanda, 'matrix' as in layer-wise magnitude pruning (row-major order there).
+    """
+    s = _f64(score)
+    rows, columns = s.shape
+    if scope == "row":
+        return np.stack([_keep_all_but_lowest(s[i], int(columns * sparsity)) for i in range(rows)])
+    if scope == "matrix":
+        return _keep_all_but_lowest(s.reshape(-1), int(rows * columns * sparsity)).reshape(rows, columns)
+    raise ValueError(f"unknown scope {scope!r}")
+
+
+def nm_mask(score: ArrayLike, n: int, m: int) -> np.ndarray:
+    """Keep mask of score [R, C]: in every aligned group of m columns the n highest are kept (N:M sparsity)."""
+    s = _f64(score)
+    rows, columns = s.shape
+    if columns % m:
+        raise ValueError(f"{columns} columns are not divisible by {m}")
+    keep = np.zeros(s.shape, dtype=bool)
+    for i in range(rows):
+        for start in range(0, columns, m):
+            keep[i, start : start + m] = _keep_all_but_lowest(s[i, start : start + m], m - n)
+    return keep
+
+
+# --- SparseGPT --------------------------------------------------------------------------------------------------------
+
+
+def _live_and_damped(weight: ArrayLike, gram: ArrayLike, damp: float) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of weight [R, C] with dead columns zeroed and of gram [C, C] with dead diagonal 1, then damped (SparseGPT).
+
+    The damping term is damp * mean(diag), the mean taken after dead entries became 1, as in the published code.
+    """
+    w, g = _f64(weight).copy(), _f64(gram).copy()
+    for j in range(g.shape[0]):
+        if g[j, j] == 0:
+            g[j, j] = 1.0
+            w[:, j] = 0.0
+    return w, g + damp * np.mean(np.diag(g)) * np.eye(g.shape[0])
+
+
+def _block_mask(saliency: np.ndarray, a: int, sparsity: float, scope: str) -> np.ndarray:
+    """Keep mask of one block's saliency [R, b - a], columns a..b, by the difference of the counts up to b and up to a."""
+    rows, width = saliency.shape
+    b = a + width
+    if scope == "matrix":
+        count = int(rows * b * sparsity) - int(rows * a * sparsity)
+        return _keep_all_but_lowest(saliency.reshape(-1), count).reshape(rows, width)
+    if scope == "row":
+        count = int(b * sparsity) - int(a * sparsity)
+        return np.stack([_keep_all_but_lowest(saliency[i], count) for i in range(rows)])
+    raise ValueError(f"unknown scope {scope!r}")
+
+
+def sparsegpt(
+    weight: ArrayLike,
+    gram: ArrayLike,
+    sparsity: float | None = None,
+    n: int | None = None,
+    m: int | None = None,
+    scope: str = "matrix",
+    damp: float = 0.01,
+    block: int = 128,
+) -> tuple[np.ndarray, np.ndarray]:
+    """SparseGPT (arXiv 2301.00774), weight [R, C], gram [C, C] -> (new weight, keep), columns solved left to right.
+
+    Every error is spread over all later columns at once; doing so lazily per block is the same sum. The block only says
+    when an unstructured mask is chosen; an N:M mask is chosen when its group's first column is reached.
+    """
+    w, g = _live_and_damped(weight, gram, damp)
+    rows, columns = w.shape
+    if len({sparsity is None, n is not None, m is not None}) != 1:
+        raise ValueError("give either sparsity or both n and m")
+    if m is not None and columns % m:
+        raise ValueError(f"{columns} columns are not divisible by {m}")
+    u = np.linalg.cholesky(np.linalg.inv(g)).T  # upper triangular, inverse = U^T U
+    step = block if m is None else m
+    keep = np.ones((rows, columns), dtype=bool)
+    for j in range(columns):
+        if j % step == 0:
+            b = min(j + step, columns)
+            saliency = w[:, j:b] ** 2 / np.diag(u)[j:b] ** 2
+            if n is not None and m is not None:
+                keep[:, j:b] = nm_mask(saliency, n, m)
+            elif sparsity is not None:
+                keep[:, j:b] = _block_mask(saliency, j, sparsity, scope)
+        for i in range(rows):
+            if not keep[i, j]:
+                error = w[i, j] / u[j, j]
+                w[i, j + 1 :] -= error * u[j, j + 1 :]
+                w[i, j] = 0.0
+    return w, keep
+
+
+def sparsegpt_elimination(weight: ArrayLike, gram: ArrayLike, keep: ArrayLike, damp: float = 0.01) -> np.ndarray:
+    """Optimal Brain Surgeon for a given mask keep [R, C], columns left to right (SparseGPT, arXiv 2301.00774, section 3).
+
+    At column j the inverse of the Gram matrix of columns j.. is recomputed from scratch; removing w_j changes the others by
+    -w_j / inv_00 * inv_0:. Same result as `sparsegpt` with the same mask. weight [R, C], gram [C, C] -> weight [R, C].
+    """
+    w, g = _live_and_damped(weight, gram, damp)
+    mask = np.asarray(keep, dtype=bool)
+    for j in range(w.shape[1]):
+        inverse = np.linalg.inv(g[j:, j:])
+        for i in range(w.shape[0]):
+            if not mask[i, j]:
+                w[i, j:] -= w[i, j] / inverse[0, 0] * inverse[0, :]
+                w[i, j] = 0.0
+    return w
+
+
+# --- DSnoT ------------------------------------------------------------------------------------------------------------
+
+
+def _dsnot_row(
+    contribution: list[float],
+    ratio: list[float],
+    keep: np.ndarray,
+    prune_score: list[float],
+    initial_score: list[float],
+    group: int | None,
+    max_cycles: int,
+    threshold: float,
+) -> list[np.ndarray]:
+    """Masks [C] of one row after 0, 1, 2, ... DSnoT cycles (arXiv 2310.08915); contribution = D, ratio = D / var^p."""
+    d, now = contribution, keep.copy()
+    masks = [now.copy()]
+    pruned = sorted((j for j in range(len(d)) if not keep[j]), key=lambda j: ratio[j])
+    kept = sorted((j for j in range(len(d)) if keep[j]), key=lambda j: prune_score[j])
+    growable = {1: [j for j in reversed(pruned) if d[j] > 0], -1: [j for j in pruned if d[j] < 0]}  # by the sign of the error
+    prunable = {1: [j for j in kept if d[j] < 0], -1: [j for j in kept if d[j] > 0]}
+    spare = sorted((j for j in range(len(d)) if keep[j]), key=lambda j: initial_score[j]) if group else []
+    error = sum(d[j] for j in range(len(d)) if not keep[j])
+    while len(masks) <= max_cycles and abs(error) > threshold:
+        sign = 1 if error > 0 else -1
+        if not growable[sign]:
+            break
+        grow = growable[sign][0]
+        choices = [j for j in spare if j // group == grow // group] if group else prunable[sign]
+        if not choices:
+            break
+        prune = choices[0]
+        moved = error + d[prune] - d[grow]
+        if group and sign * moved < 0:  # N:M only: the step would flip the sign; landing on 0 is no flip
+            break
+        growable[sign].remove(grow)
+        (spare if group else prunable[sign]).remove(prune)
+        now[grow], now[prune], error = True, False, moved
+        masks.append(now.copy())
+    return masks
+
+
+def _dsnot_histories(
+    weight: ArrayLike,
+    keep: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    prune_score: ArrayLike,
+    sequence_length: float,
+    sparsity_pattern: tuple[int, int] | None,
+    initial_score: ArrayLike | None,
+    max_cycles: int,
+    threshold: float,
+    power: float,
+) -> list[list[np.ndarray]]:
+    """For each row its masks after every cycle; D_ij = W_ij * mean_j * sequence_length, arguments as for `dsnot`."""
+    if sparsity_pattern is not None and initial_score is None:
+        raise ValueError("an N:M pattern needs the initial score")
+    w, mask, score = _f64(weight), np.asarray(keep, dtype=bool), _f64(prune_score)
+    contribution = w * (_f64(mean) * sequence_length)
+    ratio = contribution / np.maximum(_f64(variance), TINY_VARIANCE) ** power
+    group = None if sparsity_pattern is None else sparsity_pattern[1]
+    first = score if initial_score is None else _f64(initial_score)  # only looked at with a pattern
+    rows = []
+    for i in range(len(w)):
+        d, r, s, f = (a[i].tolist() for a in (contribution, ratio, score, first))
+        rows.append(_dsnot_row(d, r, mask[i], s, f, group, max_cycles, threshold))
+    return rows
+
+
+def dsnot(
+    weight: ArrayLike,
+    keep: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    prune_score: ArrayLike,
+    sequence_length: float,
+    sparsity_pattern: tuple[int, int] | None = None,
+    initial_score: ArrayLike | None = None,
+    max_cycles: int = 50,
+    threshold: float = 0.1,
+    power: float = 1.0,
+) -> np.ndarray:
+    """DSnoT (arXiv 2310.08915): refined keep mask; weight, keep, both scores [R, C]; mean, variance [C]; pattern (n, m).
+
+    Only weights whose D has the sign of the row's error grow, each once, all from the initial mask; a row stops when its
+    candidates run out, so counts never change. Variances below TINY_VARIANCE count as that: a constant feature with nonzero
+    mean then ranks at the extreme end, a feature that is always 0 has D = 0 and is never grown.
+    """
+    histories = _dsnot_histories(
+        weight, keep, mean, variance, prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power
+    )
+    return np.stack([masks[-1] for masks in histories])
+
+
+def dsnot_safe(
+    weight: ArrayLike,
+    keep: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    prune_score: ArrayLike,
+    sequence_length: float,
+    sample: ArrayLike,
+    sparsity_pattern: tuple[int, int] | None = None,
+    initial_score: ArrayLike | None = None,
+    max_cycles: int = 50,
+    threshold: float = 0.1,
+    power: float = 1.0,
+) -> np.ndarray:
+    """DSnoT (arXiv 2310.08915) stopped per row at the cycle, 0 included, with the least squared output error on sample [S, C].
+
+    The error of a row is ||sample @ (w * pruned)||^2, computed anew for every recorded mask; the first of equals wins.
+    """
+    w, x = _f64(weight), _f64(sample)
+    histories = _dsnot_histories(
+        weight, keep, mean, variance, prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power
+    )
+    best = []
+    for i, masks in enumerate(histories):
+        errors = [float(np.sum((x @ np.where(mask, 0.0, w[i])) ** 2)) for mask in masks]
+        best.append(masks[errors.index(min(errors))])
+    return np.stack(best)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def relative_error(weight: ArrayLike, new_weight: ArrayLike, inputs: ArrayLike) -> float:
+    """||X (W - W')^T||^2 / ||X W^T||^2, the layer-wise error of SparseGPT's problem; weights [R, C], inputs [T, C]."""
+    w, v, x = _f64(weight), _f64(new_weight), _f64(inputs)
+    return float(np.sum((x @ (w - v).T) ** 2) / np.sum((x @ w.T) ** 2))
+
+
+def perplexity(losses_per_window: list[np.ndarray]) -> float:
+    """exp of the mean over windows of each window's mean token loss; each entry [tokens] (the papers' perplexity)."""
+    return float(np.exp(np.mean([np.mean(_f64(losses)) for losses in losses_per_window])))
