@@ -1,0 +1,1 @@
+"""The only room that touches weight files: safetensors in, safetensors out, nothing is ever unpickled."""

@@ -1,0 +1,1 @@
+"""An empty model, its prunable matrices and its block inputs."""

@@ -1,0 +1,79 @@
+"""Opening a model: name, folder, hub id or a model in memory becomes an empty skeleton over a lazy weight source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune import device as devices
+from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource
+from llmprune.hub import Located, locate
+from llmprune.model.skeleton import Skeleton, check_dense, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: where its weights are, its empty skeleton, its tokenizer (None: it has none)."""
+
+    located: Located | None  # None: in memory
+    label: str
+    source: WeightSource
+    skeleton: Skeleton
+    tokenizer: Any
+    instance: Any = None
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence the model was made for, if its config says."""
+        return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it came from the hub."""
+        return bool(self.located and self.located.remote)
+
+
+def open_model(
+    model: str | os.PathLike[str] | PreTrainedModel, *, tokenizer: Any = None, revision: str | None = None, device: str = "auto",
+    dtype: str = "auto", trust_remote_code: bool = False,
+) -> Model:  # fmt: skip
+    """Open a model lazily: name, folder, hub id, or a transformers model in memory (which is never written to).
+
+    Raises:
+        ValueError: an unknown name, a damaged or quantised checkpoint, one without safetensors.
+    """
+    chosen = devices.choose_device(device)
+    if not isinstance(model, (str, os.PathLike)):
+        check_dense(model.config.to_dict(), "the model in memory")
+        source: WeightSource = MemoryCheckpoint(model)
+        compute = devices.choose_dtype(dtype, chosen, model.dtype)
+        skeleton = Skeleton(model.config, source, compute, chosen)
+        label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
+        return Model(None, label, source, skeleton, tokenizer, model)
+    located = locate(str(model), revision, trust_remote_code)
+    config = read_config(located.folder, trust_remote_code)
+    source = Checkpoint(located.folder)
+    stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
+    compute = devices.choose_dtype(dtype, chosen, stored)
+    skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
+    return Model(located, located.label, source, skeleton, tokenizer or _tokenizer(located.folder, trust_remote_code))
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer, None where it has none."""
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # many types; the first line says what is wrong
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read the tokenizer of {folder.name}: {line}") from error

@@ -1,0 +1,132 @@
+"""An empty model: parameters on meta, real buffers, weights loaded by assignment and freed after use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmprune.checkpoint.reader import WeightSource, read_json
+
+_COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder. Raises `ValueError` for one that is missing, unknown, or of a quantised checkpoint."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+    raw = read_json(folder / "config.json")
+    check_dense(raw, str(folder))
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types here; the first line says what is wrong
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"transformers cannot use the config of {folder} (model_type {raw.get('model_type')!r}): {line}") from error
+
+
+def check_dense(config: dict[str, Any], where: str) -> None:
+    """Raise `ValueError` for a quantised or compressed checkpoint."""
+    for key in _COMPRESSED:
+        if config.get(key):
+            method = config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
+            raise ValueError(
+                f"{where} is quantised or compressed ({key}: {method}); prune the original checkpoint in float32, bfloat16 or float16"
+            )
+
+
+class Skeleton:
+    """A causal language model without weights, and the checkpoint to fill it from, part by part.
+
+    Attributes:
+        blocks: name -> module of the repeated blocks, found by structure: the longest list of modules of one class.
+    """
+
+    def __init__(
+        self, config: Any, source: WeightSource, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    ) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self._source, self.dtype, self.device = source, dtype, device
+        # Buffers stay real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+        self.model.eval()
+        for buffer_owner in self.model.modules():
+            for name, buffer in buffer_owner._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    buffer_owner._buffers[name] = buffer.to(device)
+        self.blocks = self._find_blocks()
+        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self.stored = self._match_names()
+
+    def _find_blocks(self) -> dict[str, nn.Module]:
+        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
+        if not lists:
+            raise ValueError(f"{type(self.model).__name__} has no list of equal blocks; this architecture is not supported")
+        name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        return {f"{name}.{i}": block for i, block in enumerate(blocks)}
+
+    def _match_names(self) -> dict[str, str]:
+        """Parameter name -> name in the checkpoint, which may leave out or add the base model's prefix, or a tied weight."""
+        prefix = f"{self.model.base_model_prefix}."
+        tied = getattr(self.model, "_tied_weights_keys", None) or {}
+        stored, missing = {}, []
+        for name in sorted(self._parameters | {n for n, b in self.model.named_buffers() if n in self._source.tensors}):
+            candidates = (name, name.removeprefix(prefix), prefix + name, self._tied_to(name, tied))
+            found = next((c for c in candidates if c in self._source.tensors), None)
+            if found is None:
+                missing.append(name)
+            else:
+                stored[name] = found
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} weights of {type(self.model).__name__}, the first is {missing[0]!r}; "
+                "it is incomplete or of another architecture"
+            )
+        for name, where in stored.items():
+            wanted, have = tuple(self.model.get_parameter_or_buffer(name).shape), self._source.tensors[where].shape
+            if wanted != have:
+                raise ValueError(
+                    f"weight {where!r} has shape {have} where the config asks for {wanted}; config and checkpoint do not match"
+                )
+        return stored
+
+    def _tied_to(self, name: str, tied: Any) -> str | None:
+        if not getattr(self.model.config, "tie_word_embeddings", False) or name not in tied:
+            return None
+        return tied[name] if isinstance(tied, dict) else None
+
+    def parameters_of(self, module_name: str) -> list[str]:
+        """Names of the parameters below a module."""
+        return [n for n in sorted(self.stored) if n.startswith(f"{module_name}.")]
+
+    def outside_blocks(self) -> list[str]:
+        """Names of the parameters in no block: embeddings, last norm, output head."""
+        return [n for n in sorted(self.stored) if not n.startswith(tuple(f"{b}." for b in self.blocks))]
+
+    def load(self, names: list[str]) -> None:
+        """Fill parameters (or stored buffers) from the checkpoint, in the compute dtype, on the device."""
+        for name in names:
+            owner, leaf = self._owner(name)
+            tensor = self._source.load(self.stored[name]).to(self.device, self.dtype)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = tensor
+            else:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def free(self, names: list[str]) -> None:
+        """Give the memory of parameters back."""
+        for name in names:
+            owner, leaf = self._owner(name)
+            full = owner._parameters.get(leaf)
+            if full is not None:
+                owner._parameters[leaf] = nn.Parameter(torch.empty_like(full, device="meta"), requires_grad=False)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        parent, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(parent), leaf

@@ -1,0 +1,62 @@
+"""The prunable matrices of a block, every oddity turned into a plain [R, C] view (out_features, in_features)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Target:
+    """One prunable matrix: its module, the parameter's name, and whether the parameter is stored as [C, R]."""
+
+    name: str  # of the module
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight in the model."""
+        return f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C): out_features, in_features."""
+        a, b = self.module.weight.shape  # type: ignore[misc]
+        return (int(b), int(a)) if self.transposed else (int(a), int(b))
+
+    def read(self) -> Tensor:
+        """The weight as [R, C] in float32, a copy."""
+        weight = self.module.weight.detach()  # type: ignore[operator]
+        return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
+
+    def assign(self, weight: Tensor) -> None:
+        """Put a weight [R, C] into the module, in the module's dtype."""
+        data = (weight.T if self.transposed else weight).to(self.module.weight.dtype).contiguous()  # type: ignore[arg-type]
+        self.module.weight = nn.Parameter(data, requires_grad=False)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight [R, C] laid out as the checkpoint stores it."""
+        return (weight.T if self.transposed else weight).contiguous()
+
+
+def find_targets(block_name: str, block: nn.Module) -> list[Target]:
+    """Every linear matrix of a block, in the order of the network.
+
+    Raises:
+        ValueError: the block stacks matrices in 3-D parameters (mixture of experts), which would silently stay dense.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name, parameter in block.named_parameters():
+        if parameter.ndim > 2:
+            raise ValueError(
+                f"{block_name}.{name} stacks experts in one {parameter.ndim}-D parameter; mixtures of experts are not supported yet"
+            )
+    return [
+        Target(f"{block_name}.{name}", module, isinstance(module, Conv1D))
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
