@@ -1,0 +1,22 @@
+"""llmprune: prune a pretrained language model after training, score it, and save it where others can load it.
+
+`import llmprune` is instant; torch and transformers are imported when a function is first called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "inspect", "load", "prune", "run_model"]
+
+if TYPE_CHECKING:
+    from llmprune.api import evaluate, inspect, load, prune, run_model
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from llmprune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,267 @@
+"""The command line: flags become arguments of the Python API, nothing more. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect as inspection
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_debug = False
+
+
+def _option(help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, **more)
+
+
+# Each group's parameters become options of the commands that name it.
+def _pruning(
+    recipe: Annotated[str, _option("Recipe by name or YAML file.")] = "dsnot",
+    sparsity: Annotated[float | None, _option("Share of weights to remove, in [0, 1).")] = None,
+    pattern: Annotated[str | None, _option("unstructured or N:M (2:4, 4:8, ...).")] = None,
+    pruner: Annotated[str | None, _option("Pruner; see llmprune methods.")] = None,
+    refiner: Annotated[str | None, _option("Refiner, or none.")] = None,
+    allocator: Annotated[str | None, _option("Allocator.")] = None,
+    calibration: Annotated[
+        str | None,
+        _option("builtin, c4, wikitext2, fineweb-edu, a hub dataset ID:column, or a .txt/.jsonl/.parquet/.safetensors file."),
+    ] = None,
+    samples: Annotated[int | None, _option("Calibration rows (128).")] = None,
+    seqlen: Annotated[int | None, _option("Tokens per row (min(2048, the model's limit)).")] = None,
+    seed: Annotated[int | None, _option("Seed of everything random (0).")] = None,
+    output: Annotated[Path | None, _option("Folder to write.")] = None,
+    overwrite: Annotated[bool, _option("Replace an output folder that is not empty, once the new one is complete.", "--overwrite")] = False,
+    dry_run: Annotated[bool, _option("Print the plan with every matrix, then stop.", "--dry-run")] = False,
+    settings: Annotated[list[str] | None, _option("Any recipe field: dotted.key=value. Repeatable.", "--set")] = None,
+) -> None: ...
+
+
+def _scoring(
+    perplexity: Annotated[list[str] | None, _option("Text to measure perplexity on: builtin, wikitext2, c4 or a file. Repeatable.")] = None,
+    eval_seqlen: Annotated[int | None, _option("Tokens per evaluation window.")] = None,
+    tasks: Annotated[str | None, _option("lm-eval tasks, separated by commas.")] = None,
+    suite: Annotated[str | None, _option("Evaluation suite by name (demo, quick, paper) or YAML file.")] = None,
+    include_tasks: Annotated[Path | None, _option("Folder with lm-eval task files of your own.")] = None,
+    task_data: Annotated[Path | None, _option("Folder with the files of rte_local and blimp_local.")] = None,
+    limit: Annotated[int | None, _option("At most so many windows per text and documents per task.")] = None,
+) -> None: ...
+
+
+def _computing(
+    device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, _option("Of forward passes: auto, float32, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, _option("Hub revision of the model.")] = None,
+    trust_remote_code: Annotated[bool, _option("Run Python code that comes with the checkpoint.", "--trust-remote-code")] = False,
+) -> None: ...
+
+
+def _output(
+    as_json: Annotated[bool, _option("The summary as one JSON object on stdout, everything else on stderr.", "--json")] = False,
+    quiet: Annotated[bool, _option("Print errors only.", "--quiet")] = False,
+) -> None: ...
+
+
+def _command(*groups: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Register a command whose options are its own parameters and those of the groups; errors become one line and an exit code."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., None]:
+        options: dict[str, inspection.Parameter] = {}
+        hints: dict[str, Any] = {}
+        for source in (function, *groups):  # a group's declaration stands over the command's own mention of a parameter
+            options |= inspection.signature(source).parameters
+            hints |= get_type_hints(source, include_extras=True)
+        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in options.values() if p.kind is not p.VAR_KEYWORD]
+
+        @functools.wraps(function)
+        def call(**options: Any) -> None:
+            _guarded(lambda: function(**options))
+
+        call.__signature__ = inspection.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: hints[p.name] for p in parameters}
+        del call.__wrapped__  # its own signature, not the function's
+        app.command()(call)
+        return call
+
+    return register
+
+
+def _guarded(work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed in the output folder, run the same command again", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
+        if _debug:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"llmprune: {line}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.callback()
+def _program(
+    debug: Annotated[bool, _option("Show tracebacks.", "--debug")] = False,
+    version: Annotated[bool, _option("Print the version.", "--version", is_eager=True)] = False,
+) -> None:
+    """Prune a pretrained language model after training, score it, and save it where others can load it.
+
+    Start with: llmprune run demo --sparsity 0.7
+    """
+    global _debug
+    _debug = debug
+    if version:
+        from llmprune import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _console(as_json: bool, quiet: bool) -> Console:
+    stream = sys.stderr if as_json else sys.stdout
+    # Into a file or a pipe, lines are not folded at 80 columns.
+    return Console(stderr=as_json, quiet=quiet, highlight=False, width=None if stream.isatty() else 140)
+
+
+def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tuple[Console, Any]:
+    """Run with progress on the console; the bars are closed whatever happens."""
+    from llmprune.screen import Terminal
+
+    _quiet_libraries()
+    terminal = Terminal(_console(as_json, quiet))
+    try:
+        return terminal.console, work(terminal)
+    finally:
+        terminal.close()
+
+
+def _quiet_libraries() -> None:
+    """Our own bars say where the run stands; those of the libraries below us would break them."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _prune_command(
+    evaluate: bool, model: str, as_json: bool, quiet: bool, settings: list[str] | None, tasks: str | None, **options: Any
+) -> None:
+    from llmprune import api, screen
+    from llmprune.recipe import parse_assignment
+
+    options["settings"] = dict(parse_assignment(text) for text in settings or ())
+    if evaluate:
+        options |= {"tasks": _names(tasks), "perplexity": options["perplexity"] or ()}
+    work = api.run_model if evaluate else api.prune
+    console, result = _with_terminal(as_json, quiet, lambda terminal: work(model, reporter=terminal, **options))
+    if isinstance(result, api.DryRun):
+        screen.print_matrices(console, result.plan)
+        summary: Any = api.plan_summary(result)
+    else:
+        screen.print_result(console, result.record, result.output)
+        summary = {"output": str(result.output), **result.record}
+    if as_json:
+        print(json.dumps(summary))
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+_Model = Annotated[str, typer.Argument(help="demo, an alias, a hub id, or a local folder.", show_default=False)]
+
+
+@_command(_pruning, _scoring, _computing, _output)
+def run(model: _Model, **options: Any) -> None:
+    """Prune, save, evaluate dense and pruned, write the report: the main job."""
+    _prune_command(True, model, **options)
+
+
+@_command(_pruning, _computing, _output)
+def prune(model: _Model, **options: Any) -> None:
+    """Prune and save, without evaluation."""
+    _prune_command(False, model, tasks=None, **options)
+
+
+@_command(_scoring, _computing, _output)
+def eval(path: _Model, as_json: bool, quiet: bool, tasks: str | None, perplexity: list[str] | None, **options: Any) -> None:
+    """Score any checkpoint: perplexity and zero-shot tasks."""
+    from llmprune import api, screen
+
+    console, scores = _with_terminal(
+        as_json,
+        quiet,
+        lambda terminal: api.evaluate(path, tasks=_names(tasks), perplexity=perplexity or (), reporter=terminal, **options),
+    )
+    screen.print_scores(console, scores)
+    if as_json:
+        print(json.dumps(scores))
+
+
+@_command(_output)
+def inspect(path: _Model, as_json: bool, quiet: bool) -> None:
+    """Recount zeros and patterns from disk, per matrix and overall."""
+    from llmprune import api, screen
+
+    counts = api.inspect(path)
+    screen.print_counts(_console(as_json, quiet), counts)
+    if as_json:
+        print(json.dumps(counts))
+
+
+@_command(_output)
+def methods(as_json: bool, quiet: bool) -> None:
+    """List pruners, refiners and allocators with their options."""
+    from llmprune import registry
+
+    found = {room: {name: registry.describe(room, name) for name in registry.names(room)} for room in registry.ROOMS}
+    _print_lists(_console(as_json, quiet), found)
+    if as_json:
+        print(json.dumps(found))
+
+
+@_command(_output)
+def recipes(as_json: bool, quiet: bool) -> None:
+    """List the shipped recipes."""
+    from llmprune.data import read_yaml, shipped, shipped_names
+
+    found = {name: {"summary": read_yaml(shipped("recipes", f"{name}.yaml"))["description"]} for name in shipped_names("recipes")}
+    _print_lists(_console(as_json, quiet), {"recipes": found})
+    if as_json:
+        print(json.dumps({name: entry["summary"] for name, entry in found.items()}))
+
+
+@_command(_output)
+def models(as_json: bool, quiet: bool) -> None:
+    """List model names: the embedded demo and the aliases of hub ids."""
+    from llmprune.hub import ALIASES
+
+    found = {"demo": "embedded, needs no network"} | ALIASES
+    _print_lists(_console(as_json, quiet), {"models": {name: {"summary": text} for name, text in found.items()}})
+    if as_json:
+        print(json.dumps(found))
+
+
+def _print_lists(console: Console, found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    for title, entries in found.items():
+        console.print(f"[bold]{title}[/]")
+        for name, entry in entries.items():
+            options = ", ".join(f"{k}={v}" for k, v in entry.get("options", {}).items())
+            console.print(f"  {name:<14} {entry['summary']}" + (f"  [dim]({options})[/]" if options else ""), soft_wrap=True)
+
+
+def main() -> None:
+    """The program."""
+    app()

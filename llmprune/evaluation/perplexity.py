@@ -1,0 +1,70 @@
+"""Perplexity by the papers' protocol, streamed block by block: a model larger than memory can be scored.
+
+The documents are joined, tokenised once with the tokenizer's defaults, cut into non-overlapping windows of T tokens; each window's loss is
+the mean over its T - 1 targets; perplexity is the exponential of the mean over windows. What is left over at the end is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from llmprune.device import exact_matmul
+from llmprune.model.activations import BlockInputs
+from llmprune.model.skeleton import Skeleton
+
+_STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
+
+
+def windows(text: str, tokenizer: Any, length: int, limit: int | None, name: str) -> Tensor:
+    """The evaluation windows int64 [N, T]. Raises `ValueError` when the text is shorter than one window."""
+    tokens: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    count = len(tokens) // length
+    if count == 0:
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, less than one window of {length}; use a longer text or --eval-seqlen {len(tokens)}"
+        )
+    return tokens[: count * length].view(count, length)[:limit]
+
+
+def protocol(name: str, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What the number means, stored with it."""
+    return {
+        "text": name,
+        "window": rows.shape[1],
+        "windows": len(rows),
+        "mean": "exp of the mean over non-overlapping windows of the mean loss over window - 1 targets",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def perplexity(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None] = lambda: None) -> float:
+    """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory."""
+    width = skeleton.model.config.get_text_config().hidden_size * torch.empty(0, dtype=skeleton.dtype).element_size()
+    chunk = max(1, _STORE_BYTES // (rows.shape[1] * width))
+    losses: list[float] = []
+    with exact_matmul():
+        for part in rows.split(chunk):
+            losses += _window_losses(skeleton, part, block_done)
+    return math.exp(sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def _window_losses(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None]) -> list[float]:
+    inputs = BlockInputs(skeleton, rows, skeleton.device)
+    for number, name in enumerate(skeleton.blocks):
+        names = skeleton.parameters_of(name)
+        skeleton.load(names)
+        inputs.forward(number)
+        skeleton.free(names)
+        block_done()
+    losses = []
+    for part, logits in inputs.logits():
+        for window, row in zip(rows[part].to(skeleton.device), logits, strict=True):
+            losses.append(cross_entropy(row[:-1].float(), window[1:]).item())
+    return losses

@@ -1,0 +1,132 @@
+"""What to score and the scores: texts for perplexity, tasks for lm-eval, the same for a dense and a pruned model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.calibration import default_length
+from llmprune.data import read_yaml, shipped, shipped_names
+from llmprune.evaluation.perplexity import perplexity, protocol, windows
+from llmprune.evaluation.zeroshot import load_tasks, zero_shot
+from llmprune.registry import nearest
+from llmprune.text import evaluation_text, is_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.model.opening import Model
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """Texts and tasks to score, and how. `prepare` reads the texts and checks the tasks before any long work."""
+
+    perplexity: tuple[str, ...]
+    tasks: tuple[str, ...]
+    window: int | None
+    include_tasks: Path | None
+    task_data: Path | None
+    limit: int | None
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    loaded: Any = None
+
+    def prepare(self, model: Model) -> EvaluationSpec:
+        """The same with windows of the model's tokens.
+
+        Raises:
+            ValueError: no tokenizer, a window over the model's limit, a text that cannot be had or is too short, an unknown task.
+        """
+        spec = self
+        if not self.perplexity and not self.tasks:
+            suite = read_suite("quick" if model.remote else "demo")
+            spec = dataclasses.replace(self, perplexity=suite[0], tasks=suite[1])
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer, so it cannot be scored on text; add tokenizer files, or use prune instead of run")
+        window = spec.window or default_length(model.limit)
+        if model.limit and window > model.limit:
+            raise ValueError(
+                f"evaluation window {window} is over the model's limit of {model.limit}; use --eval-seqlen {model.limit} or less"
+            )
+        loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data) if spec.tasks else None
+        rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, t) for t in spec.perplexity}
+        return dataclasses.replace(spec, rows=rows, loaded=loaded)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`perplexity`: name -> value and protocol; `tasks`: name -> metric -> value and stderr, and the protocol."""
+
+    perplexity: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]]
+    seconds: float
+
+
+def evaluation_spec(
+    perplexity: Sequence[str], tasks: Sequence[str], suite: str | None, window: int | None,
+    include_tasks: str | os.PathLike[str] | None, task_data: str | os.PathLike[str] | None, limit: int | None,
+) -> EvaluationSpec:  # fmt: skip
+    """What was asked for, a suite's texts and tasks added. Raises `ValueError` on values out of range or an unknown suite."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if window is not None and window < 2:
+        raise ValueError(f"evaluation window must be at least 2 tokens, got {window}")
+    texts, names = tuple(perplexity), tuple(tasks)
+    if suite is not None:
+        more = read_suite(suite)
+        texts, names = (*texts, *more[0]), (*names, *more[1])
+    unique = tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(names))
+    return EvaluationSpec(*unique, window, Path(include_tasks) if include_tasks else None, Path(task_data) if task_data else None, limit)
+
+
+def read_suite(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts and tasks of a suite, by name or YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        values = read_yaml(Path(name))
+    elif name in shipped_names("eval", "suites"):
+        values = read_yaml(shipped("eval", "suites", f"{name}.yaml"))
+    else:
+        raise nearest("suite", name, shipped_names("eval", "suites"))
+    for key, value in values.items():
+        if key not in ("description", "perplexity", "tasks"):
+            raise nearest("suite key", key, ("description", "perplexity", "tasks"))
+        if key != "description" and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise ValueError(f"suite {name!r}: {key} must be a list of names, got {value!r}")
+    return tuple(values.get("perplexity", ())), tuple(values.get("tasks", ()))
+
+
+def _name(text: str) -> str:
+    """A file goes by its name: no local path is written anywhere."""
+    return Path(text).name if is_file(text) else text
+
+
+def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any) -> Scores:
+    """Score a model as prepared."""
+    started = time.monotonic()
+    values = {}
+    for name, rows in spec.rows.items():
+        reporter.stage(f"{label}: perplexity on {name}", len(model.skeleton.blocks))
+        value = perplexity(model.skeleton, rows, reporter.step)
+        values[name] = {"value": value, "protocol": protocol(name, rows, model.skeleton.dtype)}
+    tasks: dict[str, dict[str, Any]] = {}
+    if spec.tasks:
+        reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
+        tasks = zero_shot(_whole(model), model.tokenizer, spec.loaded, spec.limit)
+        reporter.step()
+    return Scores(values, tasks, time.monotonic() - started)
+
+
+def _whole(model: Model) -> Any:
+    """The whole model in memory, as lm-eval wants it."""
+    if model.instance is not None:
+        return model.instance
+    from transformers import AutoModelForCausalLM
+
+    assert model.located is not None
+    loaded = AutoModelForCausalLM.from_pretrained(model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True)
+    return loaded.to(model.skeleton.device).eval()

@@ -1,0 +1,91 @@
+"""The record of a run, `llmprune.json`: everything needed to repeat it and to check what it claims."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from llmprune import device as devices
+from llmprune.checkpoint.writer import CheckpointWriter
+from llmprune.contracts import CalibrationSet
+from llmprune.evaluation.scores import Scores
+from llmprune.model.opening import Model
+from llmprune.recipe import Recipe
+
+
+def build_record(
+    model: Model,
+    recipe: Recipe,
+    rows: CalibrationSet,
+    matrices: list[dict[str, Any]],
+    seconds: dict[str, float],
+    writer: CheckpointWriter,
+) -> dict[str, Any]:
+    """The record of a finished run, not scored yet. `matrices`: the rows of `run.prune_blocks`; `seconds` by phase."""
+    weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
+    zeros = sum(m.pop("zeros") for m in matrices)
+    dense = sum(t.bytes for t in model.source.tensors.values())
+    elements = sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values()))
+    device = model.skeleton.device
+    return {
+        "schema": 1,
+        "model": {
+            "source": model.label,
+            "revision": model.located.revision if model.located else None,
+            "architecture": type(model.skeleton.model).__name__,
+            "parameters": elements,
+        },
+        "recipe": recipe.as_dict(),
+        "calibration": {
+            "source": rows.source,
+            "samples": rows.tokens.shape[0],
+            "sequence_length": rows.tokens.shape[1],
+            "seed": rows.seed,
+            "digest": rows.digest,
+        },
+        "matrices": matrices,
+        "totals": {
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()} | {"total": round(sum(seconds.values()), 3)},
+            "peak_memory_bytes": devices.peak_memory(),
+            "peak_device_memory_bytes": devices.peak_device_memory(device),
+            "bytes": {"dense": dense, "written": sum(p.stat().st_size for p in writer.folder.glob("model-*.safetensors"))},
+        },
+        "evaluation": {"perplexity": {}, "tasks": {}},
+        "environment": environment(device, model.skeleton.dtype),
+    }
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Versions and device a run depends on."""
+    from importlib.metadata import version
+
+    from llmprune import __version__
+
+    packages = ("torch", "transformers", "accelerate", "datasets", "safetensors", "lm_eval", "numpy")
+    versions = {"llmprune": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
+    return {"versions": versions, "device": devices.describe(device), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def add_scores(record: dict[str, Any], dense: Scores, pruned: Scores) -> dict[str, Any]:
+    """A record with dense and pruned scores side by side, each with its protocol."""
+    perplexity = {
+        name: {"dense": dense.perplexity[name]["value"], "pruned": entry["value"], "protocol": entry["protocol"]}
+        for name, entry in pruned.perplexity.items()
+    }
+    tasks: dict[str, Any] = {}
+    for name, metrics in pruned.tasks.items():
+        tasks[name] = {
+            metric: {"dense": dense.tasks[name][metric]["value"], "pruned": value["value"], "stderr": value["stderr"]}
+            for metric, value in metrics.items()
+            if metric != "protocol"
+        } | {"protocol": metrics["protocol"]}
+    seconds = {"evaluate dense": round(dense.seconds, 3), "evaluate pruned": round(pruned.seconds, 3)}
+    before = record["totals"]["seconds"]
+    total = round(before["total"] + sum(seconds.values()), 3)
+    totals = record["totals"] | {"seconds": before | seconds | {"total": total}, "peak_memory_bytes": devices.peak_memory()}
+    return record | {"evaluation": {"perplexity": perplexity, "tasks": tasks}, "totals": totals}

@@ -1,0 +1,168 @@
+"""From the record to the files people read: `llmprune.json`, the model card and the HTML report."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HONEST = (
+    "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
+    "Runtimes that use the zeros (2:4 kernels, sparse formats, compression) can make it so."
+)
+Record = dict[str, Any]
+
+
+def write(folder: Path, record: Record) -> None:
+    """Write record, model card and report into a folder, each whole or not at all."""
+    _replace(folder / "llmprune.json", json.dumps(record, indent=1) + "\n")
+    _replace(folder / "README.md", model_card(record))
+    _replace(folder / "report.html", html_report(record))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def score_rows(record: Record) -> list[tuple[str, str, str, str]]:
+    """(what, dense, pruned, note) of every score."""
+    rows = []
+    for name, entry in record["evaluation"]["perplexity"].items():
+        protocol = entry["protocol"]
+        note = f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better"
+        rows.append((f"perplexity {name}", f"{entry['dense']:.2f}", f"{entry['pruned']:.2f}", note))
+    for task, metrics in record["evaluation"]["tasks"].items():
+        for metric, entry in metrics.items():
+            if metric != "protocol":
+                stderr = f"+- {entry['stderr']:.3f}, " if entry["stderr"] is not None else ""
+                note = f"{stderr}{metrics['protocol']['documents']} documents, higher is better"
+                rows.append((f"{task} {metric}", f"{entry['dense']:.3f}", f"{entry['pruned']:.3f}", note))
+    return rows
+
+
+def method_of(record: Record) -> str:
+    """The method in words: recipe, pruner, steps, pattern."""
+    recipe = record["recipe"]
+    steps = " + ".join([recipe["pruner"]["name"], *([recipe["refiner"]["name"]] if recipe["refiner"] else [])])
+    return f"{steps}, {recipe['pattern']} (recipe {recipe['name']})"
+
+
+def model_card(record: Record) -> str:
+    """The folder's README: what it is, what it scores, how to load it."""
+    model, totals, calibration = record["model"], record["totals"], record["calibration"]
+    title = model["source"].rpartition("/")[2]
+    base = f"base_model: {model['source']}\n" if "/" in model["source"] else ""
+    scores = score_rows(record)
+    table = "\n".join(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in scores)
+    scored = f"| | dense | pruned | |\n|---|---|---|---|\n{table}\n" if scores else "Not scored: made with `llmprune prune`.\n"
+    return f"""---
+{base}library_name: transformers
+tags: [pruned, sparse, llmprune]
+---
+
+# {title}, {totals["sparsity"]:.1%} sparse
+
+{model["source"]} pruned after training, without retraining, by [llmprune](https://pypi.org/project/llmprune/): {method_of(record)}.
+{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero.
+Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibration["source"]}.
+
+{scored}
+{HONEST}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+```
+
+`masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, every matrix, versions).
+The licence is the base model's.
+"""
+
+
+def html_report(record: Record) -> str:
+    """One page with the summary, the scores and a plot per matrix; plots are embedded."""
+    totals = record["totals"]
+    summary = [
+        ("model", f"{record['model']['source']} ({record['model']['parameters']:,} parameters)"),
+        ("method", method_of(record)),
+        ("sparsity reached", f"{totals['sparsity']:.4%} ({totals['zeros']:,} of {totals['weights']:,} weights)"),
+        ("calibration", "{samples} x {sequence_length} tokens of {source}, seed {seed}".format(**record["calibration"])),
+        ("bytes", f"{totals['bytes']['dense']:,} dense, {totals['bytes']['written']:,} written"),
+        ("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in totals["seconds"].items())),
+        ("device", f"{record['environment']['device']}, {record['environment']['dtype']}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in record["environment"]["versions"].items())),
+    ]
+    matrices = [
+        (
+            m["name"],
+            " x ".join(map(str, m["shape"])),
+            m["pattern"],
+            f"{m['sparsity']:.4f}",
+            f"{m['relative_error']:.4f}",
+            " + ".join([m["pruner"], *m["steps"]]),
+        )
+        for m in record["matrices"]
+    ]
+    scores = score_rows(record)
+    parts = [
+        f"<h1>{html.escape(record['model']['source'])}, {totals['sparsity']:.1%} sparse</h1>",
+        _table((), summary),
+        "<h2>Scores</h2>",
+        _table(("", "dense", "pruned", ""), scores) if scores else "<p>Not scored: made with llmprune prune.</p>",
+        f"<p>{html.escape(HONEST)}</p>",
+        "<h2>Matrices</h2>",
+        f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{_plot(record["matrices"])}">',
+        _table(("matrix", "shape", "pattern", "sparsity", "relative error", "steps"), matrices),
+    ]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>llmprune report</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0 }}
+td, th {{ text-align: left; vertical-align: top }}
+img {{ max-width: 100% }} h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.2rem; margin-top: 2rem }}
+</style></head><body>
+{chr(10).join(parts)}
+</body></html>
+"""
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>\n" for row in rows)
+    return f"<table>{'<tr>' + cells + '</tr>' if cells else ''}\n{body}</table>"
+
+
+def _plot(matrices: list[dict[str, Any]]) -> str:
+    """Relative error and sparsity along the network, one line per kind of matrix; PNG as base64."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    errors, sparsities = figure.subplots(1, 2)
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for m in matrices:
+        kinds.setdefault(m["name"].removesuffix(".weight").rpartition(".")[2], []).append((m["relative_error"], m["sparsity"]))
+    for kind, values in kinds.items():
+        errors.plot([v[0] for v in values], marker=".", label=kind)
+        sparsities.plot([v[1] for v in values], marker=".", label=kind)
+    errors.set(title="relative output error", xlabel="block", ylim=(0, None))
+    sparsities.set(title="sparsity", xlabel="block", ylim=(0, 1))
+    for axes in (errors, sparsities):
+        axes.grid(alpha=0.3)
+    sparsities.legend(fontsize=7, ncols=2)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return base64.b64encode(out.getvalue()).decode()
