@@ -127,9 +127,9 @@ def _check(job: Job, pruned: Pruned, algorithm: Pruner | Step, before: Pruned | 
         job.pattern.check(pruned.keep, job.sparsity)
     except ValueError as error:
         raise RuntimeError(f"{name} broke the pattern: {error}") from None
-    if bool((pruned.weight * ~pruned.keep).any()):
-        raise RuntimeError(f"{name} left weights where its mask says zero")
     if not bool(pruned.weight.isfinite().all()):
         raise RuntimeError(f"{name} made NaN or Inf weights; use more calibration samples or another pruner")
+    if bool((pruned.weight * ~pruned.keep).any()):
+        raise RuntimeError(f"{name} left weights where its mask says zero")
     if before is not None and isinstance(algorithm, Step) and algorithm.changes == "weights" and not torch.equal(before.keep, pruned.keep):
         raise RuntimeError(f"{name} changed the mask, which an update may not")

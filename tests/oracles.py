@@ -196,6 +196,7 @@ def _dsnot_row(
     group: int | None,
     max_cycles: int,
     threshold: float,
+    walk_on: bool,
 ) -> list[np.ndarray]:
     """Masks [C] of one row after 0, 1, 2, ... DSnoT cycles (arXiv 2310.08915); contribution = D, ratio = D / var^p."""
     d, now = contribution, keep.copy()
@@ -205,6 +206,8 @@ def _dsnot_row(
     growable = {1: [j for j in reversed(pruned) if d[j] > 0], -1: [j for j in pruned if d[j] < 0]}  # by the sign of the error
     prunable = {1: [j for j in kept if d[j] < 0], -1: [j for j in kept if d[j] > 0]}
     spare = sorted((j for j in range(len(d)) if keep[j]), key=lambda j: initial_score[j]) if group else []
+    if walk_on:  # as the published code: behind one sign's candidates come the other's, the highest score first
+        prunable = {sign: [*prunable[sign], *reversed(prunable[-sign])] for sign in (1, -1)}
     error = sum(d[j] for j in range(len(d)) if not keep[j])
     while len(masks) <= max_cycles and abs(error) > threshold:
         sign = 1 if error > 0 else -1
@@ -215,6 +218,8 @@ def _dsnot_row(
         if not choices:
             break
         prune = choices[0]
+        if not now[prune]:  # walking on, the two lists meet
+            break
         moved = error + d[prune] - d[grow]
         if group and sign * moved < 0:  # N:M only: the step would flip the sign; landing on 0 is no flip
             break
@@ -237,6 +242,7 @@ def _dsnot_histories(
     max_cycles: int,
     threshold: float,
     power: float,
+    walk_on: bool = False,
 ) -> list[list[np.ndarray]]:
     """For each row its masks after every cycle; D_ij = W_ij * mean_j * sequence_length, arguments as for `dsnot`."""
     if sparsity_pattern is not None and initial_score is None:
@@ -249,7 +255,7 @@ def _dsnot_histories(
     rows = []
     for i in range(len(w)):
         d, r, s, f = (a[i].tolist() for a in (contribution, ratio, score, first))
-        rows.append(_dsnot_row(d, r, mask[i], s, f, group, max_cycles, threshold))
+        rows.append(_dsnot_row(d, r, mask[i], s, f, group, max_cycles, threshold, walk_on))
     return rows
 
 
@@ -265,6 +271,7 @@ def dsnot(
     max_cycles: int = 50,
     threshold: float = 0.1,
     power: float = 1.0,
+    walk_on: bool = False,
 ) -> np.ndarray:
     """DSnoT (arXiv 2310.08915): refined keep mask; weight, keep, both scores [R, C]; mean, variance [C]; pattern (n, m).
 
@@ -272,9 +279,8 @@ def dsnot(
     candidates run out, so counts never change. Variances below TINY_VARIANCE count as that: a constant feature with nonzero
     mean then ranks at the extreme end, a feature that is always 0 has D = 0 and is never grown.
     """
-    histories = _dsnot_histories(
-        weight, keep, mean, variance, prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power
-    )
+    arguments = (prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power, walk_on)
+    histories = _dsnot_histories(weight, keep, mean, variance, *arguments)
     return np.stack([masks[-1] for masks in histories])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,16 +12,24 @@ from torch import Tensor
 from llmprune.contracts import Job, Need, Pruned, Step
 
 # Legend: R rows, C columns, k candidates of one kind per row, S sampled tokens.
-_CHUNK = 1 << 18  # rows are worked off in slices of about this many weights, which stay in the processor's cache
+_CHUNK = 1 << 16  # candidates are ranked in slices of about this many weights, which stay in the processor's cache
+
+
+_HUGE = 1e30
 
 
 class _Rows(NamedTuple):
-    """A slice of rows: dense weights, pruned weights, mask, and the score that ranks what to prune, all [R, C]."""
+    """Some rows: dense weights, pruned weights, mask, and the score that chose the mask, all [R, C]."""
 
     dense: Tensor
     weight: Tensor
     keep: Tensor
     score: Tensor
+
+    def slices(self) -> list[_Rows]:
+        """Groups of rows small enough for the cache (all of them on a GPU)."""
+        size = max(1, _CHUNK // self.keep.shape[1]) if self.keep.is_cpu else len(self.keep)
+        return [_Rows(*parts) for parts in zip(*(t.split(size) for t in self), strict=True)]
 
 
 class DSnoT(Step):
@@ -67,30 +76,33 @@ class DSnoT(Step):
         return Need.MEAN | Need.SECOND_MOMENT | variance | (Need.SAMPLE if self.config.verified else Need.NONE)
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
-        stats, width = job.stats, job.pattern.width
+        stats = job.stats
         shift = stats.mean * stats.sequence_length
         variance = stats.within_variance if self.config.variance == "within" else stats.variance
         # A constant feature has variance 0: the floor keeps its rank highest without dividing by zero.
         spread = variance.clamp_min(torch.finfo(torch.float32).tiny ** 0.5).pow(self.config.power)
-        norm = stats.second_moment.sqrt()
-        keep = pruned.keep.clone()
-        rows = max(1, _CHUNK // keep.shape[1]) if keep.is_cpu else keep.shape[0]
-        for a in range(0, keep.shape[0], rows):
-            part = slice(a, a + rows)
-            score = pruned.score[part] if width > 1 else pruned.weight[part].abs() * norm
-            self._refine(job, _Rows(job.weight[part], pruned.weight[part], keep[part], score), shift, spread)
-        return Pruned(torch.where(pruned.keep, pruned.weight, job.weight) * keep, keep, pruned.score)
+        rows = _Rows(job.weight, pruned.weight, pruned.keep, pruned.score)
+        weight, keep = pruned.weight.clone(), pruned.keep.clone()
+        for grown, dropped, done in self._swaps(job, rows, shift, shift / spread):
+            # A row that takes no part writes back what it has: no data-dependent shapes, so no wait for the device.
+            for matrix, come, gone in ((keep, torch.ones_like(done), torch.zeros_like(done)), (weight, _pick(job.weight, grown), 0.0)):
+                matrix.scatter_(1, grown[:, None], torch.where(done, come, _pick(matrix, grown))[:, None])
+                matrix.scatter_(1, dropped[:, None], torch.where(done, gone, _pick(matrix, dropped))[:, None])
+        return Pruned(weight, keep, pruned.score)
 
-    def _refine(self, job: Job, rows: _Rows, shift: Tensor, spread: Tensor) -> None:
-        """Swap in place in `rows.keep`."""
+    def _swaps(self, job: Job, rows: _Rows, shift: Tensor, urge: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per cycle: the column each row grows, the one it prunes, and whether it takes part, [R] each."""
         columns, width = rows.keep.shape[1], job.pattern.width
         cycles = min(self.config.max_cycles, max(1, int(self.config.share * columns)))
-        grow = _GrowCandidates(rows, shift, spread, cycles)
-        prune = _GroupCandidates(rows, width) if width > 1 else _SignCandidates(rows, shift, cycles, self.config.walk_on)
-        difference = rows.dense - rows.weight
-        expected = difference @ shift
+        grow = _GrowCandidates(rows, urge, cycles)
+        prune = (
+            _GroupCandidates(rows, width)
+            if width > 1
+            else _SignCandidates(rows, shift, job.stats.second_moment.sqrt(), cycles, self.config.walk_on)
+        )
+        expected = torch.cat([(part.dense - part.weight) @ shift for part in rows.slices()])
         first_sign, active = expected.sign(), torch.ones_like(expected, dtype=torch.bool)
-        errors = _SampledErrors(rows, difference, job.stats.sample) if self.config.verified else None
+        errors = _SampledErrors(rows, job.stats.sample) if self.config.verified else None
         swaps = []
         for _ in range(cycles):
             active &= expected.abs() > self.config.threshold
@@ -106,12 +118,9 @@ class DSnoT(Step):
             prune.used(dropped, active)
             if errors is not None:
                 errors.swap(grown, dropped, active)
-        for cycle, (grown, dropped, done) in enumerate(swaps):
-            if errors is not None:
-                done = done & (cycle < errors.best_cycle)
-            # A row that is done writes back what it has: no data-dependent shapes, so no wait for the device.
-            rows.keep.scatter_(1, grown[:, None], (_pick(rows.keep, grown) | done)[:, None])
-            rows.keep.scatter_(1, dropped[:, None], (_pick(rows.keep, dropped) & ~done)[:, None])
+        if errors is not None:
+            swaps = [(grown, dropped, done & (cycle < errors.best_cycle)) for cycle, (grown, dropped, done) in enumerate(swaps)]
+        return swaps
 
 
 def _pick(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -120,12 +129,13 @@ def _pick(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Queue:
-    """At most k candidate columns per row, best first, each used once: values +-inf mark the end."""
+    """At most k candidate columns per row, best first, each used once."""
 
-    def __init__(self, value: Tensor, k: int, largest: bool) -> None:
-        values, self._columns = value.topk(min(k, value.shape[1]), dim=1, largest=largest)
-        self._valid = values.isfinite()
-        self._next = torch.zeros(len(value), 1, dtype=torch.int64, device=value.device)
+    def __init__(self, best: Sequence[tuple[Tensor, Tensor]], sign: int) -> None:
+        """`best`: values and columns [r, k] of some rows after others; only values of the given sign are candidates."""
+        self._columns = torch.cat([columns for _, columns in best])
+        self._valid = torch.cat([values * sign > 0 for values, _ in best])
+        self._next = torch.zeros(len(self._valid), 1, dtype=torch.int64, device=self._valid.device)
 
     def next(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The front candidate of every row [R] and whether there is one; it leaves the queue where `wanted`."""
@@ -149,12 +159,10 @@ class _Queue:
 class _GrowCandidates:
     """Pruned weights by expected contribution over variance: the largest against a positive error, the smallest against a negative."""
 
-    def __init__(self, rows: _Rows, shift: Tensor, spread: Tensor, k: int) -> None:
-        value = (rows.dense * (shift / spread)).masked_fill_(rows.keep, 0)
-        largest = torch.finfo(value.dtype).max
-        value.clamp_(-largest, largest)  # a constant feature may overflow; it still ranks first
-        self._positive = _Queue(value.masked_fill(value <= 0, -torch.inf), k, largest=True)
-        self._negative = _Queue(value.masked_fill(value >= 0, torch.inf), k, largest=False)
+    def __init__(self, rows: _Rows, urge: Tensor, k: int) -> None:
+        """`urge` [C]: expected contribution of a unit weight over the variance."""
+        urge = urge.clamp(-_HUGE, _HUGE)  # a constant feature: first in the ranking, but finite
+        self._positive, self._negative = _both_ends(rows, k, lambda part: (part.dense * urge).masked_fill_(part.keep, 0))
 
     def next(self, positive: Tensor) -> tuple[Tensor, Tensor]:
         """The weight to grow in each row [R], and whether there is one; `positive`: the sign of the error."""
@@ -164,14 +172,15 @@ class _GrowCandidates:
 class _SignCandidates:
     """Unstructured: kept weights by ascending score, of the sign opposite to the expected error."""
 
-    def __init__(self, rows: _Rows, shift: Tensor, k: int, walk_on: bool) -> None:
-        contribution = rows.weight * shift
-        not_negative, not_positive = contribution >= 0, contribution <= 0
-        self._if_positive = _Queue(rows.score.masked_fill(not_negative, torch.inf), k, largest=False)
-        self._if_negative = _Queue(rows.score.masked_fill(not_positive, torch.inf), k, largest=False)
+    def __init__(self, rows: _Rows, shift: Tensor, norm: Tensor, k: int, walk_on: bool) -> None:
+        # Signed 1 / score: the lowest scores of either sign stand at the two ends.
+        inverse = torch.where(norm > 0, shift.sign() / norm, 0)
+        self._if_negative, self._if_positive = _both_ends(rows, k, lambda part: (inverse / part.weight).masked_fill_(part.weight == 0, 0))
         if walk_on:
-            self._if_positive.then(_Queue(rows.score.masked_fill(not_positive, -torch.inf), k, largest=True))
-            self._if_negative.then(_Queue(rows.score.masked_fill(not_negative, -torch.inf), k, largest=True))
+            score = shift.sign() * norm
+            highest_positive, highest_negative = _both_ends(rows, k, lambda part: part.weight * score)
+            self._if_positive.then(highest_positive)
+            self._if_negative.then(highest_negative)
         self._used = torch.zeros_like(rows.keep) if walk_on else None
 
     def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,6 +192,17 @@ class _SignCandidates:
         """Walking on, the two queues may meet: nothing is pruned twice."""
         if self._used is not None:
             self._used.scatter_(1, columns[:, None], (_pick(self._used, columns) | active)[:, None])
+
+
+def _both_ends(rows: _Rows, k: int, value: Callable[[_Rows], Tensor]) -> tuple[_Queue, _Queue]:
+    """The k largest values of each row, as far as positive, and the k smallest, as far as negative."""
+    largest, smallest = [], []
+    for part in rows.slices():
+        ranked = value(part)
+        k = min(k, ranked.shape[1])
+        largest.append(ranked.topk(k, dim=1))
+        smallest.append(ranked.topk(k, dim=1, largest=False))
+    return _Queue(largest, 1), _Queue(smallest, -1)
 
 
 def _either(condition: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -211,12 +231,12 @@ class _GroupCandidates:
 class _SampledErrors:
     """Follows each row's output error [R, S] on sampled inputs through the swaps: two columns per cycle."""
 
-    def __init__(self, rows: _Rows, difference: Tensor, sample: Tensor) -> None:
+    def __init__(self, rows: _Rows, sample: Tensor) -> None:
         self._rows, self._inputs = rows, sample.T.contiguous()
-        self._error = difference @ self._inputs
+        self._error = (rows.dense - rows.weight) @ self._inputs
         self._lowest = self._error.square().sum(dim=1)
         self._cycle = 0
-        self.best_cycle = torch.zeros(len(difference), dtype=torch.int64, device=difference.device)
+        self.best_cycle = torch.zeros(len(self._error), dtype=torch.int64, device=sample.device)
 
     def swap(self, grown: Tensor, dropped: Tensor, active: Tensor) -> None:
         lost = _pick(self._rows.weight, dropped) * active

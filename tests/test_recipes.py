@@ -1,0 +1,84 @@
+"""Recipes are data: every shipped one is built and run, and every key of one is checked."""
+
+import pytest
+import torch
+import yaml
+
+import llmprune
+from llmprune import recipe as recipes
+from llmprune.data import read_yaml, shipped, shipped_names
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("name", shipped_names("recipes"))
+def test_every_shipped_recipe_is_built_and_run(name, pattern, tiny_llama, calibration_tokens, tmp_path):
+    options = {"pattern": pattern} if pattern else {"sparsity": 0.6}
+    result = llmprune.prune(tiny_llama, recipe=name, calibration=calibration_tokens, output=tmp_path / "out", **options)
+    record = result.record
+    assert record["recipe"]["name"] == name
+    assert record["totals"]["sparsity"] == pytest.approx(0.5 if pattern else 0.6, abs=0.02)
+    counts = llmprune.inspect(tmp_path / "out")
+    assert counts["zeros"] == record["totals"]["zeros"] and counts["record_agrees"] is True
+    assert ("2:4" in counts["patterns"]) is bool(pattern)
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes"))
+def test_a_recorded_recipe_reads_back_as_itself(name):
+    built = recipes.load(name)
+    assert recipes.from_dict(yaml.safe_load(yaml.safe_dump(built.as_dict()))) == built
+    assert read_yaml(shipped("recipes", f"{name}.yaml"))["description"]
+
+
+def test_the_published_choices_of_dsnot_paper():
+    options = recipes.load("dsnot-paper").refiner
+    assert options.targets == ("*.self_attn.*",)
+    wanted = {"max_cycles": 50, "threshold": 0.1, "power": 1.0, "variance": "within", "verified": False}
+    assert wanted.items() <= options.options.items()
+
+
+def rows_of(result):
+    return {m["name"]: m for m in result.record["matrices"]}
+
+
+def test_rules_are_ordered_and_the_first_match_wins(tiny_llama, calibration_tokens, tmp_path):
+    rules = [
+        {"match": "*.layers.0.*", "skip": True},
+        {"match": "*.down_proj", "sparsity": 0.25},
+        {"match": "*.layers.*.mlp.*", "pattern": "1:4"},
+    ]
+    result = llmprune.prune(
+        tiny_llama, recipe="wanda", sparsity=0.5, settings={"rules": rules}, calibration=calibration_tokens, output=tmp_path / "out"
+    )
+    rows = rows_of(result)
+    assert not any(".layers.0." in name for name in rows)
+    down, up, query = (next(r for n, r in rows.items() if n.endswith(f"{k}_proj.weight")) for k in ("down", "up", "q"))
+    assert down["sparsity"] == 0.25 and down["pattern"] == "unstructured"
+    assert up["sparsity"] == 0.75 and up["pattern"] == "1:4"
+    assert query["sparsity"] == 0.5
+    dense, pruned = (llmprune.load(p).state_dict() for p in (tiny_llama, tmp_path / "out"))
+    assert all(torch.equal(dense[n], pruned[n]) for n in dense if ".layers.0." in n)
+
+
+def test_overrides_reach_every_field():
+    built = recipes.load("dsnot", {"pruner": "sparsegpt", "pruner.damp": 0.1, "seed": 3, "calibration.samples": 5, "refiner.share": 0.5})
+    assert built.pruner.options["damp"] == 0.1 and built.seed == 3 and built.calibration.samples == 5
+    assert built.refiner.options["share"] == 0.5
+    assert recipes.load("dsnot", {"refiner": "none"}).refiner is None
+    with pytest.raises(ValueError, match="refiner needs a name"):
+        recipes.load("wanda", {"refiner.max_cycles": 3})
+    assert recipes.load("dsnot-paper", {"refiner": "dsnot"}).refiner.options["walk_on"] is True, "the same name keeps its options"
+
+
+def test_a_pattern_implies_its_sparsity():
+    assert recipes.load("wanda", {"pattern": "2:4"}).sparsity == 0.5
+    assert recipes.load("wanda", {"pattern": "1:4"}).sparsity == 0.75
+    assert recipes.load("wanda").sparsity == recipes.DEFAULT_SPARSITY
+
+
+def test_one_seed_one_result(tiny_llama, tmp_path):
+    outputs = []
+    for number, seed in enumerate((0, 0, 1)):
+        options = {"samples": 4, "seqlen": 32, "seed": seed, "output": tmp_path / str(number)}
+        llmprune.prune(tiny_llama, recipe="dsnot", pruner="random", sparsity=0.5, **options)
+        outputs.append((tmp_path / str(number) / "masks.safetensors").read_bytes())
+    assert outputs[0] == outputs[1] != outputs[2]
