@@ -76,11 +76,6 @@ class DryRun:
     output: Path
 
 
-def build_recipe(recipe: str, overrides: Mapping[str, Any]) -> Recipe:
-    """A recipe with overrides; those that are None leave the recipe's value."""
-    return recipes.load(recipe, {k: v for k, v in overrides.items() if v is not None})
-
-
 def prune(
     model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str = recipes.DEFAULT, sparsity: float | None = None,
     pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, allocator: str | None = None,
@@ -107,16 +102,20 @@ def prune(
         ValueError: bad input, in one line, before any long work.
     """
     reporter = reporter or Silent()
+    if isinstance(calibration, os.PathLike):
+        calibration = os.fspath(calibration)
+    if calibration is not None and not isinstance(calibration, (str, Iterable)):
+        raise ValueError(f"calibration must be a SOURCE, an iterable of strings or int64 tokens [N, T], got {type(calibration).__name__}")
     source = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
     overrides = {
         "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "allocator": allocator,
         "calibration.source": source, "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
     }  # fmt: skip
-    chosen = build_recipe(recipe, {**overrides, **(settings or {})})
+    chosen = recipes.load(recipe, {**{k: v for k, v in overrides.items() if v is not None}, **(settings or {})})
     opened = open_model(model, tokenizer=tokenizer, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    target = Path(output) if output is not None else default_output(opened, chosen)
+    target = Path(output) if output is not None else default_output(opened, chosen, recipes.load(recipe))
     if not dry_run:
-        check_output(target, overwrite)
+        check_output(target, overwrite, opened.located.folder if opened.located else None)
     if evaluation is not None:
         evaluation = evaluation.prepare(opened)
     rows = build_calibration(opened, chosen, calibration)
@@ -135,7 +134,12 @@ def prune(
     if evaluation is None or dense is None:
         return result
     pruned = open_model(result.output, device=device, dtype=dtype, tokenizer=opened.tokenizer, trust_remote_code=trust_remote_code)
-    record = add_scores(result.record, dense, score(pruned, evaluation, "pruned", reporter))
+    try:
+        record = add_scores(result.record, dense, score(pruned, evaluation, "pruned", reporter))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{result.output} is pruned and saved but not scored; score it with llmprune eval {result.output}"
+        ) from None
     report.write(result.output, record)
     return Result(result.output, record)
 
@@ -166,17 +170,13 @@ def _resolved(recipe: Recipe, rows: CalibrationSet) -> Recipe:
     return dataclasses.replace(recipe, calibration=recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t))
 
 
-def default_output(model: Model, recipe: Recipe) -> Path:
-    """A folder named after model, recipe and sparsity in the current directory."""
+def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
+    """A folder named after model, recipe (and what was exchanged in it: `own` is the recipe's file) and sparsity."""
     amount = recipe.pattern.replace(":", "to") if ":" in recipe.pattern else f"{recipe.sparsity:g}"
-    parts = (
-        model.label.rpartition("/")[2],
-        recipe.name,
-        recipe.pruner.name if recipe.pruner.name not in recipe.name else "",
-        amount,
-    )
-    # "dsnot" already says Wanda, its default; another pruner under that recipe is named.
-    return Path("-".join(p for p in parts if p and not (p == "wanda" and recipe.name.startswith("dsnot"))))
+    exchanged = [recipe.pruner.name] if recipe.pruner.name != own.pruner.name else []
+    if (recipe.refiner and recipe.refiner.name) != (own.refiner and own.refiner.name):
+        exchanged.append(recipe.refiner.name if recipe.refiner else "unrefined")
+    return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount]))
 
 
 def _prune(
@@ -246,7 +246,7 @@ def evaluate(
 
 def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Recount zeros and N:M groups from disk, per matrix and overall; says whether a record beside them agrees."""
-    located = locate(str(path), revision)
+    located = locate(str(path), revision, trust_remote_code)
     source = Checkpoint(located.folder)
     skeleton = Skeleton(read_config(located.folder, trust_remote_code), source, torch.float32, torch.device("cpu"), trust_remote_code)
     targets = [t for name, block in skeleton.blocks.items() for t in find_targets(name, block)]

@@ -62,6 +62,10 @@ def _scoring(
 def _computing(
     device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, _option("Of forward passes: auto, float32, bfloat16, float16.")] = "auto",
+) -> None: ...
+
+
+def _origin(
     revision: Annotated[str | None, _option("Hub revision of the model.")] = None,
     trust_remote_code: Annotated[bool, _option("Run Python code that comes with the checkpoint.", "--trust-remote-code")] = False,
 ) -> None: ...
@@ -100,8 +104,9 @@ def _command(*groups: Callable[..., None]) -> Callable[[Callable[..., Any]], Cal
 def _guarded(work: Callable[[], Any]) -> None:
     try:
         work()
-    except KeyboardInterrupt:
-        print("interrupted; nothing was changed in the output folder, run the same command again", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        unchanged = "nothing was changed in the output folder, run the same command again"
+        print(f"llmprune: interrupted; {str(interrupt) or unchanged}", file=sys.stderr)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
         if _debug:
@@ -111,10 +116,18 @@ def _guarded(work: Callable[[], Any]) -> None:
         raise typer.Exit(1) from None
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from llmprune import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _program(
     debug: Annotated[bool, _option("Show tracebacks.", "--debug")] = False,
-    version: Annotated[bool, _option("Print the version.", "--version", is_eager=True)] = False,
+    version: Annotated[bool, _option("Print the version.", "--version", is_eager=True, callback=_show_version)] = False,
 ) -> None:
     """Prune a pretrained language model after training, score it, and save it where others can load it.
 
@@ -122,11 +135,6 @@ def _program(
     """
     global _debug
     _debug = debug
-    if version:
-        from llmprune import __version__
-
-        print(__version__)
-        raise typer.Exit
 
 
 def _console(as_json: bool, quiet: bool) -> Console:
@@ -183,19 +191,19 @@ def _names(text: str | None) -> list[str]:
 _Model = Annotated[str, typer.Argument(help="demo, an alias, a hub id, or a local folder.", show_default=False)]
 
 
-@_command(_pruning, _scoring, _computing, _output)
+@_command(_pruning, _scoring, _computing, _origin, _output)
 def run(model: _Model, **options: Any) -> None:
     """Prune, save, evaluate dense and pruned, write the report: the main job."""
     _prune_command(True, model, **options)
 
 
-@_command(_pruning, _computing, _output)
+@_command(_pruning, _computing, _origin, _output)
 def prune(model: _Model, **options: Any) -> None:
     """Prune and save, without evaluation."""
     _prune_command(False, model, tasks=None, **options)
 
 
-@_command(_scoring, _computing, _output)
+@_command(_scoring, _computing, _origin, _output)
 def eval(path: _Model, as_json: bool, quiet: bool, tasks: str | None, perplexity: list[str] | None, **options: Any) -> None:
     """Score any checkpoint: perplexity and zero-shot tasks."""
     from llmprune import api, screen
@@ -210,12 +218,12 @@ def eval(path: _Model, as_json: bool, quiet: bool, tasks: str | None, perplexity
         print(json.dumps(scores))
 
 
-@_command(_output)
-def inspect(path: _Model, as_json: bool, quiet: bool) -> None:
+@_command(_origin, _output)
+def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Recount zeros and patterns from disk, per matrix and overall."""
     from llmprune import api, screen
 
-    counts = api.inspect(path)
+    counts = api.inspect(path, **options)
     screen.print_counts(_console(as_json, quiet), counts)
     if as_json:
         print(json.dumps(counts))

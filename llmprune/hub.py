@@ -59,6 +59,11 @@ def locate(model: str, revision: str | None = None, code: bool = False) -> Locat
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
         raise ValueError(f"no such folder: {model} (and it is not a hub id of the form owner/name)")
     folder = download(repository, revision, code)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{repository} has no safetensors; if it has a pickle (.bin), which llmprune never opens, and you trust it, convert it: "
+            "AutoModelForCausalLM.from_pretrained(ID).save_pretrained(NEW_FOLDER)"
+        )
     return Located(folder, repository, folder.name, True)
 
 
@@ -85,6 +90,8 @@ def download(repository: str, revision: str | None, code: bool) -> Path:
     except RepositoryNotFoundError:
         raise ValueError(f"no folder and no hub repository {repository!r} (or it is private: log in with `hf auth login`)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise ValueError(f"the hub refuses {repository}: log in with `hf auth login` or set a valid HF_TOKEN") from None
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
             f"cannot download {repository} ({type(error).__name__}: {line}); without network, use a local folder or demo"

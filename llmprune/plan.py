@@ -76,24 +76,30 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples:
     matrices = {}
     for target in pruned:
         rule = rules[target.name]
-        pattern = recipe.pattern_for(rule)
-        if target.shape[1] % pattern.width:
-            raise ValueError(
-                f"{target.name} has in_features {target.shape[1]}, not divisible by {pattern.width} as pattern {pattern} requires; "
-                f"add a rule for it: {{match: '{target.name}', skip: true}}"
-            )
         if source.tensors[skeleton.stored[target.weight_name]].dtype is None:
             raise ValueError(
                 f"{target.weight_name} is stored in an integer or 8-bit type; prune the original checkpoint, not a quantised one"
             )
         reason = f"rule {rule.match!r}" if rule and (target.name in fixed or rule.pattern) else recipe.allocator.name
         sparsity = fixed.get(target.name, allocated.get(target.name, recipe.sparsity))
-        matrices[target.name] = MatrixPlan(target.name, target.shape, pattern, sparsity, reason)
+        matrices[target.name] = MatrixPlan(target.name, target.shape, recipe.pattern_for(rule), sparsity, reason)
+    _check_widths(list(matrices.values()))
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
     skipped = tuple(t.name for t in targets if t.name not in matrices)
     memory = predict_memory(recipe, skeleton, source, matrices, samples, length)
     return Plan(matrices, skipped, samples, length, memory, predict_disk(source, matrices))
+
+
+def _check_widths(matrices: list[MatrixPlan]) -> None:
+    uneven = [m for m in matrices if m.shape[1] % m.pattern.width]
+    if uneven:
+        first = uneven[0]
+        others = f" (and {len(uneven) - 1} more of {len(matrices)} matrices)" if len(uneven) > 1 else ""
+        raise ValueError(
+            f"{first.name}{others} has in_features {first.shape[1]}, not divisible by {first.pattern.width} as pattern {first.pattern} "
+            f"requires; choose another M, or add rules to the recipe such as {{match: '*.{first.name.rpartition('.')[2]}', skip: true}}"
+        )
 
 
 def predict_disk(source: WeightSource, matrices: Mapping[str, MatrixPlan]) -> int:

@@ -117,6 +117,8 @@ def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Rec
         raise registry.nearest("recipe", name, shipped_names("recipes"))
     values = copy.deepcopy(values)
     for key, value in (overrides or {}).items():
+        if key == "name":
+            raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {value!r} instead of setting it")
         _override(values, key, value)
     return from_dict({**values, "name": label})
 
@@ -225,7 +227,7 @@ def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
 def _check(recipe: Recipe) -> None:
     if recipe.scope is not None:
         patterns.parse("unstructured", recipe.scope)
-    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
+    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0, got {recipe.seed!r}")
     spec = recipe.calibration
     _typed("calibration.source", spec.source, str)

@@ -69,7 +69,7 @@ tags: [pruned, sparse, llmprune]
 
 # {title}, {totals["sparsity"]:.1%} sparse
 
-{model["source"]} pruned after training, without retraining, by [llmprune](https://pypi.org/project/llmprune/): {method_of(record)}.
+{model["source"]} pruned after training, without retraining, by llmprune: {method_of(record)}.
 {totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero.
 Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibration["source"]}.
 

@@ -65,7 +65,7 @@ class Terminal:
             ),
             ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {calibration.source}"),
             ("device", f"{describe(model.skeleton.device)}, {str(model.skeleton.dtype).removeprefix('torch.')}"),
-            ("memory", f"about {gigabytes(plan.memory)} at the peak"),
+            ("memory", f"about {gigabytes(plan.memory)} at the peak of pruning"),
             ("disk", f"{gigabytes(plan.disk)} in {output}"),
         ):
             table.add_row(*row)
@@ -90,7 +90,8 @@ class Terminal:
 
     def close(self) -> None:
         """Stop drawing."""
-        self._progress.stop()
+        if self._task is not None:
+            self._progress.stop()  # one that never started would still print an empty line
 
 
 def print_matrices(console: Console, plan: Plan) -> None:

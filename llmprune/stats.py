@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmprune.contracts import InputStats, Need
 
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 1024
 
 
 def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:

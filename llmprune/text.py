@@ -127,6 +127,9 @@ def hub_documents(source: str, evaluation: bool, seed: int = 0) -> Iterator[str]
     way_out = "use built-in text (builtin) or a file (.txt, .jsonl, .parquet)"
     try:
         from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        HfApi().dataset_info(text.dataset, timeout=10)  # without network this fails at once, where datasets would retry for long
 
         data = load_dataset(text.dataset, text.config, split=split, data_files={split: file} if file else None, streaming=True)
         rows = iter(data if evaluation else data.shuffle(seed=seed, buffer_size=1000))

@@ -40,9 +40,10 @@ def pack(documents: Iterable[str], tokenizer: Any, samples: int, length: int, se
     if not tokens:
         raise ValueError(f"calibration source {source!r} holds no text; name another with --calibration")
     if available < samples:
+        fewer = f", fewer rows (--samples {available})" if available else ""
         raise ValueError(
             f"calibration source {source!r} holds {len(tokens)} tokens, {available} rows of {length}, and {samples} are wanted; "
-            f"give more text, fewer rows (--samples {max(1, available)}) or shorter ones (--seqlen)"
+            f"give more text{fewer} or shorter rows (--seqlen)"
         )
     rows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(available, length)
     if not finite:

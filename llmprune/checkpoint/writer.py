@@ -24,8 +24,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, output: Path, shards: int, overwrite: bool) -> None:
-        self.output, self.shards, self._overwrite = output, shards, overwrite
         check_output(output, overwrite)
+        output = output.resolve()  # through links, and "." gets a name
+        self.output, self.shards, self._whole = output, shards, False
         self.folder = output.with_name(f".{output.name}.partial")
         if self.folder.exists():
             shutil.rmtree(self.folder)  # left by a run that died: never complete, never loadable
@@ -38,6 +39,9 @@ class CheckpointWriter:
         name = f"model-{number:05d}-of-{self.shards:05d}.safetensors"
         temporary = self.folder / f"{name}.tmp"
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
         os.replace(temporary, self.folder / name)
         self._weight_map |= dict.fromkeys(tensors, name)
         self._bytes += sum(t.nbytes for t in tensors.values())
@@ -59,22 +63,47 @@ class CheckpointWriter:
         old = self.output.with_name(f".{self.output.name}.replaced")
         if old.exists():
             shutil.rmtree(old)
-        if self.output.exists():
-            os.replace(self.output, old)
-        os.replace(self.folder, self.output)
+        try:
+            if self.output.exists():
+                os.replace(self.output, old)
+        except OSError as error:  # a mount point, for one, cannot be renamed
+            raise self._not_moved(error) from error
+        try:
+            os.replace(self.folder, self.output)
+        except OSError as error:
+            if old.exists():
+                os.replace(old, self.output)
+            raise self._not_moved(error) from error
         if old.exists():
             shutil.rmtree(old)
 
+    def _not_moved(self, error: OSError) -> RuntimeError:
+        self._whole = True
+        return RuntimeError(f"the finished checkpoint cannot be moved to {self.output} ({error.strerror}); it lies whole in {self.folder}")
+
     def discard(self) -> None:
-        """Remove what an unfinished run wrote."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what an unfinished run wrote; a whole checkpoint that only could not be moved stays."""
+        if not self._whole:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise `ValueError` where the output cannot be used: a file, or a folder that is not empty and may not be replaced."""
+def check_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raise `ValueError` where the output cannot be used.
+
+    That is a file, a folder that is not empty and may not be replaced, or one whose replacement would take the model, the working
+    directory or the user's home with it.
+    """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    above = next(p for p in (output, *output.resolve().parents) if p.exists())
+    if not above.is_dir():
+        raise ValueError(f"output {output} cannot be made: {above} is a file; choose another --output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    for kept, what in ((source, "the source model"), (Path.cwd(), "the working directory"), (Path.home(), "the home folder")):
+        if kept is not None and output.resolve() in (kept.resolve(), *kept.resolve().parents):
+            raise ValueError(f"output folder {output} holds {what}, which is never replaced; choose another with --output")
+    if not overwrite:
         raise ValueError(f"output folder {output} is not empty; choose another with --output or replace it with --overwrite")
 
 

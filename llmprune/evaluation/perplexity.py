@@ -51,7 +51,10 @@ def perplexity(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None] 
     with exact_matmul():
         for part in rows.split(chunk):
             losses += _window_losses(skeleton, part, block_done)
-    return math.exp(sum(losses) / len(losses))
+    mean = sum(losses) / len(losses)
+    if not mean < 700:
+        raise ValueError(f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype overflows")
+    return math.exp(mean)
 
 
 @torch.no_grad()

@@ -54,6 +54,9 @@ class EvaluationSpec:
                 f"evaluation window {window} is over the model's limit of {model.limit}; use --eval-seqlen {model.limit} or less"
             )
         loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data) if spec.tasks else None
+        names = [_name(t) for t in spec.perplexity]
+        if len(set(names)) < len(names):
+            raise ValueError(f"texts to score need different file names, got {', '.join(names)}; rename one")
         rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, t) for t in spec.perplexity}
         return dataclasses.replace(spec, rows=rows, loaded=loaded)
 
@@ -128,5 +131,7 @@ def _whole(model: Model) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert model.located is not None
-    loaded = AutoModelForCausalLM.from_pretrained(model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
+    )
     return loaded.to(model.skeleton.device).eval()

@@ -43,7 +43,10 @@ def load_tasks(tasks: Sequence[str], include: Path | None, data: Path | None) ->
             return manager.load(list(tasks))
         except Exception as error:  # the hub, dataset formats and task files raise what they like
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ValueError(f"cannot load the data of {', '.join(tasks)} ({type(error).__name__}: {line})") from error
+            raise ValueError(
+                f"cannot load the data of {', '.join(tasks)} ({type(error).__name__}: {line}); "
+                "without network, use --suite demo, or local task files with --include-tasks"
+            ) from error
 
 
 def _close(task: str, names: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ class Model:
     skeleton: Skeleton
     tokenizer: Any
     instance: Any = None
+    trust_remote_code: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -63,7 +64,8 @@ def open_model(
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
-    return Model(located, located.label, source, skeleton, tokenizer or _tokenizer(located.folder, trust_remote_code))
+    tokenizer = tokenizer or _tokenizer(located.folder, trust_remote_code)
+    return Model(located, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -1,0 +1,146 @@
+"""Shared fixtures: tiny checkpoints, a quiet environment without network, the program as a subprocess."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOWHERE = "http://127.0.0.1:9"  # a closed port: hub calls fail at once and never leave this machine
+ENVIRONMENT = {
+    "HF_ENDPOINT": NOWHERE,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+UNSET = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_TOKEN_PATH",
+)
+
+# huggingface_hub reads its variables when it is imported, so they are set before any test module is.
+_HOME = Path(tempfile.mkdtemp(prefix="llmprune-tests-"))
+os.environ.update(ENVIRONMENT, HF_HOME=str(_HOME / "hf"), LLMPRUNE_CACHE=str(_HOME / "cache"))
+for _name in UNSET:
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_sessionfinish(session, exitstatus):
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    """Every test has empty caches of its own and cannot reach the network through the hub."""
+    home = tmp_path_factory.mktemp("home")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    for name in UNSET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(home / "cache"))
+    monkeypatch.setenv("HF_HOME", str(home / "hf"))
+    return home
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory):
+    """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary. Treat the folders as read-only."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(*, dtype=torch.float32, tied=False, sharded=False, layers=2, tokenizer=True, seed=0, **config) -> Path:
+        key = (dtype, tied, sharded, layers, tokenizer, seed, *sorted(config.items()))
+        if key not in made:
+            folder = made[key] = tmp_path_factory.mktemp("models") / "tiny-llama"
+            _save_llama(folder, dtype, tied, sharded, layers, seed, config)
+            if tokenizer:
+                for file in (ROOT / "llmprune" / "demo" / "model").glob("tokenizer*"):
+                    shutil.copyfile(file, folder / file.name)
+        return made[key]
+
+    return make
+
+
+def _save_llama(folder, dtype, tied, sharded, layers, seed, config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = {
+        "vocab_size": 2048,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**values, **config})).to(dtype)
+    torch.set_rng_state(state)
+    model.save_pretrained(folder, max_shard_size="120KB" if sharded else "1GB")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_llama):
+    """A tiny random Llama checkpoint: float32, one file, untied, two blocks."""
+    return make_llama()
+
+
+@pytest.fixture
+def llama_copy(tiny_llama, tmp_path):
+    """A copy of the tiny Llama that a test may damage."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def sharded_copy(make_llama, tmp_path):
+    """A copy of a sharded tiny Llama that a test may damage."""
+    return Path(shutil.copytree(make_llama(sharded=True), tmp_path / "sharded"))
+
+
+@pytest.fixture(scope="session")
+def calibration_tokens():
+    """Calibration rows int64 [8, 32]."""
+    return torch.randint(0, 2048, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference models, masks and data beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: the reference models and masks are not here")
+    return folder
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """The program as a subprocess in the test's own folder."""
+
+    def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "llmprune", *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return call
