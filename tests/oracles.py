@@ -297,10 +297,12 @@ def dsnot_safe(
     max_cycles: int = 50,
     threshold: float = 0.1,
     power: float = 1.0,
+    margin: float = 0.0,
 ) -> np.ndarray:
-    """DSnoT (arXiv 2310.08915) stopped per row at the cycle, 0 included, with the least squared output error on sample [S, C].
+    """DSnoT (arXiv 2310.08915) stopped per row at the cycle with the least output error on sample [S, C]; cycle 0 unless below 1 - margin.
 
-    The error of a row is ||sample @ (w * pruned)||^2, computed anew for every recorded mask; the first of equals wins.
+    The error e = sample @ (w * pruned) is computed anew for every recorded mask; what counts is the larger of ||e||^2 and
+    ||e - mean(e)||^2, each over its value for the first mask; the first of equals wins.
     """
     w, x = _f64(weight), _f64(sample)
     histories = _dsnot_histories(
@@ -308,8 +310,12 @@ def dsnot_safe(
     )
     best = []
     for i, masks in enumerate(histories):
-        errors = [float(np.sum((x @ np.where(mask, 0.0, w[i])) ** 2)) for mask in masks]
-        best.append(masks[errors.index(min(errors))])
+        outputs = [x @ np.where(mask, 0.0, w[i]) for mask in masks]
+        raw = [float(np.sum(e**2)) for e in outputs]
+        spread = [float(np.sum((e - e.mean()) ** 2)) for e in outputs]
+        worse = [max(a / raw[0], b / spread[0]) for a, b in zip(raw, spread, strict=True)]
+        lowest = min(range(len(masks)), key=lambda cycle: worse[cycle])
+        best.append(masks[lowest if worse[lowest] < 1 - margin else 0])
     return np.stack(best)
 
 

@@ -145,15 +145,26 @@ def test_dsnot_n_m_equals_the_oracle(nm):
     assert np.array_equal(got, oracles.dsnot(task.weight, keep, stats.mean, stats.within_variance, wanda, 20, nm, wanda))
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.15])
 @pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4)], ids=str)
-def test_verified_dsnot_equals_the_oracle_and_never_raises_the_sampled_error(pattern):
+def test_verified_dsnot_equals_the_oracle_and_never_raises_the_sampled_error(pattern, margin):
     task = job(pattern, 0.5, rows=60, columns=64)
     keep, wanda = start_of(task)
     stats = task.stats
-    got = refined(task, keep, wanda, share=1.0, max_cycles=9)
+    got = refined(task, keep, wanda, share=1.0, max_cycles=9, margin=margin)
     nm = (2, 4) if isinstance(pattern, NM) else None
     wanted = oracles.dsnot_safe(
-        task.weight, keep, stats.mean, stats.within_variance, wanda, 20, stats.sample, nm, wanda if nm else None, max_cycles=9
+        task.weight,
+        keep,
+        stats.mean,
+        stats.within_variance,
+        wanda,
+        20,
+        stats.sample,
+        nm,
+        wanda if nm else None,
+        max_cycles=9,
+        margin=margin,
     )
     assert (got != wanted).sum() <= 2  # two masks of a row may tie within rounding
     before, after = (((task.weight * ~m) @ stats.sample.T).square().sum(1) for m in (keep, torch.from_numpy(got)))

@@ -37,8 +37,8 @@ class DSnoT(Step):
 
     The expected error of a row is `sum_j (W_ij - W'_ij) * mean_j * L` over its inputs, L tokens per sequence; for a mask alone that is
     the paper's sum over pruned weights, and after a pruner that moved the kept weights (SparseGPT) it counts their change too.
-    With `verified`, each row takes only as many cycles (possibly none) as minimise its actual squared output error on a sample of the
-    calibration inputs, so that error never rises. Without it this is the published algorithm.
+    With `verified`, each row takes only as many cycles (possibly none) as best lower its actual output error on a sample of the
+    calibration inputs, and none unless they lower it by `margin`; that error never rises. Without it this is the published algorithm.
     """
 
     changes = "mask"
@@ -48,6 +48,7 @@ class DSnoT(Step):
         """`max_cycles`: swaps per row at most; `share`: the same as a share of the inputs (the paper's 50 of 4096 by default).
 
         `threshold`: stop at this expected error, in per-sequence units; `power`: exponent of the variance when growing;
+        `margin`: the least share by which swaps must lower a row's sampled error (and its spread) to be taken;
         `variance`: `within` sequences (as the published code) or `total`; `walk_on`: a row with no kept weight of the needed sign left
         goes on with those of the other sign, highest score first, as the published code does (else it stops).
         """
@@ -58,6 +59,7 @@ class DSnoT(Step):
         power: float = 1.0
         variance: str = "within"
         verified: bool = True
+        margin: float = 0.15
         walk_on: bool = False
 
         def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class DSnoT(Step):
                 raise ValueError(f"max_cycles must be at least 1, got {self.max_cycles}")
             if not 0 < self.share <= 1:
                 raise ValueError(f"share must be in (0, 1], got {self.share}")
+            if not 0 <= self.margin < 1:
+                raise ValueError(f"margin must be in [0, 1), got {self.margin}")
             if self.threshold < 0:
                 raise ValueError(f"threshold must not be negative, got {self.threshold}")
             if self.variance not in ("within", "total"):
@@ -102,7 +106,7 @@ class DSnoT(Step):
         )
         expected = torch.cat([(part.dense - part.weight) @ shift for part in rows.slices()])
         first_sign, active = expected.sign(), torch.ones_like(expected, dtype=torch.bool)
-        errors = _SampledErrors(rows, job.stats.sample) if self.config.verified else None
+        errors = _SampledErrors(rows, job.stats.sample, self.config.margin) if self.config.verified else None
         swaps = []
         for _ in range(cycles):
             active &= expected.abs() > self.config.threshold
@@ -229,21 +233,32 @@ class _GroupCandidates:
 
 
 class _SampledErrors:
-    """Follows each row's output error [R, S] on sampled inputs through the swaps: two columns per cycle."""
+    """Follows each row's output error [R, S] on sampled inputs through the swaps: two columns per cycle.
 
-    def __init__(self, rows: _Rows, sample: Tensor) -> None:
+    What is lowered is the worse of two ratios to the first mask's: of the squared error, and of its spread around its own mean. DSnoT
+    aims at the mean alone, and a mask that mends the mean by widening the spread costs perplexity.
+    """
+
+    def __init__(self, rows: _Rows, sample: Tensor, margin: float) -> None:
         self._rows, self._inputs = rows, sample.T.contiguous()
         self._error = (rows.dense - rows.weight) @ self._inputs
-        self._lowest = self._error.square().sum(dim=1)
+        self._first = self._squares().clamp_min(torch.finfo(torch.float32).tiny)
+        self._lowest = torch.full_like(self._first[0], 1 - margin)
         self._cycle = 0
         self.best_cycle = torch.zeros(len(self._error), dtype=torch.int64, device=sample.device)
 
+    def _squares(self) -> Tensor:
+        """Squared error and squared spread of each row, [2, R]."""
+        total, mean = self._error.square().sum(dim=1), self._error.mean(dim=1)
+        return torch.stack([total, (total - mean.square() * self._error.shape[1]).clamp_min(0)])
+
     def swap(self, grown: Tensor, dropped: Tensor, active: Tensor) -> None:
+        """Follow one cycle; a row that takes no part does not change."""
         lost = _pick(self._rows.weight, dropped) * active
         won = _pick(self._rows.dense, grown) * active
         self._error += lost[:, None] * self._inputs[dropped] - won[:, None] * self._inputs[grown]
         self._cycle += 1
-        now = self._error.square().sum(dim=1)
+        now = (self._squares() / self._first).amax(dim=0)
         better = now < self._lowest
         self._lowest = torch.where(better, now, self._lowest)
         self.best_cycle = torch.where(better, self._cycle, self.best_cycle)
