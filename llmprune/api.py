@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmprune import calibration as calibrations
+from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune import report, run
 from llmprune.checkpoint.reader import Checkpoint, check_finite, read_json
@@ -114,6 +115,7 @@ def prune(
     chosen = recipes.load(recipe, {**{k: v for k, v in overrides.items() if v is not None}, **(settings or {})})
     opened = open_model(model, tokenizer=tokenizer, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     target = Path(output) if output is not None else default_output(opened, chosen, recipes.load(recipe))
+    finished = target.resolve()  # a name such as "demo" is a folder here, not a model
     if not dry_run:
         check_output(target, overwrite, opened.located.folder if opened.located else None)
     if evaluation is not None:
@@ -133,14 +135,14 @@ def prune(
     result = _prune(opened, chosen, plan, rows, target, overwrite, trust_remote_code, reporter)
     if evaluation is None or dense is None:
         return result
-    pruned = open_model(result.output, device=device, dtype=dtype, tokenizer=opened.tokenizer, trust_remote_code=trust_remote_code)
+    pruned = open_model(finished, device=device, dtype=dtype, tokenizer=opened.tokenizer, trust_remote_code=trust_remote_code)
     try:
         record = add_scores(result.record, dense, score(pruned, evaluation, "pruned", reporter))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{result.output} is pruned and saved but not scored; score it with llmprune eval {result.output}"
         ) from None
-    report.write(result.output, record)
+    report.write(finished, record)
     return Result(result.output, record)
 
 
@@ -183,6 +185,7 @@ def _prune(
     model: Model, recipe: Recipe, plan: Plan, rows: CalibrationSet, output: Path, overwrite: bool, code: bool, reporter: Reporter
 ) -> Result:
     clock = run.Clock()
+    devices.reset_peak_device_memory(model.skeleton.device)
     skeleton = model.skeleton
     writer = CheckpointWriter(output, len(skeleton.blocks) + 1, overwrite)
     try:
@@ -203,13 +206,11 @@ def _prune(
 
 
 def _save_companions(model: Model, folder: Path) -> None:
-    config = model.instance.config.to_dict()
     model.instance.config.save_pretrained(folder)
     if getattr(model.instance, "generation_config", None) is not None:
         model.instance.generation_config.save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
-    assert "quantization_config" not in config
 
 
 def run_model(
@@ -275,16 +276,19 @@ def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
         claimed = {m["name"]: m["sparsity"] for m in record["matrices"]}
     except (KeyError, TypeError):
         raise ValueError("llmprune.json is not a record of this program; remove it or restore the original") from None
+    if claimed.keys() - {c.name for c in counts}:
+        return False
     return all(abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / (c.shape[0] * c.shape[1]) for c in counts)
 
 
-def load(path: str | os.PathLike[str], **options: Any) -> Any:
+def load(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:
     """A transformers model from a finished folder, weights in their stored dtype; `options` go to `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    located = locate(str(path))
+    located = locate(str(path), revision, trust_remote_code)
     Checkpoint(located.folder)  # refuses what is damaged or not safetensors
-    return AutoModelForCausalLM.from_pretrained(located.folder, **{"dtype": "auto", "use_safetensors": True, **options})
+    chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
+    return AutoModelForCausalLM.from_pretrained(located.folder, **chosen)
 
 
 def plan_summary(dry: DryRun) -> dict[str, Any]:

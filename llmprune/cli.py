@@ -41,7 +41,9 @@ def _pruning(
     samples: Annotated[int | None, _option("Calibration rows (128).")] = None,
     seqlen: Annotated[int | None, _option("Tokens per row (min(2048, the model's limit)).")] = None,
     seed: Annotated[int | None, _option("Seed of everything random (0).")] = None,
-    output: Annotated[Path | None, _option("Folder to write.")] = None,
+    output: Annotated[
+        Path | None, _option("Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.")
+    ] = None,
     overwrite: Annotated[bool, _option("Replace an output folder that is not empty, once the new one is complete.", "--overwrite")] = False,
     dry_run: Annotated[bool, _option("Print the plan with every matrix, then stop.", "--dry-run")] = False,
     settings: Annotated[list[str] | None, _option("Any recipe field: dotted.key=value. Repeatable.", "--set")] = None,
@@ -140,7 +142,7 @@ def _program(
 def _console(as_json: bool, quiet: bool) -> Console:
     stream = sys.stderr if as_json else sys.stdout
     # Into a file or a pipe, lines are not folded at 80 columns.
-    return Console(stderr=as_json, quiet=quiet, highlight=False, width=None if stream.isatty() else 140)
+    return Console(stderr=as_json, quiet=quiet, highlight=False, markup=False, width=None if stream.isatty() else 140)
 
 
 def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tuple[Console, Any]:
@@ -264,10 +266,10 @@ def models(as_json: bool, quiet: bool) -> None:
 
 def _print_lists(console: Console, found: dict[str, dict[str, dict[str, Any]]]) -> None:
     for title, entries in found.items():
-        console.print(f"[bold]{title}[/]")
+        console.print(title, style="bold")
         for name, entry in entries.items():
             options = ", ".join(f"{k}={v}" for k, v in entry.get("options", {}).items())
-            console.print(f"  {name:<14} {entry['summary']}" + (f"  [dim]({options})[/]" if options else ""), soft_wrap=True)
+            console.print(f"  {name:<14} {entry['summary']}" + (f"  ({options})" if options else ""), soft_wrap=True)
 
 
 def main() -> None:

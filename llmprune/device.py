@@ -61,9 +61,15 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process, in bytes."""
+    """Peak resident memory of this process since it started, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_device_memory(device: torch.device) -> None:
+    """Start counting the GPU's peak anew; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_device_memory(device: torch.device) -> int | None:

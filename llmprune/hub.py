@@ -46,9 +46,11 @@ def locate(model: str, revision: str | None = None, code: bool = False) -> Locat
     Raises:
         ValueError: an unknown name, no such folder, or a download that failed, each with the way out.
     """
+    path = Path(model).expanduser()
+    if revision is not None and (model == "demo" or path.is_dir()):
+        raise ValueError(f"{model} is not on the hub, so it has no revision {revision!r}; leave --revision out")
     if model == "demo":
         return Located(demo_folder(), "demo", None, False)
-    path = Path(model).expanduser()
     if path.is_dir():
         return Located(path, path.resolve().name, None, False)
     if path.is_file():

@@ -72,6 +72,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples:
     fixed = {t.name: s for t in pruned if (rule := rules[t.name]) and (s := rule_sparsity(recipe, rule)) is not None}
     sizes = {t.name: t.shape[0] * t.shape[1] for t in pruned if t.name not in fixed}
     allocator = recipe.build_allocator()
+    assert not allocator.needs, "a measuring pass comes with the first allocator that needs one"
     allocated = allocator.allocate({}, sizes, recipe.sparsity)
     matrices = {}
     for target in pruned:

@@ -96,7 +96,7 @@ class Recipe:
             if value[key]:
                 spec = value[key]
                 value[key] = {"name": spec["name"], "targets": list(spec["targets"]), **spec["options"]}
-        value["rules"] = [{k: v for k, v in rule.items() if v not in (None, False)} for rule in value["rules"]]
+        value["rules"] = [{k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]]
         return value
 
 
@@ -116,6 +116,8 @@ def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Rec
     else:
         raise registry.nearest("recipe", name, shipped_names("recipes"))
     values = copy.deepcopy(values)
+    if (overrides or {}).get("pattern") not in (None, "unstructured") and "sparsity" not in (overrides or {}):
+        values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
     for key, value in (overrides or {}).items():
         if key == "name":
             raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {value!r} instead of setting it")

@@ -45,7 +45,7 @@ def prune_blocks(
 ) -> list[Row]:  # fmt: skip
     """Prune every block into the writer's folder; returns one row per matrix. The model is never whole in memory."""
     pruner, refiner, needs = recipe.build_pruner(), recipe.build_refiner(), needs_of(recipe)
-    masks = MaskWriter(writer.folder / "masks.safetensors", {f"{n}.weight": m.shape for n, m in plan.matrices.items()})
+    masks = MaskWriter(writer.folder / "masks.safetensors", {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()})
     positions = sample_positions(plan.samples, plan.sequence_length, recipe.seed)
     inputs = BlockInputs(skeleton, calibration.tokens, skeleton.device)
     clock.lap("forward")
@@ -71,8 +71,8 @@ def prune_blocks(
                 )
                 shard[stored] = target.stored(weight)
                 target.assign(weight)
-                masks.append(target.weight_name, keep)
-                rows.append(row)
+                masks.append(stored, keep)
+                rows.append({"name": stored, **row})
         del stats
         clock.lap("prune")
         inputs.forward(number)
@@ -81,6 +81,7 @@ def prune_blocks(
         writer.shard(number + 1, shard)
         written |= set(shard)
         clock.lap("write")
+        del shard, targets
         block_done()
     masks.close()
     writer.shard(writer.shards, {n: source.load(n) for n in source.tensors if n not in written})
@@ -106,7 +107,6 @@ def prune_matrix(
         _check(job, pruned, step, before)
     final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
     row = {
-        "name": target.weight_name,
         "shape": list(plan.shape),
         "pattern": str(plan.pattern),
         "target_sparsity": plan.sparsity,

@@ -71,9 +71,7 @@ class Terminal:
             table.add_row(*row)
         self.console.print(table)
         if calibration.source == "builtin" and model.label != "demo":
-            self.console.print(
-                "calibration is Python's own library text; for an English model, [bold]--calibration c4[/] follows the papers"
-            )
+            self.console.print("calibration is Python's own library text; for an English model, --calibration c4 follows the papers")
         self.console.print()
 
     def stage(self, title: str, steps: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune import text
+from llmprune import __version__, text
 from llmprune.calibration.packing import pack
 from llmprune.calibration.tokens import check_tokens, read_tokens
 from llmprune.contracts import CalibrationSet
@@ -64,7 +64,7 @@ def build(
     if isinstance(source, str):
         name = Path(source).name if text.is_file(source) else source
         documents, finite = _documents(source, seed, samples * length)
-        key = (_identity(source), _fingerprint(tokenizer), samples, length, seed)
+        key = (__version__, _identity(source), _fingerprint(tokenizer), samples, length, seed)
         tokens = _cached(key, lambda: pack(documents, tokenizer, samples, length, seed, finite, name))
     else:
         name = "text in memory"

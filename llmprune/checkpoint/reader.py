@@ -52,7 +52,6 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file, wanted in self._listing().items():
@@ -96,13 +95,12 @@ class Checkpoint:
         if not path.is_file():
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing; download the checkpoint again")
         try:
-            handle = safe_open(path, framework="pt")
-            names = list(handle.keys())
-            slices = {name: handle.get_slice(name) for name in names}
-            infos = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            with safe_open(path, framework="pt") as handle:
+                names = list(handle.keys())
+                slices = {name: handle.get_slice(name) for name in names}
+                infos = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not safetensors ({error}); download the checkpoint again") from None
-        self._files[file] = handle
         for name, (shape, dtype) in infos.items():
             if name in self._where:
                 raise ValueError(f"tensor {name!r} stands in both {self._where[name]} and {file}; the checkpoint is inconsistent")
@@ -112,7 +110,9 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
-        return self._files[self._where[name]].get_tensor(name)  # type: ignore[no-any-return]
+        # Opened anew each time: a mapping kept open would hold every page ever read in memory.
+        with safe_open(self.folder / self._where[name], framework="pt") as handle:
+            return handle.get_tensor(name)  # type: ignore[no-any-return]
 
 
 class MemoryCheckpoint:

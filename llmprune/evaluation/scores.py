@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
@@ -126,8 +127,8 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any) -> Scor
 
 def _whole(model: Model) -> Any:
     """The whole model in memory, as lm-eval wants it."""
-    if model.instance is not None:
-        return model.instance
+    if model.instance is not None:  # a copy, so that both models are scored alike and the user's stays as it is
+        return copy.deepcopy(model.instance).to(model.skeleton.device, model.skeleton.dtype).eval()
     from transformers import AutoModelForCausalLM
 
     assert model.located is not None

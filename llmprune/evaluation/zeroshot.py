@@ -15,6 +15,7 @@ from llmprune.registry import nearest
 
 METRICS = ("acc", "acc_norm", "exact_match", "f1")
 BATCH = 16
+FEWSHOT_SEED = 1234
 
 
 def load_tasks(tasks: Sequence[str], include: Path | None, data: Path | None) -> Any:
@@ -63,6 +64,8 @@ def zero_shot(model: Any, tokenizer: Any, loaded: Any, limit: int | None) -> dic
 
     with _quiet():
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, device=str(model.device))
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples for the dense and the pruned model
         results = lm_eval.evaluate(harness, loaded, limit=limit, log_samples=False, bootstrap_iters=1000)
     assert results is not None
     return {task: _scores(results, task) for task in results["results"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Skeleton:
     """A causal language model without weights, and the checkpoint to fill it from, part by part.
 
     Attributes:
-        blocks: name -> module of the repeated blocks, found by structure: the longest list of modules of one class.
+        blocks: name -> module of the repeated blocks, found by structure: the list of modules of one class with the most weights.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Skeleton:
         self._source, self.dtype, self.device = source, dtype, device
         # Buffers stay real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+            # A copy: transformers writes the dtype into the config it is given.
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype)
         self.model.eval()
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner._buffers.items():
@@ -113,11 +115,11 @@ class Skeleton:
         """Fill parameters (or stored buffers) from the checkpoint, in the compute dtype, on the device."""
         for name in names:
             owner, leaf = self._owner(name)
-            tensor = self._source.load(self.stored[name]).to(self.device, self.dtype)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = tensor
+            tensor, buffer = self._source.load(self.stored[name]), owner._buffers.get(leaf)
+            if buffer is not None:
+                owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)  # never rounded
             else:
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[leaf] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
 
     def free(self, names: list[str]) -> None:
         """Give the memory of parameters back."""

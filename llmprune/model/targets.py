@@ -33,8 +33,8 @@ class Target:
         return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
 
     def assign(self, weight: Tensor) -> None:
-        """Put a weight [R, C] into the module, in the module's dtype."""
-        data = (weight.T if self.transposed else weight).to(self.module.weight.dtype).contiguous()  # type: ignore[arg-type]
+        """Put a weight [R, C] into the module, on its device and in its dtype."""
+        data = (weight.T if self.transposed else weight).to(self.module.weight.device, self.module.weight.dtype).contiguous()  # type: ignore[arg-type]
         self.module.weight = nn.Parameter(data, requires_grad=False)
 
     def stored(self, weight: Tensor) -> Tensor:
