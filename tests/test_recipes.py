@@ -82,3 +82,19 @@ def test_one_seed_one_result(tiny_llama, tmp_path):
         llmprune.prune(tiny_llama, recipe="dsnot", pruner="random", sparsity=0.5, **options)
         outputs.append((tmp_path / str(number) / "masks.safetensors").read_bytes())
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_a_rule_that_leaves_matrices_dense_is_recorded():
+    built = recipes.load("wanda", {"rules": [{"match": "*.down_proj", "sparsity": 0.0}]})
+    assert recipes.from_dict(built.as_dict()).rules[0].sparsity == 0.0
+
+
+def test_a_pattern_on_the_command_line_overrides_the_sparsity_of_a_recipe_file(tmp_path):
+    (tmp_path / "own.yaml").write_text("pruner: wanda\nsparsity: 0.6\n")
+    assert recipes.load(str(tmp_path / "own.yaml")).sparsity == 0.6
+    assert recipes.load(str(tmp_path / "own.yaml"), {"pattern": "2:4"}).sparsity == 0.5
+
+
+def test_an_exchanged_pruner_compares_in_its_own_scope():
+    for recipe, pruner, scope in (("magnitude", "wanda", "row"), ("wanda", "sparsegpt", "matrix"), ("dsnot-paper", "wanda", "row")):
+        assert recipes.load(recipe, {"pruner": pruner}).pattern_for(None).scope == scope

@@ -1,13 +1,28 @@
 """Block by block is the same as the whole model, bit for bit (float32, the same micro-batches)."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import llmprune
+from llmprune.checkpoint.masks import read_masks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
 from llmprune.model.activations import BlockInputs, micro_batch
@@ -131,10 +146,13 @@ def other_architectures():
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     opt = OPTForCausalLM(OPTConfig(**SIZES | {"num_hidden_layers": 2}, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0))
-    return {"gpt2": gpt2.eval(), "opt": opt.eval()}
+    # Their loops take the first item of what a block returns.
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=5, n_head=4))
+    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=96, n_embd=32, n_layer=5, n_head=4, n_positions=64, rotary_dim=4))
+    return {"gpt2": gpt2.eval(), "opt": opt.eval(), "bloom": bloom.eval(), "gptj": gptj.eval()}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gptj"])
 def test_other_architectures_stream_too(tmp_path, name):
     model = other_architectures()[name]
     folder = save(model, tmp_path / "in")
@@ -163,3 +181,25 @@ def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
     stats = {n.rpartition(".")[2]: s for n, s in collector.results().items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]
     assert len({id(s) for s in stats.values()}) == 4
+
+
+def test_a_half_precision_model_in_memory_keeps_its_config_and_dtype(tmp_path):
+    model = llama().to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    llmprune.prune(model, recipe="magnitude", calibration=TOKENS, output=tmp_path / "out")
+    assert model.config.dtype == torch.bfloat16
+    assert llmprune.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_names_are_those_of_the_checkpoint_even_without_the_base_prefix(tmp_path):
+    folder = save(llama(), tmp_path / "in")
+    tensors = {n.removeprefix("model."): t for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = llmprune.prune(folder, recipe="wanda", calibration=TOKENS, output=tmp_path / "out")
+    names = {m["name"] for m in result.record["matrices"]}
+    assert names == set(read_masks(tmp_path / "out/masks.safetensors")) and names < set(tensors)
+    assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
+    record = json.loads((tmp_path / "out/llmprune.json").read_text())
+    record["matrices"].append({"name": "no.such.weight", "sparsity": 0.5})
+    (tmp_path / "out/llmprune.json").write_text(json.dumps(record))
+    assert llmprune.inspect(tmp_path / "out")["record_agrees"] is False

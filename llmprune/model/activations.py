@@ -58,6 +58,7 @@ class BlockInputs:
         self._batch = micro_batch(tokens.shape[1], device)
         self._calls: dict[int, list[_Call]] = {}  # micro-batch size -> arguments per block
         self._hidden: Tensor | None = None
+        self._as_tuple = False  # what the model expects its blocks to return
         outer = [n for n in skeleton.outside_blocks() if not n.startswith(_head_name(skeleton))]
         skeleton.load(outer)
         self._embed()
@@ -70,23 +71,36 @@ class BlockInputs:
     @torch.no_grad()
     def _embed(self) -> None:
         for part in self.slices():
-            calls: list[_Call] = []
-
-            def record(number: int, hidden: Tensor, *args: Any, part: slice = part, calls: list[_Call] = calls, **kwargs: Any) -> Tensor:
-                if number == 0:
-                    self._store(part, hidden)
-                calls.append((args, kwargs))
-                if number == len(self._blocks) - 1:
-                    raise _Stop
-                return hidden
-
-            with _replaced(self._blocks, record):
-                try:
-                    self._skeleton.model(input_ids=self._tokens[part].to(self._device), use_cache=False)
-                except _Stop:
-                    pass
+            calls = self._record(part)
+            if calls is None:  # the model takes the first item of what a block returns
+                self._as_tuple = True
+                calls = self._record(part)
+            assert calls is not None
             # Arguments depend on the shape of the batch alone, so one record per size serves all.
-            self._calls.setdefault(part.stop - part.start, calls)
+            known = self._calls.setdefault(part.stop - part.start, calls)
+            if not _same(known[0], calls[0]):
+                raise ValueError("the blocks of this model get arguments that depend on the tokens; this architecture is not supported")
+
+    def _record(self, part: slice) -> list[_Call] | None:
+        """The arguments of every block for one micro-batch; None where the recorders' return value was not what the model expects."""
+        calls: list[_Call] = []
+        shapes = set()
+
+        def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            shapes.add(hidden.shape)
+            if number == 0:
+                self._store(part, hidden)
+            calls.append((args, kwargs))
+            if number == len(self._blocks) - 1 or len(shapes) > 1:
+                raise _Stop
+            return (hidden,) if self._as_tuple else hidden
+
+        with _replaced(self._blocks, record):
+            try:
+                self._skeleton.model(input_ids=self._tokens[part].to(self._device), use_cache=False)
+            except _Stop:
+                pass
+        return calls if len(shapes) == 1 else None
 
     def _store(self, part: slice, hidden: Tensor) -> None:
         if self._hidden is None:
@@ -116,14 +130,23 @@ class BlockInputs:
         self._skeleton.load(outer)
         for part in self.slices():
 
-            def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Tensor:
+            def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
                 assert self._hidden is not None
-                return self._hidden[part].to(self._device) if number == len(self._blocks) - 1 else hidden
+                hidden = self._hidden[part].to(self._device) if number == len(self._blocks) - 1 else hidden
+                return (hidden,) if self._as_tuple else hidden
 
             with _replaced(self._blocks, finish):
                 output = self._skeleton.model(input_ids=self._tokens[part].to(self._device), use_cache=False)
             yield part, output.logits
         self._skeleton.free(outer)
+
+
+def _same(a: _Call, b: _Call) -> bool:
+    """Whether two calls got equal tensors."""
+    from torch.utils._pytree import tree_leaves
+
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
 
 
 def _head_name(skeleton: Skeleton) -> str:
