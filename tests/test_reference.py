@@ -3,6 +3,7 @@
 The reference was computed in float32 throughout. Two facts of the published code are imposed where they matter, to show that nothing else
 differs: its unstructured SparseGPT prunes one weight too many per block of 128 columns (`scope: published`), and its N:M DSnoT prunes some
 weights of rows whose candidates ran out without growing others (those few rows are taken from the reference).
+Statistics are summed in float32 sequence by sequence, as that code does: rounding decides some swaps, and later blocks amplify them.
 `eval/bench/reference.py` prints the whole table, with the exact counts too.
 """
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune import run
+from llmprune import run, stats
 from llmprune.checkpoint.masks import read_masks, unpack
+from llmprune.contracts import InputStats, Need
 
 ALL = {"refiner.targets": ["*"]}
 PUBLISHED = {"scope": "published"}
@@ -32,8 +34,46 @@ MASKS = {
 PERPLEXITIES = {
     "magnitude-0.7": ("magnitude", {"sparsity": 0.7}, 0.01),
     "sparsegpt-0.7": ("sparsegpt", {"sparsity": 0.7, "settings": PUBLISHED}, 0.002),
+    "dsnot-attention-0.5": ("dsnot-paper", {"sparsity": 0.5}, 0.002),
+    "dsnot-all-0.7": ("dsnot-paper", {"sparsity": 0.7, "settings": ALL}, 0.002),
     "sparsegpt-2:4": ("sparsegpt", {"pattern": "2:4"}, 0.002),
 }
+
+
+class PublishedSums(stats.StatsSums):
+    """The published running means over sequences, in float32 and in that order of operations."""
+
+    def add(self, inputs, first):
+        super().add(inputs, first)
+        for number, x in enumerate(inputs.float(), first + 1):
+            if number == 1:
+                self.mean = self.squares = self.variance = torch.zeros(x.shape[1])
+                self.gram = torch.zeros(x.shape[1], x.shape[1])
+            shrink, columns = (number - 1) / number, x.t()
+            self.mean = self.mean * shrink + columns.sum(dim=1) / number
+            self.squares = self.squares * shrink + torch.norm(columns, p=2, dim=1) ** 2 / number
+            length = x.shape[0]
+            seen = (number - 1) * length
+            self.variance = (torch.var(columns, dim=1, unbiased=False) * length + self.variance * seen) / (length + seen)
+            if Need.GRAM in self.needs:
+                scaled = (2 / number) ** 0.5 * columns.clone()
+                self.gram = self.gram * shrink + scaled.matmul(scaled.t())
+
+    def result(self):
+        own, length = super().result(), self.tokens
+        published = {
+            Need.MEAN: self.mean / length,
+            Need.SECOND_MOMENT: self.squares,
+            Need.WITHIN_VARIANCE: self.variance,
+            Need.GRAM: self.gram,
+        }
+        values = {need: value for need, value in published.items() if need in own.needs}
+        return InputStats(own.count, length, values | ({Need.SAMPLE: own.sample} if Need.SAMPLE in own.needs else {}))
+
+
+@pytest.fixture(autouse=True)
+def published_sums(monkeypatch):
+    monkeypatch.setattr(stats, "StatsSums", PublishedSums)
 
 
 @pytest.fixture(scope="module")
