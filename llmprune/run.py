@@ -106,12 +106,13 @@ def prune_matrix(
         before, pruned = pruned, step.apply(job, pruned)
         _check(job, pruned, step, before)
     final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
+    zeros = int((final == 0).sum())
     row = {
         "shape": list(plan.shape),
         "pattern": str(plan.pattern),
         "target_sparsity": plan.sparsity,
-        "sparsity": int((final == 0).sum()) / final.numel(),
-        "zeros": int((final == 0).sum()),
+        "sparsity": zeros / final.numel(),
+        "zeros": zeros,
         "relative_error": relative_error(job.weight, final.float(), stats),
         "pruner": recipe.pruner.name,
         "steps": [recipe.refiner.name for _ in steps if recipe.refiner],

@@ -144,3 +144,19 @@ def cli(tmp_path):
         )
 
     return call
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd):
+    """The program in this process: (exit code, stdout, stderr)."""
+    from llmprune import cli
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call

@@ -66,18 +66,9 @@ def refused(tiny_llama, calibration_tokens, work):
 
 
 @pytest.fixture
-def typed(work, monkeypatch, capfd):
-    """The program in this process: (exit code, stdout, stderr)."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            program.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
+def typed(typed, work):
+    """Typed in the empty working folder."""
+    return typed
 
 
 def assert_one_line(done, said):

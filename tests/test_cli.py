@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 import llmprune
-from llmprune import cli as program
 from llmprune import hub, registry
 from llmprune.checkpoint.masks import read_masks
 from llmprune.data import shipped_names
@@ -43,19 +42,10 @@ MATRIX = {"name", "shape", "pattern", "target_sparsity", "sparsity", "relative_e
 
 
 @pytest.fixture
-def typed(tmp_path, monkeypatch, capfd):
-    """The program in this process: (exit code, stdout, stderr)."""
+def typed(typed, tmp_path, monkeypatch):
+    """Typed in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            program.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
+    return typed
 
 
 @pytest.fixture(scope="module")
