@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read by torch when it first allocates: large tensors in huge pages, which the system hands out many times faster.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "inspect", "load", "prune", "run_model"]

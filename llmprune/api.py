@@ -6,58 +6,26 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from llmprune import calibration as calibrations
-from llmprune import device as devices
+from llmprune import processes
 from llmprune import recipe as recipes
-from llmprune import report, run
-from llmprune.checkpoint.reader import Checkpoint, check_finite, read_json
-from llmprune.checkpoint.writer import CheckpointWriter, check_output, check_space
-from llmprune.contracts import CalibrationSet
+from llmprune.checkpoint.reader import Checkpoint, read_json
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
 from llmprune.hub import locate
 from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import find_targets
-from llmprune.plan import Plan, make_plan
+from llmprune.pipeline import Options, Production, Reporter, Silent, Source, planned
+from llmprune.plan import Plan
 from llmprune.recipe import Recipe
-from llmprune.record import add_scores, build_record, environment
+from llmprune.record import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Source = str | Tensor | Iterable[str]
-
-
-class Reporter(Protocol):
-    """Told what happens; the terminal's is in `screen.py`."""
-
-    def plan(self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path) -> None:
-        """The plan, before the work."""
-
-    def stage(self, title: str, steps: int) -> None:
-        """A stage of so many steps begins."""
-
-    def step(self) -> None:
-        """One step of the stage is done."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def plan(self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path) -> None:
-        """Nothing."""
-
-    def stage(self, title: str, steps: int) -> None:
-        """Nothing."""
-
-    def step(self) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,8 @@ def prune(
     pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, allocator: str | None = None,
     calibration: Source | None = None, samples: int | None = None, seqlen: int | None = None, seed: int | None = None,
     device: str = "auto", dtype: str = "auto", output: str | os.PathLike[str] | None = None, overwrite: bool = False,
-    settings: Mapping[str, Any] | None = None, tokenizer: Any = None, revision: str | None = None, trust_remote_code: bool = False,
+    resume: bool = False, restart: bool = False, offload: str = "auto", settings: Mapping[str, Any] | None = None,
+    tokenizer: Any = None, revision: str | None = None, trust_remote_code: bool = False,
     dry_run: bool = False, evaluation: EvaluationSpec | None = None, reporter: Reporter | None = None,
 ) -> Any:  # fmt: skip
     """Prune a model and save it; with `evaluation`, score it dense first and pruned afterwards.
@@ -94,6 +63,8 @@ def prune(
         calibration: any SOURCE, an iterable of strings, or int64 tokens [N, T]. samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
         overwrite: replace an output folder that is not empty, once the new one is complete.
+        resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
+        offload: where block inputs are kept: `ram`, `disk` (a file beside the output), or `auto` (RAM while the plan fits).
         dry_run: only plan.
 
     Returns:
@@ -102,74 +73,45 @@ def prune(
     Raises:
         ValueError: bad input, in one line, before any long work.
     """
-    reporter = reporter or Silent()
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
+    team = processes.current()
+    reporter = (reporter if team.first else None) or Silent()
+    chosen, own = _recipe(recipe, calibration, settings, **{
+        "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "allocator": allocator,
+        "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
+    })  # fmt: skip
+
+    def reopen(what: Any) -> Model:
+        known = None if what is model else opened.tokenizer
+        return open_model(what, tokenizer=known or tokenizer, revision=revision if what is model else None, device=device, dtype=dtype,
+                          trust_remote_code=trust_remote_code)  # fmt: skip
+
+    opened = team.in_turn(lambda: reopen(model))
+    target = Path(output) if output is not None else default_output(opened, chosen, own)
+    options = Options(target, overwrite, resume, restart, offload, trust_remote_code)
+    if dry_run:
+        planned_recipe, _, plan = planned(opened, chosen, calibration, options, team, reporter)
+        return DryRun(plan, planned_recipe, target)
+    production = Production(opened, options, team, reporter)
+    try:
+        record = production.make(chosen, calibration, evaluation, reopen)
+    except BaseException as error:
+        production.close(error)
+        raise
+    production.close(None)
+    return Result(target, record)
+
+
+def _recipe(
+    recipe: str, calibration: Source | None, settings: Mapping[str, Any] | None, **overrides: Any
+) -> tuple[Recipe, Recipe]:  # fmt: skip
+    """The recipe as asked for, and as its file has it."""
     if calibration is not None and not isinstance(calibration, (str, Iterable)):
         raise ValueError(f"calibration must be a SOURCE, an iterable of strings or int64 tokens [N, T], got {type(calibration).__name__}")
-    source = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
-    overrides = {
-        "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "allocator": allocator,
-        "calibration.source": source, "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
-    }  # fmt: skip
-    chosen = recipes.load(recipe, {**{k: v for k, v in overrides.items() if v is not None}, **(settings or {})})
-    opened = open_model(model, tokenizer=tokenizer, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    target = Path(output) if output is not None else default_output(opened, chosen, recipes.load(recipe))
-    finished = target.resolve()  # a name such as "demo" is a folder here, not a model
-    if not dry_run:
-        check_output(target, overwrite, opened.located.folder if opened.located else None)
-    if evaluation is not None:
-        evaluation = evaluation.prepare(opened)
-    rows = build_calibration(opened, chosen, calibration)
-    chosen = _resolved(chosen, rows)
-    plan = make_plan(chosen, opened.skeleton, opened.source, *rows.tokens.shape)
-    if not dry_run:
-        check_space(target, plan.disk)
-    reporter.plan(opened, chosen, plan, rows, target)
-    if dry_run:
-        return DryRun(plan, chosen, target)
-    reporter.stage("checking weights", 1)
-    check_finite(opened.source, list(opened.source.tensors))
-    reporter.step()
-    dense = score(opened, evaluation, "dense", reporter) if evaluation else None
-    result = _prune(opened, chosen, plan, rows, target, overwrite, trust_remote_code, reporter)
-    if evaluation is None or dense is None:
-        return result
-    pruned = open_model(finished, device=device, dtype=dtype, tokenizer=opened.tokenizer, trust_remote_code=trust_remote_code)
-    try:
-        record = add_scores(result.record, dense, score(pruned, evaluation, "pruned", reporter))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{result.output} is pruned and saved but not scored; score it with llmprune eval {result.output}"
-        ) from None
-    report.write(finished, record)
-    return Result(result.output, record)
-
-
-def build_calibration(model: Model, recipe: Recipe, given: Source | None) -> CalibrationSet:
-    """The calibration rows of a run: what was given, else the recipe's source (`auto`: c4 for hub models, else built-in text)."""
-    spec = recipe.calibration
-    source: Source = given if given is not None and not isinstance(given, str) else spec.source
-    if isinstance(source, str) and source == "auto":
-        source = "c4" if model.remote else "builtin"
-    vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
-    return calibrations.build(
-        source,
-        model.tokenizer,
-        samples=spec.samples,
-        length=spec.sequence_length,
-        limit=model.limit,
-        vocabulary=vocabulary,
-        seed=recipe.seed,
-    )
-
-
-def _resolved(recipe: Recipe, rows: CalibrationSet) -> Recipe:
-    """The recipe with its calibration as it turned out: what the record stores."""
-    import dataclasses
-
-    n, t = rows.tokens.shape
-    return dataclasses.replace(recipe, calibration=recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t))
+    overrides["calibration.source"] = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
+    given = {k: v for k, v in overrides.items() if v is not None}
+    return recipes.load(recipe, {**given, **(settings or {})}), recipes.load(recipe)
 
 
 def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
@@ -179,38 +121,6 @@ def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
     if (recipe.refiner and recipe.refiner.name) != (own.refiner and own.refiner.name):
         exchanged.append(recipe.refiner.name if recipe.refiner else "unrefined")
     return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount]))
-
-
-def _prune(
-    model: Model, recipe: Recipe, plan: Plan, rows: CalibrationSet, output: Path, overwrite: bool, code: bool, reporter: Reporter
-) -> Result:
-    clock = run.Clock()
-    devices.reset_peak_device_memory(model.skeleton.device)
-    skeleton = model.skeleton
-    writer = CheckpointWriter(output, len(skeleton.blocks) + 1, overwrite)
-    try:
-        reporter.stage("pruning blocks", len(skeleton.blocks))
-        matrices = run.prune_blocks(recipe, plan, skeleton, model.source, rows, writer, clock, reporter.step)
-        if model.located:
-            writer.copy_companions(model.located.folder, code)
-        else:
-            _save_companions(model, writer.folder)
-        writer.index()
-        record = build_record(model, recipe, rows, matrices, clock.seconds, writer)
-        report.write(writer.folder, record)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
-    return Result(output, record)
-
-
-def _save_companions(model: Model, folder: Path) -> None:
-    model.instance.config.save_pretrained(folder)
-    if getattr(model.instance, "generation_config", None) is not None:
-        model.instance.generation_config.save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
 
 
 def run_model(
@@ -234,14 +144,16 @@ def evaluate(
     Without texts, tasks or suite, the model's default suite: `quick` for a hub model, else `demo`, which needs no network.
     """
     spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
-    opened = open_model(path, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    scores = score(opened, spec.prepare(opened), "scoring", reporter or Silent())
+    team = processes.current()
+    reporter = (reporter if team.first else None) or Silent()
+    opened = team.in_turn(lambda: open_model(path, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    scores = score(opened, team.in_turn(lambda: spec.prepare(opened)), "scoring", reporter, team)
     return {
         "model": opened.label,
         "perplexity": scores.perplexity,
         "tasks": scores.tasks,
         "seconds": round(scores.seconds, 3),
-        "environment": environment(opened.skeleton.device, opened.skeleton.dtype),
+        "environment": environment(opened.skeleton.device, opened.skeleton.dtype, team.size),
     }
 
 

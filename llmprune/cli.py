@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import json
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +48,9 @@ def _pruning(
         Path | None, _option("Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.")
     ] = None,
     overwrite: Annotated[bool, _option("Replace an output folder that is not empty, once the new one is complete.", "--overwrite")] = False,
+    resume: Annotated[bool, _option("Go on where an earlier run into this output folder stopped.", "--resume")] = False,
+    restart: Annotated[bool, _option("Throw away what an unfinished run left, and begin anew.", "--restart")] = False,
+    offload: Annotated[str, _option("Where block inputs are kept: auto, ram or disk.")] = "auto",
     dry_run: Annotated[bool, _option("Print the plan with every matrix, then stop.", "--dry-run")] = False,
     settings: Annotated[list[str] | None, _option("Any recipe field: dotted.key=value. Repeatable.", "--set")] = None,
 ) -> None: ...
@@ -104,18 +110,54 @@ def _command(*groups: Callable[..., None]) -> Callable[[Callable[..., Any]], Cal
 
 
 def _guarded(work: Callable[[], Any]) -> None:
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         work()
     except KeyboardInterrupt as interrupt:
-        unchanged = "nothing was changed in the output folder, run the same command again"
-        print(f"llmprune: interrupted; {str(interrupt) or unchanged}", file=sys.stderr)
+        if _speaks():
+            print(f"llmprune: interrupted; {_next_step(interrupt)}", file=sys.stderr)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
         if _debug:
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"llmprune: {line}", file=sys.stderr)
+        if _speaks():
+            line = " ".join(str(error).split()) or type(error).__name__
+            kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
+            print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _terminated(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out is under way
+    raise KeyboardInterrupt
+
+
+def _next_step(error: BaseException) -> str:
+    """What an error left behind, and the command that goes on from there."""
+    kept = getattr(error, "kept", None)
+    if kept is None:
+        return "nothing was changed in the output folder, run the same command again"
+    if "WORLD_SIZE" in os.environ:
+        return f"{kept}; continue with the same command and --resume"
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]
+    return f"{kept}; continue with: {shlex.join(['llmprune', *arguments, '--resume'])}"
+
+
+def _speaks() -> bool:
+    """Whether this process tells of a failure: of several, one does."""
+    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
+        return True
+    from llmprune import processes
+
+    return processes.speaks()
+
+
+def _of_several(error: BaseException, line: str) -> str:
+    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
+        return line
+    from llmprune import processes
+
+    return "another process of this run ended, so the run cannot go on" if processes.lost_process(error) else line
 
 
 def _show_version(asked: bool) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -15,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(name: str = "auto") -> torch.device:
     """The device to compute on: a GPU where there is one, else the CPU. Raises `ValueError` for one this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,18 +31,47 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of forward passes: float32 on a CPU, the checkpoint's own on a GPU, unless named.
+    """The dtype of forward passes: the checkpoint's own where the device multiplies it fast, else float32, unless named.
 
     Raises:
         ValueError: an unknown name, or float16 on a CPU, whose matrix products there are some hundred times slower.
     """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
+        fast = device.type == "cuda" or stored == torch.float32 or (stored == torch.bfloat16 and has_bfloat16_units())
+        return stored if fast else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 is some hundred times slower than float32 on a CPU; use --dtype float32 or bfloat16")
     return DTYPES[name]
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16); elsewhere it is slower than float32."""
+    return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
+
+
+def use_local_device(number: int) -> str:
+    """Take GPU `number` of this machine for this process, where there are GPUs; returns the backend for torch.distributed."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"process {number} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes")
+    torch.cuda.set_device(number)
+    return "cpu:gloo,cuda:nccl"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give the GPU memory that torch keeps for reuse back; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -61,9 +93,97 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process since it started, in bytes."""
+    """Peak resident memory of this process since it started, shared file pages included, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PrivateMemory:
+    """Peak resident memory without shared file pages, in bytes: sampled while open, since the kernel keeps no such peak.
+
+    `peak` is None where the system does not tell private and shared pages apart.
+    """
+
+    _EVERY = 0.02  # seconds
+
+    def __init__(self) -> None:
+        self.peak = self._now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> PrivateMemory:
+        if self.peak is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._EVERY):
+            self.peak = max(self.peak or 0, self._now() or 0)
+
+    @staticmethod
+    def _now() -> int | None:
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if "RssAnon" not in lines:
+            return None
+        return sum(int(lines[key].split()[0]) for key in ("RssAnon", "RssShmem") if key in lines) * 1024
+
+
+def available_memory() -> int:
+    """Host memory this process may still take, in bytes: what the system has available, or its control group's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+class Stopwatch:
+    """Seconds spent inside `with` blocks. On a GPU measured on its own clock, without making the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the block."""
+        if self._gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._pairs.append((begin, end))
+        else:
+            started = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - started
+
+    def take(self) -> float:
+        """The seconds so far, and start again from zero."""
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+        total: float = self._seconds + sum(a.elapsed_time(b) for a, b in self._pairs) / 1000
+        self._seconds, self._pairs = 0.0, []
+        return total
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the GPU has done what was asked of it; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reset_peak_device_memory(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
+from llmprune.counts import true_per_row
 
 SCOPES = ("row", "matrix", "published")
 
@@ -83,7 +84,8 @@ class Unstructured(Pattern):
 
     def check(self, keep: Tensor, sparsity: float) -> None:
         wanted = self._pruned(keep.shape[0], 0, keep.shape[1], sparsity)
-        counts = (~keep).sum(dim=1) if self.scope == "row" else (~keep).sum().reshape(1)
+        counts = keep.shape[1] - true_per_row(keep)
+        counts = counts if self.scope == "row" else counts.sum().reshape(1)
         if not bool((counts == wanted).all()):
             off = int(counts[(counts != wanted).nonzero()[0, 0]])
             raise ValueError(f"the mask prunes {off} weights of a {self.scope} where {wanted} are wanted")
@@ -105,7 +107,7 @@ class PublishedThreshold(Unstructured):
         return score > torch.kthvalue(score.flatten(), int(score.numel() * sparsity) + 1).values
 
     def check(self, keep: Tensor, sparsity: float) -> None:
-        pruned, wanted = int((~keep).sum()), int(keep.numel() * sparsity)
+        pruned, wanted = keep.numel() - int(true_per_row(keep).sum()), int(keep.numel() * sparsity)
         if pruned < wanted:
             raise ValueError(f"the mask prunes {pruned} weights of a matrix where at least {wanted} are wanted")
 
@@ -129,7 +131,7 @@ class NM(Pattern):
 
     def check(self, keep: Tensor, sparsity: float) -> None:
         self._check_width(keep)
-        counts = keep.reshape(-1, self.width).sum(dim=1)
+        counts = true_per_row(keep.reshape(-1, self.width))
         if not bool((counts == self.n).all()):
             raise ValueError(f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights where {self.n} are wanted")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.contracts import Need, Pattern
 from llmprune.model.activations import micro_batch
@@ -15,7 +13,8 @@ from llmprune.model.targets import find_targets
 from llmprune.recipe import Recipe, rule_sparsity
 from llmprune.stats import SAMPLE_TOKENS
 
-_INTERPRETER = 600_000_000  # Python, torch and transformers once imported
+_INTERPRETER = 450_000_000  # private memory of Python, torch and transformers once imported
+OFFLOADS = ("auto", "ram", "disk")
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,22 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run before it starts. Memory and disk in bytes."""
+    """The whole run before it starts. Memory and disk in bytes; memory per process.
+
+    Attributes:
+        memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
+        available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
+    """
 
     matrices: Mapping[str, MatrixPlan]
     skipped: tuple[str, ...]
     samples: int
     sequence_length: int
     memory: int
+    device_memory: int | None
     disk: int
+    available: int
+    offload: str
 
     @property
     def weights(self) -> int:
@@ -58,12 +65,21 @@ def needs_of(recipe: Recipe) -> Need:
     return needs if Need.GRAM in needs else needs | Need.SAMPLE
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int) -> Plan:
+def make_plan(
+    recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int, *, offload: str = "auto",
+    available: int = 1 << 62, processes: int = 1,
+) -> Plan:  # fmt: skip
     """Assign a pattern and a sparsity to every matrix: rules first, the allocator for the rest.
+
+    Args:
+        offload: keep block inputs in `ram`, on `disk`, or `auto`: on disk where RAM would not be enough.
+        available: bytes of memory the machine has free. processes: how many share samples and machine.
 
     Raises:
         ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored dtype that cannot be pruned.
     """
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     targets = [target for name, block in skeleton.blocks.items() for target in find_targets(name, block)]
     rules = {t.name: recipe.rule_for(t.name) for t in targets}
     for unused in set(recipe.rules) - set(rules.values()):
@@ -88,8 +104,14 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples:
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
     skipped = tuple(t.name for t in targets if t.name not in matrices)
-    memory = predict_memory(recipe, skeleton, source, matrices, samples, length)
-    return Plan(matrices, skipped, samples, length, memory, predict_disk(source, matrices))
+    host, device = predict_memory(recipe, skeleton, source, matrices, samples, length, processes)
+    activations = activation_bytes(skeleton, samples, length)
+    share = -(-activations // processes)
+    if offload == "auto":
+        offload = "disk" if (host + share) * processes > available else "ram"
+    disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
+    memory = host + (share if offload == "ram" else 0)
+    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload)
 
 
 def _check_widths(matrices: list[MatrixPlan]) -> None:
@@ -109,20 +131,46 @@ def predict_disk(source: WeightSource, matrices: Mapping[str, MatrixPlan]) -> in
     return sum(t.bytes for t in source.tensors.values()) + masks + 10_000_000
 
 
-def predict_memory(
-    recipe: Recipe, skeleton: Skeleton, source: WeightSource, matrices: Mapping[str, MatrixPlan], samples: int, length: int
-) -> int:
-    """Peak resident bytes: one block (or the embeddings), its statistics, the block inputs, one micro-batch and a matrix at work."""
-    item = torch.empty(0, dtype=skeleton.dtype).element_size()
-    elements = {name: source.tensors[stored].elements for name, stored in skeleton.stored.items()}
-    block = max(sum(elements[n] for n in skeleton.parameters_of(b)) for b in skeleton.blocks) * item
-    outside = sum(elements[n] for n in skeleton.outside_blocks()) * item
+def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
+    """Bytes of the block inputs of all samples."""
     width: int = skeleton.model.config.get_text_config().hidden_size
-    inner = max(m.shape[1] for m in matrices.values())
-    needs = needs_of(recipe)
-    inputs = {m.shape[1] for m in matrices.values()}
-    statistics = sum(c * c * 4 * 3 if Need.GRAM in needs else SAMPLE_TOKENS * c * 4 * 2 for c in inputs)
-    batch = min(samples, micro_batch(length, skeleton.device)) * length
-    work = max(m.shape[0] * m.shape[1] for m in matrices.values()) * 4 * 6
-    activations = samples * length * width * item + batch * (6 * inner + 8 * width) * item
-    return _INTERPRETER + max(block + statistics + work, outside) + activations
+    return samples * length * width * skeleton.dtype.itemsize
+
+
+def predict_memory(
+    recipe: Recipe, skeleton: Skeleton, source: WeightSource, matrices: Mapping[str, MatrixPlan], samples: int, length: int, processes: int
+) -> tuple[int, int | None]:  # fmt: skip
+    """Peak private bytes of a process on the host and on the GPU (None: there is none), without the block inputs of all samples.
+
+    At work on a matrix there are: one block as stored, the next one read ahead, a copy in the compute dtype where that is another, the
+    statistics, and what the pruner needs for the largest matrix. Before that, embeddings and one micro-batch.
+    """
+    item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
+    stored = {name: source.tensors[where] for name, where in skeleton.stored.items()}
+    blocks = {b: skeleton.parameters_of(b) for b in skeleton.blocks}
+    block = max(sum(stored[n].bytes for n in names) for names in blocks.values())
+    kept_twice = on_gpu or any(stored[n].dtype != skeleton.dtype for names in blocks.values() for n in names)
+    compute = max(sum(stored[n].elements for n in names) for names in blocks.values()) * item if kept_twice else 0
+    outside = sum(stored[n].elements * item + stored[n].bytes * kept_twice for n in skeleton.outside_blocks())
+    work = compute + _statistics_bytes(recipe, matrices) + _pruning_bytes(recipe, matrices)
+    batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
+    inner, width = max(m.shape[1] for m in matrices.values()), skeleton.model.config.get_text_config().hidden_size
+    passing = batch * (6 * inner + 8 * width) * item
+    if on_gpu:
+        return _INTERPRETER + max(3 * block, outside), max(work, outside, compute + passing)
+    return _INTERPRETER + max(2 * block + work, 3 * block + compute + passing, outside), None
+
+
+def _statistics_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
+    """All statistics of one block: as many distinct inputs as its matrices have input groups."""
+    needs, widths = needs_of(recipe), {name.rpartition(".")[2]: m.shape[1] for name, m in matrices.items()}
+    groups = sorted(widths.values(), reverse=True)[: max(1, -(-len(widths) * 4 // 7))]  # q, k, v and gate, up share theirs
+    per = {True: lambda c: 4 * c * c, False: lambda c: SAMPLE_TOKENS * 4 * c}[Need.GRAM in needs]
+    return sum(per(c) for c in groups)
+
+
+def _pruning_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
+    """What a pruner and its steps hold of the largest matrix [R, C]: weight, score, mask, result; Gram solvers some [C, C] more."""
+    rows, columns = max((m.shape for m in matrices.values()), key=lambda shape: shape[0] * shape[1])
+    solver = 4 * max(m.shape[1] for m in matrices.values()) ** 2 * 3 if Need.GRAM in needs_of(recipe) else 0
+    return rows * columns * 4 * (6 if recipe.refiner else 4) + solver

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmprune import device as devices
-from llmprune.checkpoint.writer import CheckpointWriter
+from llmprune.checkpoint.journal import Identity
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
 from llmprune.model.opening import Model
 from llmprune.recipe import Recipe
 
+Record = dict[str, Any]
 
-def build_record(
-    model: Model,
-    recipe: Recipe,
-    rows: CalibrationSet,
-    matrices: list[dict[str, Any]],
-    seconds: dict[str, float],
-    writer: CheckpointWriter,
-) -> dict[str, Any]:
-    """The record of a finished run, not scored yet. `matrices`: the rows of `run.prune_blocks`; `seconds` by phase."""
-    weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
-    zeros = sum(m.pop("zeros") for m in matrices)
-    dense = sum(t.bytes for t in model.source.tensors.values())
-    elements = sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values()))
-    device = model.skeleton.device
+
+def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, processes: int) -> Record:
+    """What the record says of a run before it starts. `digest`: fingerprint of the model's weights."""
     return {
         "schema": 1,
         "model": {
             "source": model.label,
             "revision": model.located.revision if model.located else None,
             "architecture": type(model.skeleton.model).__name__,
-            "parameters": elements,
+            "parameters": sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values())),
+            "digest": digest,
         },
         "recipe": recipe.as_dict(),
         "calibration": {
@@ -45,22 +37,51 @@ def build_record(
             "seed": rows.seed,
             "digest": rows.digest,
         },
-        "matrices": matrices,
+        "environment": environment(model.skeleton.device, model.skeleton.dtype, processes),
+    }
+
+
+def identity(record: Record) -> Identity:
+    """What must be the same for a run to end with the same bytes (as far as this program can tell)."""
+    around = record["environment"]
+    return {
+        "model": record["model"]["digest"],
+        "calibration": record["calibration"]["digest"],
+        "recipe": record["recipe"],
+        "versions": {name: around["versions"][name] for name in ("llmprune", "torch", "transformers")},
+        "dtype": around["dtype"],
+        "device": around["device"].partition(",")[0],
+    }
+
+
+def complete(
+    before: Record, model: Model, matrices: list[Record], seconds: dict[str, float], private: int | None, folder: Path
+) -> Record:  # fmt: skip
+    """The record of a finished run, not scored yet. `matrices`: the rows of `run.prune_blocks`; `seconds` by phase."""
+    weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
+    zeros = sum(m["zeros"] for m in matrices)
+    return {
+        **{key: before[key] for key in ("schema", "model", "recipe", "calibration")},
+        "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],
         "totals": {
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights,
             "seconds": {k: round(v, 3) for k, v in seconds.items()} | {"total": round(sum(seconds.values()), 3)},
             "peak_memory_bytes": devices.peak_memory(),
-            "peak_device_memory_bytes": devices.peak_device_memory(device),
-            "bytes": {"dense": dense, "written": sum(p.stat().st_size for p in writer.folder.glob("model-*.safetensors"))},
+            "peak_private_memory_bytes": private,
+            "peak_device_memory_bytes": devices.peak_device_memory(model.skeleton.device),
+            "bytes": {
+                "dense": sum(t.bytes for t in model.source.tensors.values()),
+                "written": sum(p.stat().st_size for p in folder.glob("model-*.safetensors")),
+            },
         },
         "evaluation": {"perplexity": {}, "tasks": {}},
-        "environment": environment(device, model.skeleton.dtype),
+        "environment": before["environment"],
     }
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def environment(device: torch.device, dtype: torch.dtype, processes: int = 1) -> Record:
     """Versions and device a run depends on."""
     from importlib.metadata import version
 
@@ -68,16 +89,21 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors", "lm_eval", "numpy")
     versions = {"llmprune": __version__, "python": platform.python_version()} | {p: version(p) for p in packages}
-    return {"versions": versions, "device": devices.describe(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "versions": versions,
+        "device": devices.describe(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "processes": processes,
+    }
 
 
-def add_scores(record: dict[str, Any], dense: Scores, pruned: Scores) -> dict[str, Any]:
+def add_scores(record: Record, dense: Scores, pruned: Scores) -> Record:
     """A record with dense and pruned scores side by side, each with its protocol."""
     perplexity = {
         name: {"dense": dense.perplexity[name]["value"], "pruned": entry["value"], "protocol": entry["protocol"]}
         for name, entry in pruned.perplexity.items()
     }
-    tasks: dict[str, Any] = {}
+    tasks: Record = {}
     for name, metrics in pruned.tasks.items():
         tasks[name] = {
             metric: {"dense": dense.tasks[name][metric]["value"], "pruned": value["value"], "stderr": value["stderr"]}

@@ -6,10 +6,11 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from llmprune.checkpoint.files import write_durably
 
 HONEST = (
     "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
@@ -20,15 +21,9 @@ Record = dict[str, Any]
 
 def write(folder: Path, record: Record) -> None:
     """Write record, model card and report into a folder, each whole or not at all."""
-    _replace(folder / "llmprune.json", json.dumps(record, indent=1) + "\n")
-    _replace(folder / "README.md", model_card(record))
-    _replace(folder / "report.html", html_report(record))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    texts = {"README.md": model_card(record), "report.html": html_report(record), "llmprune.json": json.dumps(record, indent=1) + "\n"}
+    for name, text in texts.items():
+        write_durably(folder / name, [text.encode()])
 
 
 def score_rows(record: Record) -> list[tuple[str, str, str, str]]:

@@ -2,135 +2,121 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.masks import MaskWriter
-from llmprune.checkpoint.reader import WeightSource
-from llmprune.checkpoint.writer import CheckpointWriter
-from llmprune.contracts import CalibrationSet, InputStats, Job, Pruned, Pruner, Step
-from llmprune.device import exact_matmul
-from llmprune.model.activations import BlockInputs
+from llmprune.checkpoint.masks import pack
+from llmprune.checkpoint.reader import WeightSource, read_ahead
+from llmprune.contracts import CalibrationSet, InputStats
+from llmprune.device import Stopwatch, exact_matmul, wait_for
+from llmprune.matrix import Row, prune_matrix
+from llmprune.model.activations import BlockInputs, Store
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target, find_targets
-from llmprune.plan import MatrixPlan, Plan, needs_of
+from llmprune.plan import Plan, needs_of
+from llmprune.processes import Team, share_out
 from llmprune.recipe import Recipe
-from llmprune.stats import Collector, relative_error, sample_positions
+from llmprune.stats import Collector, sample_positions
 
-Row = dict[str, Any]
+Tensors = dict[str, Tensor]
+BlockDone = Callable[[int, Tensors, Tensors, list[Row], Mapping[str, float]], None]
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase, since the start and since the last block."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
+        self._device, self._last = device, time.monotonic()
 
-    def lap(self, phase: str) -> None:
-        """Count the time since the last lap to a phase."""
+    def lap(self, phase: str, of_it: tuple[str, float] = ("", 0.0)) -> None:
+        """Count the time since the last lap to a phase, but for the part of it that belongs to another."""
+        wait_for(self._device)
         now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        for name, seconds in ((phase, now - self._last - of_it[1]), of_it):
+            if name:
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self._last = now
 
 
 def prune_blocks(
-    recipe: Recipe, plan: Plan, skeleton: Skeleton, source: WeightSource, calibration: CalibrationSet, writer: CheckpointWriter,
-    clock: Clock, block_done: Callable[[], None],
-) -> list[Row]:  # fmt: skip
-    """Prune every block into the writer's folder; returns one row per matrix. The model is never whole in memory."""
-    pruner, refiner, needs = recipe.build_pruner(), recipe.build_refiner(), needs_of(recipe)
-    masks = MaskWriter(writer.folder / "masks.safetensors", {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()})
+    recipe: Recipe, plan: Plan, skeleton: Skeleton, source: WeightSource, calibration: CalibrationSet, finished: int, team: Team,
+    clock: Clock, store: Store, note: Callable[[str], None], block_done: BlockDone,
+) -> None:  # fmt: skip
+    """Prune every block but the `finished` first, which `source` holds pruned already. The model is never whole in memory.
+
+    `block_done` gets the number of a block (from 1), its tensors as they are to be stored, its packed masks and its record rows.
+    """
+    share = team.share(plan.samples)
     positions = sample_positions(plan.samples, plan.sequence_length, recipe.seed)
-    inputs = BlockInputs(skeleton, calibration.tokens, skeleton.device)
+    inputs = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store, note)
     clock.lap("forward")
-    rows: list[Row] = []
-    written: set[str] = set()
-    for number, (block_name, block) in enumerate(skeleton.blocks.items()):
-        names = skeleton.parameters_of(block_name)
-        skeleton.load(names)
-        shard = {skeleton.stored[n]: source.load(skeleton.stored[n]) for n in names}
+    tensors = read_ahead(source, skeleton.block_tensors())
+    for number, block_name in enumerate(skeleton.blocks):
+        shard, names = next(tensors), skeleton.parameters_of(block_name)
+        skeleton.fill(names, shard)
         clock.lap("read")
-        targets = [t for t in find_targets(block_name, block) if t.name in plan.matrices]
-        collector = Collector(needs, positions)
-        with exact_matmul():
-            with collector.attached({t.name: t.module for t in targets}):
-                _collect(inputs, number, collector, plan.sequence_length)
-            stats = collector.results()
-            clock.lap("forward")
-            for target in targets:
-                stored = skeleton.stored[target.weight_name]
-                steps = [refiner] if refiner and recipe.refiner and recipe.refiner.applies(target.name) else []
+        masks: Tensors = {}
+        rows: list[Row] = []
+        if number >= finished:
+            targets = [t for t in find_targets(block_name, skeleton.blocks[block_name]) if t.name in plan.matrices]
+            stats = _collect(
+                inputs, number, targets, Collector(needs_of(recipe), positions, watch := Stopwatch(skeleton.device)), share, team
+            )
+            clock.lap("forward", ("statistics", watch.take()))
+            masks, rows = _prune_block(targets, stats, shard, skeleton, plan, recipe, team)
+            del stats, targets
+            clock.lap("prune")
+        if number + 1 < len(skeleton.blocks):
+            inputs.forward(number)
+        skeleton.free(names)
+        clock.lap("forward" if number >= finished else "replay")
+        if number >= finished:
+            block_done(number + 1, shard, masks, rows, clock.seconds)
+        clock.lap("write")
+        del shard
+
+
+def _collect(
+    inputs: BlockInputs, number: int, targets: list[Target], collector: Collector, share: slice, team: Team
+) -> dict[str, InputStats]:
+    def announce(part: slice) -> None:
+        collector.batch(share.start + part.start, (part.stop - part.start, inputs.length))
+
+    with exact_matmul(), collector.attached({t.name: t.module for t in targets}):
+        inputs.collect(number, announce, collector.restart)
+    return collector.results(team)
+
+
+def _prune_block(
+    targets: list[Target], stats: Mapping[str, InputStats], shard: Tensors, skeleton: Skeleton, plan: Plan, recipe: Recipe, team: Team
+) -> tuple[Tensors, list[Row]]:  # fmt: skip
+    """Every matrix of a block, shared out among the processes; all end with the same weights in module and shard, masks and rows."""
+    pruner, refiner = recipe.build_pruner(), recipe.build_refiner()
+    owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
+    masks: Tensors = {}
+    rows: dict[str, Row] = {}
+    for target in targets:
+        stored = skeleton.stored[target.weight_name]
+        if owner[target.name] == team.rank:
+            steps = [refiner] if refiner and recipe.refiner and recipe.refiner.applies(target.name) else []
+            with exact_matmul():
                 weight, keep, row = prune_matrix(
                     target, plan.matrices[target.name], stats[target.name], pruner, steps, recipe, shard[stored]
                 )
-                shard[stored] = target.stored(weight)
-                target.assign(weight)
-                masks.append(stored, keep)
-                rows.append({"name": stored, **row})
-        del stats
-        clock.lap("prune")
-        inputs.forward(number)
-        skeleton.free(names)
-        clock.lap("forward")
-        writer.shard(number + 1, shard)
-        written |= set(shard)
-        clock.lap("write")
-        del shard, targets
-        block_done()
-    masks.close()
-    writer.shard(writer.shards, {n: source.load(n) for n in source.tensors if n not in written})
-    clock.lap("write")
-    return rows
-
-
-def _collect(inputs: BlockInputs, number: int, collector: Collector, tokens: int) -> None:
-    inputs.forward(number, before=lambda part: collector.batch(part.start, (part.stop - part.start, tokens)), store=False)
-
-
-def prune_matrix(
-    target: Target, plan: MatrixPlan, stats: InputStats, pruner: Pruner, steps: list[Step], recipe: Recipe, stored: Tensor
-) -> tuple[Tensor, Tensor, Row]:
-    """One matrix through pruner and steps: its weight in the stored dtype (on the CPU, [R, C]), its mask and its record row."""
-    started = time.monotonic()
-    seed = int.from_bytes(hashlib.sha256(f"{recipe.seed}:{target.weight_name}".encode()).digest()[:7], "big")
-    job = Job(target.name, target.read(), stats, plan.pattern, plan.sparsity, torch.Generator().manual_seed(seed))
-    pruned = pruner.prune(job)
-    _check(job, pruned, pruner, None)
-    for step in steps:
-        before, pruned = pruned, step.apply(job, pruned)
-        _check(job, pruned, step, before)
-    final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
-    zeros = int((final == 0).sum())
-    row = {
-        "shape": list(plan.shape),
-        "pattern": str(plan.pattern),
-        "target_sparsity": plan.sparsity,
-        "sparsity": zeros / final.numel(),
-        "zeros": zeros,
-        "relative_error": relative_error(job.weight, final.float(), stats),
-        "pruner": recipe.pruner.name,
-        "steps": [recipe.refiner.name for _ in steps if recipe.refiner],
-        "seconds": round(time.monotonic() - started, 4),
-    }
-    return final.cpu(), pruned.keep, row
-
-
-def _check(job: Job, pruned: Pruned, algorithm: Pruner | Step, before: Pruned | None) -> None:
-    """The promises of the rooms, kept by every step: exact pattern and count, true zeros, finite weights, a fixed mask for updates."""
-    name = f"{type(algorithm).__name__} on {job.name}"
-    try:
-        job.pattern.check(pruned.keep, job.sparsity)
-    except ValueError as error:
-        raise RuntimeError(f"{name} broke the pattern: {error}") from None
-    if not bool(pruned.weight.isfinite().all()):
-        raise RuntimeError(f"{name} made NaN or Inf weights; use more calibration samples or another pruner")
-    if bool((pruned.weight * ~pruned.keep).any()):
-        raise RuntimeError(f"{name} left weights where its mask says zero")
-    if before is not None and isinstance(algorithm, Step) and algorithm.changes == "weights" and not torch.equal(before.keep, pruned.keep):
-        raise RuntimeError(f"{name} changed the mask, which an update may not")
+            shard[stored], masks[stored], rows[stored] = target.stored(weight), pack(keep), {"name": stored, **row}
+            target.assign(shard[stored])
+        else:
+            shard[stored] = torch.empty_like(shard[stored])
+            masks[stored] = torch.empty(target.shape[0], -(-target.shape[1] // 8), dtype=torch.uint8)
+            rows[stored] = {}
+    for target in targets if not team.alone else ():
+        stored = skeleton.stored[target.weight_name]
+        team.from_rank(owner[target.name], shard[stored])
+        team.from_rank(owner[target.name], masks[stored])
+        rows[stored] = team.tell(rows[stored], owner[target.name])
+        target.assign(shard[stored])
+    return masks, list(rows.values())

@@ -86,6 +86,10 @@ class Terminal:
             self._progress.reset(self._task)
         self._progress.advance(self._task)
 
+    def note(self, text: str) -> None:
+        """Something the user should know, above the bars."""
+        self._progress.console.print(text, soft_wrap=True)
+
     def close(self) -> None:
         """Stop drawing."""
         if self._task is not None:

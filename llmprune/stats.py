@@ -1,6 +1,6 @@
 """Input statistics: what algorithms declare, accumulated once per input group while a block runs forward.
 
-Everything is kept as sums, so batches (and later processes) merge by addition. C input features, N sequences, T tokens, S sampled tokens.
+Everything is kept as sums, so batches and processes merge by addition. C input features, N sequences, T tokens, S sampled tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.contracts import InputStats, Need
+from llmprune.device import Stopwatch
+from llmprune.processes import Team
 
 SAMPLE_TOKENS = 1024
 
@@ -43,15 +45,16 @@ class StatsSums:
         self.count += inputs.shape[0] * inputs.shape[1]
         self.tokens = inputs.shape[1]
         x = inputs.float()
-        if self.needs & (Need.MEAN | Need.VARIANCE | Need.WITHIN_VARIANCE):
+        flat = x.reshape(-1, x.shape[-1])
+        varies = bool(self.needs & (Need.VARIANCE | Need.WITHIN_VARIANCE))
+        if varies or Need.MEAN in self.needs:
             means = x.mean(dim=1)  # [N, C]
             self._plus("sum", means.double().sum(dim=0) * self.tokens)
-            if self.needs & (Need.VARIANCE | Need.WITHIN_VARIANCE):
-                # Per sequence and centred: the difference of two large sums would cancel.
-                self._plus("within", x.var(dim=1, correction=0).double().sum(dim=0) * self.tokens)
-                self._plus("means", means.double().square().sum(dim=0) * self.tokens)
-        flat = x.reshape(-1, x.shape[-1])
-        if self.needs & Need.SECOND_MOMENT:
+        if varies:
+            # Per sequence and centred: the difference of two large sums would cancel.
+            self._plus("within", (x - means[:, None]).square_().sum(dim=1).double().sum(dim=0))
+            self._plus("means", means.double().square().sum(dim=0) * self.tokens)
+        elif Need.SECOND_MOMENT in self.needs:  # else it is the sum of those two
             self._plus("squares", flat.square().sum(dim=0).double())
         if self.needs & Need.GRAM:
             if "gram" not in self._sums:
@@ -68,13 +71,24 @@ class StatsSums:
         else:
             self._sums[name] = value
 
+    def merge(self, team: Team, counts: list[int]) -> None:
+        """Add up the sums of all processes; process r holds counts[r] of the sampled tokens."""
+        if team.alone:
+            return
+        total = torch.tensor(float(self.count), dtype=torch.float64)
+        team.add(total, *(self._sums[name] for name in sorted(self._sums)))
+        self.count = int(total)
+        if self._samples:
+            self._samples = [team.join_rows(torch.cat(self._samples), counts)]
+
     def result(self) -> InputStats:
         """The statistics per token."""
         n, sums, values = self.count, self._sums, {}
         if Need.MEAN in self.needs:
             values[Need.MEAN] = (sums["sum"] / n).float()
         if Need.SECOND_MOMENT in self.needs:
-            values[Need.SECOND_MOMENT] = (sums["squares"] / n).float()
+            squares = sums["squares"] if "squares" in sums else sums["within"] + sums["means"]
+            values[Need.SECOND_MOMENT] = (squares / n).float()
         if Need.WITHIN_VARIANCE in self.needs:
             values[Need.WITHIN_VARIANCE] = (sums["within"] / n).float()
         if Need.VARIANCE in self.needs:
@@ -90,12 +104,16 @@ class StatsSums:
 class Collector:
     """Hooks on the inputs of modules; modules fed the very same tensor (q, k, v; gate, up) share one accumulation."""
 
-    def __init__(self, needs: Need, positions: Tensor) -> None:
-        self._needs, self._positions = needs, positions
-        self._sums: dict[str, StatsSums] = {}
-        self._leader: dict[str, str] = {}
+    def __init__(self, needs: Need, positions: Tensor, watch: Stopwatch) -> None:
+        self._needs, self._positions, self._watch = needs, positions, watch
+        self.restart()
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # keeps this batch's tensors alive, so an id is never reused
         self._shape, self._first = (0, 0), 0
+
+    def restart(self) -> None:
+        """Forget what was collected."""
+        self._sums: dict[str, StatsSums] = {}
+        self._leader: dict[str, str] = {}
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -123,23 +141,33 @@ class Collector:
                     raise ValueError(f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported")
                 if name not in self._sums:
                     self._sums[name] = StatsSums(self._needs, self._positions)
-                self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+                with self._watch.running():
+                    self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
 
         return collect
 
-    def results(self) -> dict[str, InputStats]:
-        """Statistics by module name; members of a group share one object."""
+    def results(self, team: Team) -> dict[str, InputStats]:
+        """Statistics over all processes by module name; members of a group share one object."""
         self._inputs.clear()
+        sequences = int(self._positions[:, 0].max()) + 1
+        shares = [Team(rank, team.size).share(sequences) for rank in range(team.size)]
+        counts = [int(((self._positions[:, 0] >= s.start) & (self._positions[:, 0] < s.stop)).sum()) for s in shares]
+        for name in sorted(self._sums):
+            self._sums[name].merge(team, counts)
         finished = {name: sums.result() for name, sums in self._sums.items()}
         self._sums.clear()
         return {name: finished[leader] for name, leader in self._leader.items()}
 
 
 def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
-    """`||X (W - W')^T||^2 / ||X W^T||^2`: exact with the Gram matrix where it was collected, else on the sampled inputs."""
+    """`||X (W - W')^T||^2 / ||X W^T||^2`: exact with the Gram matrix where it was collected, else on the sampled inputs.
+
+    Of the sample every fourth token counts: the sum runs over all outputs, so it is known to a percent or so all the same.
+    """
     difference = weight - pruned
     if Need.GRAM in stats.needs:
         lost, whole = ((d @ stats.gram).mul_(d).sum().item() for d in (difference, weight))
     else:
-        lost, whole = ((stats.sample @ d.T).square().sum().item() for d in (difference, weight))
+        sample = stats.sample[::4]
+        lost, whole = ((sample @ d.T).square().sum().item() for d in (difference, weight))
     return lost / whole if whole > 0 else 0.0

@@ -9,8 +9,8 @@ from jobs import ALL, inputs, job, statistics
 
 from llmprune import registry
 from llmprune.contracts import Allocator, Job, Pruned, Pruner, ScorePruner, Step
+from llmprune.matrix import check_promises
 from llmprune.patterns import NM, Unstructured
-from llmprune.run import _check
 
 PATTERNS = [Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 8)]
 PRUNERS, REFINERS, ALLOCATORS = (registry.names(room) for room in registry.ROOMS)
@@ -49,7 +49,7 @@ def test_pruners_keep_the_promises(name, pattern):
     pruner, work = registry.build("pruners", name, {}), task(pattern)
     dense = work.weight.clone()
     pruned = pruner.prune(work)
-    _check(work, pruned, pruner, None)
+    check_promises(work, pruned, pruner, None)
     assert torch.equal(work.weight, dense), "the dense weight is read-only"
     assert pruned.weight.dtype == pruned.score.dtype == torch.float32 and pruned.keep.dtype == torch.bool
     assert pruned.weight.shape == pruned.keep.shape == pruned.score.shape == dense.shape
@@ -66,7 +66,7 @@ def test_refiners_keep_the_promises(name, pattern):
     start = registry.build("pruners", "wanda", {}).prune(work)
     before = Pruned(start.weight.clone(), start.keep.clone(), start.score.clone())
     refined = step.apply(work, start)
-    _check(work, refined, step, start)
+    check_promises(work, refined, step, start)
     assert step.changes == "mask"
     assert torch.equal(start.weight, before.weight) and torch.equal(start.keep, before.keep), "the input is read-only"
     kept = refined.keep
@@ -125,4 +125,4 @@ def test_a_broken_promise_is_caught_and_named():
     for message, (changes, change) in cases.items():
         step = Breaks(changes, change)
         with pytest.raises(RuntimeError, match=f"Breaks on layer.*{message}"):
-            _check(work, step.apply(work, good), step, good)
+            check_promises(work, step.apply(work, good), step, good)

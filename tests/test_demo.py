@@ -36,7 +36,7 @@ def scores(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     found = {"dense": llmprune.evaluate("demo", perplexity=["builtin"], limit=200)["perplexity"]["builtin"]["value"]}
     for recipe in ("magnitude", "wanda", "sparsegpt", "dsnot"):
-        llmprune.prune("demo", recipe=recipe, sparsity=0.7, output=root / recipe)
+        llmprune.prune("demo", recipe=recipe, sparsity=0.7, dtype="float32", output=root / recipe)
         found[recipe] = llmprune.evaluate(root / recipe, perplexity=["builtin"], limit=200)["perplexity"]["builtin"]["value"]
     return found
 

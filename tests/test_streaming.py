@@ -168,6 +168,8 @@ def test_other_architectures_stream_too(tmp_path, name):
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
     from llmprune.contracts import Need
+    from llmprune.device import Stopwatch
+    from llmprune.processes import ALONE
     from llmprune.stats import Collector, sample_positions
 
     opened = open_model(save(llama(), tmp_path))
@@ -175,10 +177,10 @@ def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
     name, block = next(iter(skeleton.blocks.items()))
     skeleton.load(skeleton.parameters_of(name))
-    collector = Collector(Need.SECOND_MOMENT, sample_positions(7, 16, 0))
+    collector = Collector(Need.SECOND_MOMENT, sample_positions(7, 16, 0), Stopwatch(torch.device("cpu")))
     with collector.attached({t.name: t.module for t in find_targets(name, block)}):
-        inputs.forward(0, before=lambda p: collector.batch(p.start, (p.stop - p.start, 16)), store=False)
-    stats = {n.rpartition(".")[2]: s for n, s in collector.results().items()}
+        inputs.collect(0, lambda p: collector.batch(p.start, (p.stop - p.start, 16)), collector.restart)
+    stats = {n.rpartition(".")[2]: s for n, s in collector.results(ALONE).items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]
     assert len({id(s) for s in stats.values()}) == 4
 

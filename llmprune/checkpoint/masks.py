@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llmprune.checkpoint.files import layout, raw
 
 
 def pack(keep: Tensor) -> Tensor:
@@ -22,29 +25,27 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little").astype(bool))
 
 
-class MaskWriter:
-    """Writes `masks.safetensors` one matrix after the other: the sizes are known beforehand, so nothing is held in memory."""
+class MaskFile:
+    """`masks.safetensors`, written mask by mask: its layout is known from the shapes [R, C], so nothing is held in memory."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "llmprune-keep-masks", "shapes": json.dumps(dict(shapes))}}
-        end = 0
-        for name, (rows, columns) in shapes.items():
-            start, end = end, end + rows * -(-columns // 8)
-            header[name] = {"dtype": "U8", "shape": [rows, -(-columns // 8)], "data_offsets": [start, end]}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._expected = list(shapes)
-        self._file = path.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        metadata = {"format": "llmprune-keep-masks", "shapes": json.dumps(dict(shapes))}
+        head, self._entries = layout({n: ("U8", (r, -(-c // 8))) for n, (r, c) in shapes.items()}, metadata)
+        self._path = path
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.write(head)
+        self._file.truncate(max((e.end for e in self._entries.values()), default=len(head)))
 
-    def append(self, name: str, keep: Tensor) -> None:
-        """The next mask, in the order of the shapes given at the start."""
-        expected = self._expected.pop(0)
-        assert name == expected, f"mask {name} written where {expected} is due"
-        self._file.write(pack(keep).numpy().tobytes())
+    def write(self, packed: Mapping[str, Tensor]) -> None:
+        """Put packed masks in their places, durably. Raises `OSError`, naming the file, where they cannot be written."""
+        for name, bits in packed.items():
+            self._file.seek(self._entries[name].start)
+            self._file.write(raw(bits))
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; complete only after every mask was appended."""
+        """Close the file; it is whole once every mask was written."""
         self._file.close()
 
 
@@ -53,6 +54,11 @@ def read_masks(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as handle:
             shapes = json.loads((handle.metadata() or {})["shapes"])
-            return {name: unpack(handle.get_tensor(name), shapes[name][1]) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+            masks = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        for name, packed in masks.items():
+            rows, columns = shapes[name]
+            if packed.dtype != torch.uint8 or list(packed.shape) != [rows, -(-columns // 8)]:
+                raise ValueError(f"{name} is {packed.dtype} {list(packed.shape)}, not the bits of {rows} x {columns}")
+        return {name: unpack(packed, shapes[name][1]) for name, packed in masks.items()}
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable mask file ({error!r})") from None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llmprune.checkpoint.files import DTYPES, Entry, raw, read_header, read_tensor
+from llmprune.counts import all_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TensorInfo(NamedTuple):
@@ -52,7 +56,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[str, str] = {}
+        self._where: dict[str, tuple[str, Entry]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file, wanted in self._listing().items():
             found = self._open(file)
@@ -94,25 +98,19 @@ class Checkpoint:
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing; download the checkpoint again")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                names = list(handle.keys())
-                slices = {name: handle.get_slice(name) for name in names}
-                infos = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or not safetensors ({error}); download the checkpoint again") from None
-        for name, (shape, dtype) in infos.items():
+        entries = read_header(path)
+        for name, entry in entries.items():
             if name in self._where:
-                raise ValueError(f"tensor {name!r} stands in both {self._where[name]} and {file}; the checkpoint is inconsistent")
-            self._where[name] = file
-            self.tensors[name] = TensorInfo(shape, _DTYPES.get(dtype), _size(shape, dtype))
-        return set(names)
+                raise ValueError(f"tensor {name!r} stands in both {self._where[name][0]} and {file}; the checkpoint is inconsistent")
+            self._where[name] = file, entry
+            dtype = DTYPES.get(entry.dtype)
+            self.tensors[name] = TensorInfo(entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start)
+        return set(entries)
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
-        # Opened anew each time: a mapping kept open would hold every page ever read in memory.
-        with safe_open(self.folder / self._where[name], framework="pt") as handle:
-            return handle.get_tensor(name)  # type: ignore[no-any-return]
+        file, entry = self._where[name]
+        return read_tensor(self.folder / file, name, entry)
 
 
 class MemoryCheckpoint:
@@ -129,13 +127,31 @@ class MemoryCheckpoint:
             if tensor.data_ptr() not in seen or tensor.numel() == 0:
                 self._state[name] = tensor
                 seen.add(tensor.data_ptr())
-        self.tensors = {
-            n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _DTYPES.values() else None, t.nbytes) for n, t in self._state.items()
-        }
+        self.tensors = {n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes) for n, t in self._state.items()}
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; a copy, so that the model is never written to."""
         return self._state[name].detach().cpu().clone().contiguous()
+
+
+class Overlay:
+    """A source some of whose tensors are read from other safetensors files."""
+
+    def __init__(self, source: WeightSource, files: Sequence[Path]) -> None:
+        self._source = source
+        self._where: dict[str, tuple[Path, Entry]] = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What there is, by name."""
+        return self._source.tensors
+
+    def load(self, name: str) -> Tensor:
+        """One tensor on the CPU, as stored."""
+        if name not in self._where:
+            return self._source.load(name)
+        file, entry = self._where[name]
+        return read_tensor(file, name, entry)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,17 +165,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_finite(source: WeightSource, names: list[str]) -> None:
-    """Raise `ValueError` naming the first tensor with a NaN or Inf; one pass over the weights, one tensor in memory."""
-    for name in names:
-        # A sum is NaN or Inf as soon as one element is; only a suspicious sum (it may overflow) is looked at closely.
-        tensor = source.load(name)
-        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
-            raise ValueError(f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, pruning it would spread them")
+def read_ahead(source: WeightSource, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each group in turn; while one is in use a thread reads the next."""
+
+    def load(names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: source.load(name) for name in names}
+
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        coming = pool.submit(load, groups[0]) if groups else None
+        for number in range(len(groups)):
+            assert coming is not None
+            tensors = coming.result()
+            coming = pool.submit(load, groups[number + 1]) if number + 1 < len(groups) else None
+            yield tensors
+            del tensors  # not kept alive while the next group is waited for
 
 
-def _size(shape: tuple[int, ...], dtype: str) -> int:
-    bits = {"BOOL": 8, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8}
-    per = bits.get(dtype) or (torch.finfo(_DTYPES[dtype]).bits if dtype in _DTYPES else 8)
-    return per // 8 * math.prod(shape)
+def fingerprint(source: WeightSource) -> str:
+    """SHA-256 over every tensor's name, shape, dtype and bytes; one pass over the weights, two tensors in memory.
+
+    Raises:
+        ValueError: naming the first tensor with a NaN or Inf.
+    """
+    names = sorted(source.tensors)
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(1, "hash") as pool:
+        for tensors in read_ahead(source, [[name] for name in names]):
+            for name, tensor in tensors.items():
+                hashed = pool.submit(lambda data: hashlib.sha256(data).digest(), raw(tensor))
+                _check_finite(name, tensor)
+                whole.update(repr((name, list(tensor.shape), str(tensor.dtype))).encode() + hashed.result())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        return
+    if not all_finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
+        raise ValueError(f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, pruning it would spread them")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource
+from llmprune.counts import true_per_row, zeros_of
 
 GROUPS = ((1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
 
@@ -30,7 +30,7 @@ class Count:
 def satisfied(weight: Tensor) -> tuple[str, ...]:
     """The N:M patterns a matrix [R, C] satisfies; none for a dense one."""
     kept = weight != 0
-    return tuple(f"{n}:{m}" for n, m in GROUPS if weight.shape[1] % m == 0 and bool((kept.view(-1, m).sum(dim=1) <= n).all()))
+    return tuple(f"{n}:{m}" for n, m in GROUPS if weight.shape[1] % m == 0 and bool((true_per_row(kept.view(-1, m)) <= n).all()))
 
 
 def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) -> list[Count]:
@@ -39,5 +39,5 @@ def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) 
     for name in names:
         weight = source.load(name)
         weight = weight.T.contiguous() if name in transposed else weight
-        counts.append(Count(name, tuple(weight.shape), int(torch.count_nonzero(weight == 0)), satisfied(weight)))
+        counts.append(Count(name, tuple(weight.shape), zeros_of(weight), satisfied(weight)))
     return counts

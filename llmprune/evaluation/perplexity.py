@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from llmprune.checkpoint.reader import read_ahead
 from llmprune.device import exact_matmul
 from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
+from llmprune.processes import ALONE, Team
 
 _STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
 
@@ -43,26 +45,33 @@ def protocol(name: str, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def perplexity(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None] = lambda: None) -> float:
-    """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory."""
+def perplexity(
+    skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None,
+    team: Team = ALONE,
+) -> float:  # fmt: skip
+    """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory; the processes share the windows."""
     width = skeleton.model.config.get_text_config().hidden_size * torch.empty(0, dtype=skeleton.dtype).element_size()
     chunk = max(1, _STORE_BYTES // (rows.shape[1] * width))
     losses: list[float] = []
     with exact_matmul():
-        for part in rows.split(chunk):
-            losses += _window_losses(skeleton, part, block_done)
-    mean = sum(losses) / len(losses)
+        for part in rows[team.share(len(rows))].split(chunk):
+            if len(part):
+                losses += _window_losses(skeleton, part, block_done, note)
+    total = torch.tensor(sum(losses), dtype=torch.float64)
+    team.add(total)
+    mean = total.item() / len(rows)
     if not mean < 700:
         raise ValueError(f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype overflows")
     return math.exp(mean)
 
 
 @torch.no_grad()
-def _window_losses(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None]) -> list[float]:
-    inputs = BlockInputs(skeleton, rows, skeleton.device)
+def _window_losses(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None], note: Callable[[str], None]) -> list[float]:
+    inputs = BlockInputs(skeleton, rows, skeleton.device, note=note)
+    tensors = read_ahead(skeleton.source, skeleton.block_tensors())
     for number, name in enumerate(skeleton.blocks):
         names = skeleton.parameters_of(name)
-        skeleton.load(names)
+        skeleton.fill(names, next(tensors))
         inputs.forward(number)
         skeleton.free(names)
         block_done()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from llmprune.calibration import default_length
 from llmprune.data import read_yaml, shipped, shipped_names
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
+from llmprune.processes import ALONE, Team
 from llmprune.registry import nearest
 from llmprune.text import evaluation_text, is_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from llmprune.model.opening import Model
@@ -60,6 +63,12 @@ class EvaluationSpec:
             raise ValueError(f"texts to score need different file names, got {', '.join(names)}; rename one")
         rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, t) for t in spec.perplexity}
         return dataclasses.replace(spec, rows=rows, loaded=loaded)
+
+    def key(self, dtype: torch.dtype) -> str:
+        """The same for specifications that lead to the same scores of a model."""
+        texts = [(name, list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()) for name, rows in self.rows.items()]
+        described = repr((texts, self.tasks, str(self.include_tasks), str(self.task_data), self.limit, str(dtype)))
+        return hashlib.sha256(described.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -109,18 +118,18 @@ def _name(text: str) -> str:
     return Path(text).name if is_file(text) else text
 
 
-def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any) -> Scores:
-    """Score a model as prepared."""
+def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: Team = ALONE) -> Scores:
+    """Score a model as prepared. Processes share the windows of a text; tasks are rank 0's."""
     started = time.monotonic()
     values = {}
     for name, rows in spec.rows.items():
         reporter.stage(f"{label}: perplexity on {name}", len(model.skeleton.blocks))
-        value = perplexity(model.skeleton, rows, reporter.step)
+        value = perplexity(model.skeleton, rows, reporter.step, reporter.note, team)
         values[name] = {"value": value, "protocol": protocol(name, rows, model.skeleton.dtype)}
     tasks: dict[str, dict[str, Any]] = {}
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
-        tasks = zero_shot(_whole(model), model.tokenizer, spec.loaded, spec.limit)
+        tasks = team.on_first(lambda: zero_shot(_whole(model), model.tokenizer, spec.loaded, spec.limit))
         reporter.step()
     return Scores(values, tasks, time.monotonic() - started)
 

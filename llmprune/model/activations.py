@@ -6,16 +6,20 @@ the real model runs with its blocks replaced by recorders, so each block's own a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmprune import device as devices
 from llmprune.model.skeleton import Skeleton
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+Store = Callable[[tuple[int, ...], torch.dtype], Tensor]
 # A micro-batch holds about this many tokens: enough to fill the processor, little enough to stay in its cache.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -49,47 +53,92 @@ def micro_batch(tokens: int, device: torch.device) -> int:
     return max(1, _TOKENS[device.type] // tokens)
 
 
-class BlockInputs:
-    """The inputs of the current block, [N, T, D] in the compute dtype in RAM, moved on in place block by block."""
+def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for the block inputs in RAM."""
+    return torch.empty(shape, dtype=dtype)
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, device: torch.device) -> None:
-        self._skeleton, self._tokens, self._device = skeleton, tokens, device
-        self._blocks = list(skeleton.blocks.values())
-        self._batch = micro_batch(tokens.shape[1], device)
+
+def on_disk(folder: Path) -> Store:
+    """Room for the block inputs in a memory-mapped file of a folder, which disappears with the process."""
+
+    def store(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        path = folder / "activations"
+        numbers = torch.Size(shape).numel()
+        with path.open("wb") as file:
+            try:  # the space is claimed now: a mapping on a full disk would kill the process
+                os.posix_fallocate(file.fileno(), 0, max(1, numbers * dtype.itemsize))
+            except OSError as error:
+                path.unlink()
+                size = numbers * dtype.itemsize / 1e9
+                raise ValueError(f"the block inputs need {size:.2f} GB on the disk of {folder}: {error.strerror}; make room") from None
+        mapped = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
+        path.unlink()
+        return mapped
+
+    return store
+
+
+class BlockInputs:
+    """The inputs of the current block, [N, T, D] in the compute dtype, moved on in place block by block.
+
+    `store` makes room for them; `note` is told when memory runs out and the micro-batch is halved.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Tensor,
+        device: torch.device,
+        store: Store = in_memory,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._skeleton, self._tokens, self._device, self._make, self._note = skeleton, tokens, device, store, note
+        self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
+        self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
         self._calls: dict[int, list[_Call]] = {}  # micro-batch size -> arguments per block
         self._hidden: Tensor | None = None
         self._as_tuple = False  # what the model expects its blocks to return
-        outer = [n for n in skeleton.outside_blocks() if not n.startswith(_head_name(skeleton))]
-        skeleton.load(outer)
         self._embed()
-        skeleton.free(outer)
 
-    def slices(self) -> list[slice]:
-        """The micro-batches."""
-        return [slice(i, min(i + self._batch, len(self._tokens))) for i in range(0, len(self._tokens), self._batch)]
+    def _slices(self, start: int = 0) -> Iterator[slice]:
+        return (slice(i, min(i + self.batch, len(self._tokens))) for i in range(start, len(self._tokens), self.batch))
 
     @torch.no_grad()
     def _embed(self) -> None:
-        for part in self.slices():
-            calls = self._record(part)
-            if calls is None:  # the model takes the first item of what a block returns
-                self._as_tuple = True
-                calls = self._record(part)
-            assert calls is not None
-            # Arguments depend on the shape of the batch alone, so one record per size serves all.
-            known = self._calls.setdefault(part.stop - part.start, calls)
-            if not _same(known[0], calls[0]):
-                raise ValueError("the blocks of this model get arguments that depend on the tokens; this architecture is not supported")
+        with self._outer():
+            for part in self._slices():
+                calls = self._record(part, store=True)
+                # Arguments depend on the shape of the batch alone, so one record per size serves all.
+                known = self._calls.setdefault(part.stop - part.start, calls)
+                if not _same(known[0], calls[0]):
+                    raise ValueError("the blocks of this model get arguments that depend on the tokens; this architecture is not supported")
 
-    def _record(self, part: slice) -> list[_Call] | None:
+    @contextmanager
+    def _outer(self) -> Iterator[None]:
+        """Embeddings and what else the model needs before its blocks, loaded inside the `with`."""
+        head = _head_name(self._skeleton)
+        names = [n for n in self._skeleton.outside_blocks() if not n.startswith(head)]
+        self._skeleton.load(names)
+        yield
+        self._skeleton.free(names)
+
+    def _record(self, part: slice, store: bool) -> list[_Call]:
+        calls = self._recorded(part, store)
+        if calls is None:  # the model takes the first item of what a block returns
+            self._as_tuple = True
+            calls = self._recorded(part, store)
+        assert calls is not None
+        return calls
+
+    def _recorded(self, part: slice, store: bool) -> list[_Call] | None:
         """The arguments of every block for one micro-batch; None where the recorders' return value was not what the model expects."""
         calls: list[_Call] = []
         shapes = set()
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
-            if number == 0:
-                self._store(part, hidden)
+            if number == 0 and store:
+                self._put(part, hidden)
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
@@ -102,33 +151,66 @@ class BlockInputs:
                 pass
         return calls if len(shapes) == 1 else None
 
-    def _store(self, part: slice, hidden: Tensor) -> None:
+    def _put(self, part: slice, hidden: Tensor) -> None:
         if self._hidden is None:
-            self._hidden = torch.empty(len(self._tokens), *hidden.shape[1:], dtype=hidden.dtype)
+            self._hidden = self._make((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
         self._hidden[part] = hidden
 
     @torch.no_grad()
-    def forward(self, number: int, before: Callable[[slice], None] | None = None, store: bool = True) -> None:
-        """Run every micro-batch through block `number`; with `store` its outputs become the next block's inputs.
+    def collect(self, number: int, before: Callable[[slice], None], again: Callable[[], None]) -> None:
+        """Run every micro-batch through block `number` for its hooks alone.
 
-        `before` is told each micro-batch before it runs.
+        `before` is told each micro-batch before it runs. `again` is told when memory ran out: what was collected no longer counts.
         """
-        assert self._hidden is not None
-        block = self._blocks[number]
-        for part in self.slices():
-            if before is not None:
+        try:
+            for part in self._slices():
                 before(part)
-            args, kwargs = self._calls[part.stop - part.start][number]
-            out = block(self._hidden[part].to(self._device), *args, **kwargs)
-            if store:
-                self._hidden[part] = out[0] if isinstance(out, tuple) else out
+                self._run(number, part)
+        except (RuntimeError, MemoryError) as error:
+            self._halve(error)
+            again()
+        else:
+            return
+        self.collect(number, before, again)
+
+    @torch.no_grad()
+    def forward(self, number: int) -> None:
+        """Run every micro-batch through block `number`; its outputs become the next block's inputs."""
+        done = 0
+        while done < len(self._tokens):
+            try:
+                for part in self._slices(done):
+                    out = self._run(number, part)
+                    assert self._hidden is not None
+                    self._hidden[part] = out
+                    done = part.stop
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+
+    def _run(self, number: int, part: slice) -> Tensor:
+        assert self._hidden is not None
+        size = part.stop - part.start
+        if size not in self._calls:
+            with self._outer():
+                self._calls[size] = self._record(part, store=False)
+        args, kwargs = self._calls[size][number]
+        out: Tensor | tuple[Tensor, ...] = self._blocks[number](self._hidden[part].to(self._device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _halve(self, error: BaseException) -> None:
+        """Go on with half the micro-batch where memory ran out; any other error is raised again, as is one that no halving helps."""
+        if not devices.out_of_memory(error) or self.batch == 1:
+            raise error
+        self._note(f"out of memory with {self.batch} sequences at once; going on with {self.batch // 2}")
+        self.batch //= 2
+        devices.free_cached_memory(self._device)
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """After the last block: the model's own last norm and output head, one micro-batch at a time, [n, T, V]."""
         outer = self._skeleton.outside_blocks()
         self._skeleton.load(outer)
-        for part in self.slices():
+        for part in self._slices():
 
             def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
                 assert self._hidden is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Skeleton:
     """A causal language model without weights, and the checkpoint to fill it from, part by part.
 
     Attributes:
+        source: where its weights come from.
         blocks: name -> module of the repeated blocks, found by structure: the list of modules of one class with the most weights.
     """
 
@@ -52,7 +54,7 @@ class Skeleton:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        self._source, self.dtype, self.device = source, dtype, device
+        self.source, self.dtype, self.device = source, dtype, device
         # Buffers stay real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
         with init_empty_weights(include_buffers=False):
             # A copy: transformers writes the dtype into the config it is given.
@@ -78,9 +80,9 @@ class Skeleton:
         prefix = f"{self.model.base_model_prefix}."
         tied = getattr(self.model, "_tied_weights_keys", None) or {}
         stored, missing = {}, []
-        for name in sorted(self._parameters | {n for n, b in self.model.named_buffers() if n in self._source.tensors}):
+        for name in sorted(self._parameters | {n for n, b in self.model.named_buffers() if n in self.source.tensors}):
             candidates = (name, name.removeprefix(prefix), prefix + name, self._tied_to(name, tied))
-            found = next((c for c in candidates if c in self._source.tensors), None)
+            found = next((c for c in candidates if c in self.source.tensors), None)
             if found is None:
                 missing.append(name)
             else:
@@ -91,7 +93,7 @@ class Skeleton:
                 "it is incomplete or of another architecture"
             )
         for name, where in stored.items():
-            wanted, have = tuple(self.model.get_parameter_or_buffer(name).shape), self._source.tensors[where].shape
+            wanted, have = tuple(self.model.get_parameter_or_buffer(name).shape), self.source.tensors[where].shape
             if wanted != have:
                 raise ValueError(
                     f"weight {where!r} has shape {have} where the config asks for {wanted}; config and checkpoint do not match"
@@ -114,12 +116,21 @@ class Skeleton:
     def load(self, names: list[str]) -> None:
         """Fill parameters (or stored buffers) from the checkpoint, in the compute dtype, on the device."""
         for name in names:
+            self.fill([name], {self.stored[name]: self.source.load(self.stored[name])})
+
+    def fill(self, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
+        """The same from tensors already read, by their names in the checkpoint; they are not copied where they fit as they are."""
+        for name in names:
             owner, leaf = self._owner(name)
-            tensor, buffer = self._source.load(self.stored[name]), owner._buffers.get(leaf)
+            tensor, buffer = tensors[self.stored[name]], owner._buffers.get(leaf)
             if buffer is not None:
                 owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)  # never rounded
             else:
                 owner._parameters[leaf] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+    def block_tensors(self) -> list[list[str]]:
+        """Per block, the names of its tensors in the checkpoint."""
+        return [list(dict.fromkeys(self.stored[n] for n in self.parameters_of(b))) for b in self.blocks]
 
     def free(self, names: list[str]) -> None:
         """Give the memory of parameters back."""

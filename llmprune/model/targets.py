@@ -27,15 +27,16 @@ class Target:
         a, b = self.module.weight.shape  # type: ignore[misc]
         return (int(b), int(a)) if self.transposed else (int(a), int(b))
 
-    def read(self) -> Tensor:
-        """The weight as [R, C] in float32, a copy."""
-        weight = self.module.weight.detach()  # type: ignore[operator]
-        return (weight.T if self.transposed else weight).to(torch.float32, copy=True).contiguous()
+    def read(self, stored: Tensor) -> Tensor:
+        """The weight as [R, C] in float32 on the module's device, from its stored form; not a copy where it is that already."""
+        loaded: Tensor = self.module.weight.detach()  # type: ignore[operator]
+        exact = loaded if loaded.dtype == torch.float32 else stored  # a compute dtype may have rounded what was loaded
+        return (exact.T if self.transposed else exact).to(loaded.device, torch.float32).contiguous()
 
-    def assign(self, weight: Tensor) -> None:
-        """Put a weight [R, C] into the module, on its device and in its dtype."""
-        data = (weight.T if self.transposed else weight).to(self.module.weight.device, self.module.weight.dtype).contiguous()  # type: ignore[arg-type]
-        self.module.weight = nn.Parameter(data, requires_grad=False)
+    def assign(self, stored: Tensor) -> None:
+        """Put a weight, laid out as stored, into the module, on its device and in its dtype."""
+        old: Tensor = self.module.weight  # type: ignore[assignment]
+        self.module.weight = nn.Parameter(stored.to(old.device, old.dtype), requires_grad=False)
 
     def stored(self, weight: Tensor) -> Tensor:
         """A weight [R, C] laid out as the checkpoint stores it."""

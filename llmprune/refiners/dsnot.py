@@ -18,6 +18,9 @@ _CHUNK = 1 << 16  # candidates are ranked in slices of about this many weights, 
 _HUGE = 1e30
 
 
+_Swap = tuple[Tensor, Tensor, Tensor]  # per row [R]: the column grown, the column pruned, whether the row takes part
+
+
 class _Rows(NamedTuple):
     """Some rows: dense weights, pruned weights, mask, and the score that chose the mask, all [R, C]."""
 
@@ -94,7 +97,7 @@ class DSnoT(Step):
                 matrix.scatter_(1, dropped[:, None], torch.where(done, gone, _pick(matrix, dropped))[:, None])
         return Pruned(weight, keep, pruned.score)
 
-    def _swaps(self, job: Job, rows: _Rows, shift: Tensor, urge: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _swaps(self, job: Job, rows: _Rows, shift: Tensor, urge: Tensor) -> list[_Swap]:
         """Per cycle: the column each row grows, the one it prunes, and whether it takes part, [R] each."""
         columns, width = rows.keep.shape[1], job.pattern.width
         cycles = min(self.config.max_cycles, max(1, int(self.config.share * columns)))
@@ -106,8 +109,7 @@ class DSnoT(Step):
         )
         expected = torch.cat([(part.dense - part.weight) @ shift for part in rows.slices()])
         first_sign, active = expected.sign(), torch.ones_like(expected, dtype=torch.bool)
-        errors = _SampledErrors(rows, job.stats.sample, self.config.margin) if self.config.verified else None
-        swaps = []
+        swaps: list[_Swap] = []
         for _ in range(cycles):
             active &= expected.abs() > self.config.threshold
             positive = expected > 0
@@ -120,10 +122,9 @@ class DSnoT(Step):
             expected = torch.where(active, expected + change, expected)
             swaps.append((grown, dropped, active.clone()))
             prune.used(dropped, active)
-            if errors is not None:
-                errors.swap(grown, dropped, active)
-        if errors is not None:
-            swaps = [(grown, dropped, done & (cycle < errors.best_cycle)) for cycle, (grown, dropped, done) in enumerate(swaps)]
+        if self.config.verified:
+            best = _best_cycles(rows, job.stats.sample, self.config.margin, swaps)
+            swaps = [(grown, dropped, done & (cycle < best)) for cycle, (grown, dropped, done) in enumerate(swaps)]
         return swaps
 
 
@@ -166,7 +167,7 @@ class _GrowCandidates:
     def __init__(self, rows: _Rows, urge: Tensor, k: int) -> None:
         """`urge` [C]: expected contribution of a unit weight over the variance."""
         urge = urge.clamp(-_HUGE, _HUGE)  # a constant feature: first in the ranking, but finite
-        self._positive, self._negative = _both_ends(rows, k, lambda part: (part.dense * urge).masked_fill_(part.keep, 0))
+        self._positive, self._negative = _both_ends(rows, k, lambda part: part.dense * urge * ~part.keep)
 
     def next(self, positive: Tensor) -> tuple[Tensor, Tensor]:
         """The weight to grow in each row [R], and whether there is one; `positive`: the sign of the error."""
@@ -232,33 +233,42 @@ class _GroupCandidates:
         self._score.scatter_(1, columns[:, None], torch.where(active, torch.inf, current)[:, None])
 
 
-class _SampledErrors:
-    """Follows each row's output error [R, S] on sampled inputs through the swaps: two columns per cycle.
+def _best_cycles(rows: _Rows, sample: Tensor, margin: float, swaps: Sequence[_Swap]) -> Tensor:
+    """How many cycles each row takes, [R]: those that best lower its output error on sampled inputs [S, C], none unless by `margin`.
 
     What is lowered is the worse of two ratios to the first mask's: of the squared error, and of its spread around its own mean. DSnoT
     aims at the mean alone, and a mask that mends the mean by widening the spread costs perplexity.
     """
+    inputs = sample.T.contiguous()  # [C, S]: a swap changes a row's errors by two of its rows
+    # A swap's columns and what they change, [R, cycles] each; nothing where a row takes no part.
+    grown, dropped = (torch.stack([swap[i] for swap in swaps], dim=1) for i in (0, 1))
+    active = torch.stack([swap[2] for swap in swaps], dim=1)
+    won, lost = -rows.dense.gather(1, grown) * active, rows.weight.gather(1, dropped) * active
+    # As many rows at once as keep their errors in the cache through all cycles.
+    size = max(1, _CHUNK // len(sample)) if rows.keep.is_cpu else len(rows.keep)
+    best = []
+    for start in range(0, len(rows.keep), size):
+        part = slice(start, start + size)
+        error = (rows.dense[part] - rows.weight[part]) @ inputs
+        changes = [(won[part, c, None], grown[part, c], lost[part, c, None], dropped[part, c]) for c in range(len(swaps))]
+        best.append(_best_of(error, inputs, changes, margin))
+    return torch.cat(best)
 
-    def __init__(self, rows: _Rows, sample: Tensor, margin: float) -> None:
-        self._rows, self._inputs = rows, sample.T.contiguous()
-        self._error = (rows.dense - rows.weight) @ self._inputs
-        self._first = self._squares().clamp_min(torch.finfo(torch.float32).tiny)
-        self._lowest = torch.full_like(self._first[0], 1 - margin)
-        self._cycle = 0
-        self.best_cycle = torch.zeros(len(self._error), dtype=torch.int64, device=sample.device)
 
-    def _squares(self) -> Tensor:
-        """Squared error and squared spread of each row, [2, R]."""
-        total, mean = self._error.square().sum(dim=1), self._error.mean(dim=1)
-        return torch.stack([total, (total - mean.square() * self._error.shape[1]).clamp_min(0)])
+def _best_of(error: Tensor, inputs: Tensor, changes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], margin: float) -> Tensor:
+    first = _squares(error).clamp_min(torch.finfo(torch.float32).tiny)
+    lowest = torch.full_like(first[0], 1 - margin)
+    best = torch.zeros(len(error), dtype=torch.int64, device=error.device)
+    for cycle, (won, grown, lost, dropped) in enumerate(changes):
+        error.addcmul_(lost, inputs[dropped]).addcmul_(won, inputs[grown])
+        now = (_squares(error) / first).amax(dim=0)
+        better = now < lowest
+        lowest = torch.where(better, now, lowest)
+        best = torch.where(better, cycle + 1, best)
+    return best
 
-    def swap(self, grown: Tensor, dropped: Tensor, active: Tensor) -> None:
-        """Follow one cycle; a row that takes no part does not change."""
-        lost = _pick(self._rows.weight, dropped) * active
-        won = _pick(self._rows.dense, grown) * active
-        self._error += lost[:, None] * self._inputs[dropped] - won[:, None] * self._inputs[grown]
-        self._cycle += 1
-        now = (self._squares() / self._first).amax(dim=0)
-        better = now < self._lowest
-        self._lowest = torch.where(better, now, self._lowest)
-        self.best_cycle = torch.where(better, self._cycle, self.best_cycle)
+
+def _squares(error: Tensor) -> Tensor:
+    """Squared error and squared spread of each row [r, S], [2, r]."""
+    total, mean = torch.linalg.vecdot(error, error), error.mean(dim=1)
+    return torch.stack([total, (total - mean.square() * error.shape[1]).clamp_min(0)])

@@ -1,0 +1,65 @@
+"""Writes a Llama checkpoint of any size with random weights, sharded, bfloat16: `make_model.py FOLDER` is 7B-shaped (13.5 GB)."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from llmprune.checkpoint.files import save_tensors
+from llmprune.hub import demo_folder
+
+
+def block(config, generator):
+    """The tensors of one block, by their names below `model.layers.N.`."""
+    d, m, kv = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+    shapes = {f"self_attn.{n}.weight": s for n, s in attention.items()}
+    shapes |= {"mlp.gate_proj.weight": (m, d), "mlp.up_proj.weight": (m, d), "mlp.down_proj.weight": (d, m)}
+    tensors = {name: matrix(*shape, generator) for name, shape in shapes.items()}
+    return tensors | {f"{n}.weight": torch.ones(d, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")}
+
+
+def matrix(rows, columns, generator):
+    return (torch.randn(rows, columns, generator=generator) / columns**0.5).bfloat16()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    arguments = parser.parse_args()
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary, hidden_size=arguments.width, intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.blocks, num_attention_heads=arguments.heads, num_key_value_heads=arguments.heads,
+        max_position_embeddings=2048, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    arguments.folder.mkdir(parents=True)
+    config.save_pretrained(arguments.folder)
+    for file in demo_folder().glob("tokenizer*"):  # its 2048 tokens are ids of the larger vocabulary too
+        (arguments.folder / file.name).write_bytes(file.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    where, total = {}, 0
+    for number in range(arguments.blocks + 1):
+        if number < arguments.blocks:
+            tensors = {f"model.layers.{number}.{n}": t for n, t in block(config, generator).items()}
+        else:
+            v, d = arguments.vocabulary, arguments.width
+            tensors = {"model.embed_tokens.weight": matrix(v, d, generator), "lm_head.weight": matrix(v, d, generator)}
+            tensors["model.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
+        name = f"model-{number + 1:05d}-of-{arguments.blocks + 1:05d}.safetensors"
+        save_tensors(arguments.folder / name, tensors)
+        where |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (arguments.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    print(f"{arguments.folder}: {total / 1e9:.2f} GB, {arguments.blocks} blocks")
+
+
+if __name__ == "__main__":
+    main()

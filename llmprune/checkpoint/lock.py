@@ -1,0 +1,51 @@
+"""One run per output folder: a lock that dies with its process, with a note of who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+
+class Lock:
+    """An exclusive lock on a file. The kernel releases it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it; the line names the process, its machine and since when.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.seek(0)
+                owner = _owner(self._file.read(1000))
+                self._file.close()
+                raise ValueError(f"{what} is being written by {owner}; wait for it to end, or choose another --output") from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
+                break
+            self._file.close()  # the holder before us removed the file between our opening and our locking it
+        self._file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give it up and remove the file."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def _owner(note: str) -> str:
+    try:
+        owner = json.loads(note)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (ValueError, LookupError, TypeError):
+        return "another process"

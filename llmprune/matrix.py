@@ -1,0 +1,62 @@
+"""One matrix through pruner and steps, every promise checked."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.contracts import InputStats, Job, Pruned, Pruner, Step
+from llmprune.counts import all_finite, zeros_of
+from llmprune.model.targets import Target
+from llmprune.plan import MatrixPlan
+from llmprune.recipe import Recipe
+from llmprune.stats import relative_error
+
+Row = dict[str, Any]
+
+
+def prune_matrix(
+    target: Target, plan: MatrixPlan, stats: InputStats, pruner: Pruner, steps: list[Step], recipe: Recipe, stored: Tensor
+) -> tuple[Tensor, Tensor, Row]:
+    """One matrix through pruner and steps: its weight in the stored dtype (on the CPU, [R, C]), its mask and its record row."""
+    started = time.monotonic()
+    seed = int.from_bytes(hashlib.sha256(f"{recipe.seed}:{target.weight_name}".encode()).digest()[:7], "big")
+    job = Job(target.name, target.read(stored), stats, plan.pattern, plan.sparsity, torch.Generator().manual_seed(seed))
+    pruned = pruner.prune(job)
+    check_promises(job, pruned, pruner, None)
+    for step in steps:
+        before, pruned = pruned, step.apply(job, pruned)
+        check_promises(job, pruned, step, before)
+    final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
+    zeros = zeros_of(final)
+    row = {
+        "shape": list(plan.shape),
+        "pattern": str(plan.pattern),
+        "target_sparsity": plan.sparsity,
+        "sparsity": zeros / final.numel(),
+        "zeros": zeros,
+        "relative_error": relative_error(job.weight, final.float(), stats),
+        "pruner": recipe.pruner.name,
+        "steps": [recipe.refiner.name for _ in steps if recipe.refiner],
+        "seconds": round(time.monotonic() - started, 4),
+    }
+    return final.cpu(), pruned.keep, row
+
+
+def check_promises(job: Job, pruned: Pruned, algorithm: Pruner | Step, before: Pruned | None) -> None:
+    """The promises of the rooms, kept by every step: exact pattern and count, true zeros, finite weights, a fixed mask for updates."""
+    name = f"{type(algorithm).__name__} on {job.name}"
+    try:
+        job.pattern.check(pruned.keep, job.sparsity)
+    except ValueError as error:
+        raise RuntimeError(f"{name} broke the pattern: {error}") from None
+    if not all_finite(pruned.weight):
+        raise RuntimeError(f"{name} made NaN or Inf weights; use more calibration samples or another pruner")
+    if bool(((pruned.weight != 0) & ~pruned.keep).any()):
+        raise RuntimeError(f"{name} left weights where its mask says zero")
+    if before is not None and isinstance(algorithm, Step) and algorithm.changes == "weights" and not torch.equal(before.keep, pruned.keep):
+        raise RuntimeError(f"{name} changed the mask, which an update may not")

@@ -1,0 +1,288 @@
+"""A run from its plan to the scored folder: locked, journalled, resumable, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llmprune import calibration as calibrations
+from llmprune import device as devices
+from llmprune import recipe as recipes
+from llmprune import record as records
+from llmprune import report, run
+from llmprune.checkpoint.journal import difference
+from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
+from llmprune.checkpoint.writer import RECORD, CheckpointWriter, check_space
+from llmprune.contracts import CalibrationSet
+from llmprune.evaluation.scores import EvaluationSpec, Scores, score
+from llmprune.model.activations import in_memory, on_disk
+from llmprune.model.opening import Model
+from llmprune.plan import Plan, make_plan
+from llmprune.processes import Team
+from llmprune.recipe import Recipe
+
+Source = str | Tensor | Iterable[str]
+Record = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """Told what happens; the terminal's is in `screen.py`."""
+
+    def plan(self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path) -> None:
+        """The plan, before the work."""
+
+    def stage(self, title: str, steps: int) -> None:
+        """A stage of so many steps begins."""
+
+    def step(self) -> None:
+        """One step of the stage is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know, in a line."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def plan(self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path) -> None:
+        """Nothing."""
+
+    def stage(self, title: str, steps: int) -> None:
+        """Nothing."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run writes and how; nothing here changes a mask."""
+
+    output: Path
+    overwrite: bool = False
+    resume: bool = False
+    restart: bool = False
+    offload: str = "auto"
+    trust_remote_code: bool = False
+
+
+def planned(
+    model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter
+) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
+    """The recipe with its calibration as it turned out, the calibration rows, and the plan."""
+    rows = team.on_first(lambda: build_calibration(model, recipe, calibration))
+    n, t = rows.tokens.shape
+    if n < team.size:
+        raise ValueError(f"{team.size} processes share {n} calibration samples; start at most {n}")
+    resolved = dataclasses.replace(recipe, calibration=recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t))
+    available = team.on_first(devices.available_memory)
+    plan = make_plan(resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size)
+    reporter.plan(model, resolved, plan, rows, options.output)
+    return resolved, rows, plan
+
+
+def build_calibration(model: Model, recipe: Recipe, given: Source | None) -> CalibrationSet:
+    """The calibration rows of a run: what was given, else the recipe's source (`auto`: c4 for hub models, else built-in text)."""
+    spec = recipe.calibration
+    source: Source = given if given is not None and not isinstance(given, str) else spec.source
+    if isinstance(source, str) and source == "auto":
+        source = "c4" if model.remote else "builtin"
+    vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
+    return calibrations.build(
+        source,
+        model.tokenizer,
+        samples=spec.samples,
+        length=spec.sequence_length,
+        limit=model.limit,
+        vocabulary=vocabulary,
+        seed=recipe.seed,
+    )
+
+
+class Production:
+    """One run into one output folder. `writer` is rank 0's alone: the other processes write nothing."""
+
+    def __init__(self, model: Model, options: Options, team: Team, reporter: Reporter) -> None:
+        self.model, self.options, self.team, self.reporter = model, options, team, reporter
+        self.writer: CheckpointWriter | None = None
+        team.on_first(self._open)
+
+    def _open(self) -> None:
+        o, source = self.options, self.model.located.folder if self.model.located else None
+        self.writer = CheckpointWriter(o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, source=source)
+
+    def make(
+        self, recipe: Recipe, calibration: Source | None, evaluation: EvaluationSpec | None, reopen: Callable[[Path], Model]
+    ) -> Record:  # fmt: skip
+        """Prune, save and, with `evaluation`, score dense and pruned; returns the record."""
+        model, team, reporter = self.model, self.team, self.reporter
+        if evaluation is not None:
+            spec = evaluation
+            evaluation = team.in_turn(lambda: spec.prepare(model))
+        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter)
+        team.on_first(lambda: check_space(self.options.output, plan.disk))
+        reporter.stage("checking weights", 1)
+        digest = team.on_first(lambda: fingerprint(model.source))
+        reporter.step()
+        before = records.opening(model, recipe, rows, digest, team.size)
+        record = team.on_first(lambda: self._made_before(before))
+        if record is None:
+            team.on_first(lambda: self._begin(before, plan))
+            dense = self._dense(evaluation)
+            record = self._prune(recipe, plan, rows, before)
+        elif evaluation and not _scored(record, evaluation):
+            dense = self._dense(evaluation)
+        else:
+            evaluation = None
+        if evaluation is not None and dense is not None:
+            pruned = score(reopen(self.options.output.resolve()), evaluation, "pruned", reporter, team)
+            record = records.add_scores(record, dense, pruned)
+        team.on_first(lambda: self._complete(record))
+        return record
+
+    def _made_before(self, before: Record) -> Record | None:
+        """The record of the finished run that `resume` found in the output folder."""
+        assert self.writer is not None
+        if not self.writer.reopened:
+            return None
+        record = read_json(self.writer.output / RECORD)
+        try:
+            differs = difference(records.identity(record), records.identity(before))
+        except (LookupError, TypeError, AttributeError):
+            differs = "its record is not of this program"
+        if not differs:
+            self.reporter.note(f"{self.options.output} is pruned already")
+            return record
+        if not self.writer.overwrite:
+            raise ValueError(
+                f"output folder {self.options.output} holds another finished run: {differs}; choose another with --output or replace it "
+                "with --overwrite"
+            )
+        return None
+
+    def _begin(self, before: Record, plan: Plan) -> None:
+        assert self.writer is not None
+        skeleton = self.model.skeleton
+        shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
+        self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes)
+
+    def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
+        """The dense model's scores, from the journal where this run has measured them already."""
+        if evaluation is None:
+            return None
+        key = evaluation.key(self.model.skeleton.dtype)
+        known = self.team.tell(self.writer.journal.find("dense") if self.writer else None)
+        if known and known["key"] == key:
+            return Scores(known["perplexity"], known["tasks"], known["seconds"])
+        scores = score(self.model, evaluation, "dense", self.reporter, self.team)
+        if self.writer and self.writer.journal.identity is not None:
+            self.writer.journal.add({"dense": {"key": key, **dataclasses.asdict(scores)}})
+        return scores
+
+    def _prune(self, recipe: Recipe, plan: Plan, rows: CalibrationSet, before: Record) -> Record:
+        skeleton, writer, team = self.model.skeleton, self.writer, self.team
+        done: list[Path] = team.tell(writer.finished if writer else [])
+        clock = run.Clock(skeleton.device)
+        if writer and done:
+            clock.seconds |= writer.journal.blocks[-1]["seconds"]
+        devices.reset_peak_device_memory(skeleton.device)
+        blocks = len(skeleton.blocks)
+        self.reporter.stage("pruning blocks", blocks)
+        if done:
+            self.reporter.note(f"{len(done)} of {blocks} blocks are finished; their outputs are computed again, then the run goes on")
+        progress = _Progress(self.reporter, blocks, len(done))
+
+        def block_done(
+            number: int, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], matrices: list[Record], seconds: Mapping[str, float]
+        ) -> None:  # fmt: skip
+            if writer:
+                writer.block(number, tensors, masks, matrices, seconds)
+            progress.block(number)
+
+        folder = self.options.output.resolve().parent
+        store = on_disk(writer.folder if writer else folder) if plan.offload == "disk" else in_memory
+        with devices.PrivateMemory() as memory:
+            if len(done) < blocks:
+                source = Overlay(self.model.source, done)
+                run.prune_blocks(
+                    recipe, plan, skeleton, source, rows, len(done), team, clock, store, self.reporter.note, block_done
+                )  # fmt: skip
+            return team.on_first(lambda: self._finish(before, clock, memory))
+
+    def _finish(self, before: Record, clock: run.Clock, memory: devices.PrivateMemory) -> Record:
+        writer, model = self.writer, self.model
+        assert writer is not None
+        writer.rest(model.source)
+        if model.located:
+            writer.copy_companions(model.located.folder, self.options.trust_remote_code)
+        else:
+            _save_companions(model, writer.folder)
+        writer.index()
+        clock.lap("write")
+        record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer.folder)
+        report.write(writer.folder, record)
+        writer.finish()
+        return record
+
+    def _complete(self, record: Record) -> None:
+        assert self.writer is not None
+        if record["evaluation"]["perplexity"] or record["evaluation"]["tasks"]:
+            report.write(self.writer.output, record)
+        self.writer.complete()
+
+    def close(self, error: BaseException | None) -> None:
+        """Release the output; an error is told what is kept of the run."""
+        if self.writer is None:
+            return
+        finished, blocks = self.writer.close(), len(self.model.skeleton.blocks)
+        if error is not None and finished:
+            error.kept = f"{finished} of {blocks} blocks are finished and kept"  # type: ignore[attr-defined]
+        elif error is not None and self.writer.journal.path.parent == self.writer.output and self.writer.journal.path.exists():
+            error.kept = f"{self.options.output} is pruned and saved but not scored"  # type: ignore[attr-defined]
+
+
+class _Progress:
+    """Steps of the stage, and after the first block how long the others will take."""
+
+    def __init__(self, reporter: Reporter, blocks: int, done: int) -> None:
+        self._reporter, self._blocks, self._done, self._started = reporter, blocks, done, time.monotonic()
+        for _ in range(done):
+            reporter.step()
+        self._told = False
+
+    def block(self, number: int) -> None:
+        if not self._told and number < self._blocks:
+            seconds, left = time.monotonic() - self._started, self._blocks - number
+            # With finished blocks before it, the first one took their replay too: the estimate is an upper bound.
+            self._reporter.note(f"block {number} done after {seconds:.1f} s; about {duration(seconds * left)} for the other {left}")
+        self._told = True
+        self._reporter.step()
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _scored(record: Record, evaluation: EvaluationSpec) -> bool:
+    have = record["evaluation"]
+    return set(evaluation.rows) <= set(have["perplexity"]) and set(evaluation.tasks) <= set(have["tasks"])
+
+
+def _save_companions(model: Model, folder: Path) -> None:
+    model.instance.config.save_pretrained(folder)
+    if getattr(model.instance, "generation_config", None) is not None:
+        model.instance.generation_config.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)

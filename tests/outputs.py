@@ -1,0 +1,21 @@
+"""Output folders, made comparable."""
+
+import json
+
+TIMES = ("seconds", "peak_memory_bytes", "peak_private_memory_bytes", "peak_device_memory_bytes")
+
+
+def contents(folder):
+    """Every file by name; of the record all but times and memory; of pages made from it nothing."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == "llmprune.json":
+            record = json.loads(path.read_text())
+            for key in TIMES:
+                record["totals"].pop(key, None)
+            for row in record["matrices"]:
+                row.pop("seconds")
+            found[path.name] = json.dumps(record, sort_keys=True)
+        elif path.name != "report.html":
+            found[path.name] = path.read_bytes()
+    return found
