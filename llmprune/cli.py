@@ -181,7 +181,19 @@ def _program(
     _debug = debug
 
 
+def _follows() -> bool:
+    """Whether this is one of several processes, but not the one that speaks for them."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _emit(value: Any) -> None:
+    """The summary on stdout."""
+    if not _follows():
+        print(json.dumps(value))
+
+
 def _console(as_json: bool, quiet: bool) -> Console:
+    quiet = quiet or _follows()
     stream = sys.stderr if as_json else sys.stdout
     # Into a file or a pipe, lines are not folded at 80 columns.
     return Console(stderr=as_json, quiet=quiet, highlight=False, markup=False, width=None if stream.isatty() else 140)
@@ -225,7 +237,7 @@ def _prune_command(
         screen.print_result(console, result.record, result.output)
         summary = {"output": str(result.output), **result.record}
     if as_json:
-        print(json.dumps(summary))
+        _emit(summary)
 
 
 def _names(text: str | None) -> list[str]:
@@ -259,7 +271,7 @@ def eval(path: _Model, as_json: bool, quiet: bool, tasks: str | None, perplexity
     )
     screen.print_scores(console, scores)
     if as_json:
-        print(json.dumps(scores))
+        _emit(scores)
 
 
 @_command(_origin, _output)
@@ -270,7 +282,7 @@ def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     counts = api.inspect(path, **options)
     screen.print_counts(_console(as_json, quiet), counts)
     if as_json:
-        print(json.dumps(counts))
+        _emit(counts)
 
 
 @_command(_output)

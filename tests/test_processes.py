@@ -1,0 +1,143 @@
+"""Several processes on one run, over gloo on loopback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from outputs import contents
+from safetensors.torch import save_file
+
+import llmprune
+from llmprune.checkpoint.masks import read_masks
+from llmprune.processes import Team, share_out
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+
+
+@pytest.fixture
+def launch(tmp_path, calibration_tokens):
+    """The program in so many processes, in the test's folder; `tokens.safetensors` is there."""
+    save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
+
+    def call(processes, *arguments, launcher=TORCHRUN, wait=True):
+        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0") if launcher is TORCHRUN else ()
+        command = [*launcher, str(processes), *rendezvous, "-m", "llmprune", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+    return call
+
+
+def said(err):
+    """What the program itself said of a failure: the launcher has much to say of its own."""
+    return [line for line in err.splitlines() if line.startswith("llmprune: ")]
+
+
+def test_shares_are_whole_contiguous_and_even():
+    for size in (1, 2, 3, 4, 7):
+        parts = [Team(rank, size).share(16) for rank in range(size)]
+        assert [n for p in parts for n in range(16)[p]] == list(range(16))
+        assert max(p.stop - p.start for p in parts) - min(p.stop - p.start for p in parts) <= 1
+
+
+def test_matrices_go_to_the_rank_with_the_least_to_do():
+    costs = {"q": 4, "k": 4, "v": 4, "o": 4, "gate": 11, "up": 11, "down": 11}
+    owner = share_out(costs, 2)
+    loads = [sum(c for n, c in costs.items() if owner[n] == r) for r in (0, 1)]
+    assert set(owner) == set(costs) and max(loads) <= 27
+    assert set(share_out(costs, 1).values()) == {0}
+
+
+def agreement(a, b):
+    """Share of equal entries over all masks."""
+    a, b = (read_masks(folder / "masks.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys()
+    return sum(int((a[n] == b[n]).sum()) for n in a) / sum(mask.numel() for mask in a.values())
+
+
+def comparable(folder):
+    """The record without what depends on how many processes there were: times, memory, rounding."""
+    record = json.loads(json.loads(json.dumps(contents(folder)["llmprune.json"])))
+    errors = [row.pop("relative_error") for row in record["matrices"]]
+    del record["environment"]["processes"]
+    return record, errors
+
+
+@pytest.mark.parametrize(("processes", "recipe"), [(2, "dsnot"), (4, "dsnot"), (2, "sparsegpt")])
+def test_several_processes_give_the_masks_and_the_record_of_one(launch, make_llama, tmp_path, calibration_tokens, processes, recipe):
+    model = make_llama(layers=3)
+    llmprune.prune(model, recipe=recipe, sparsity=0.6, calibration=tmp_path / "tokens.safetensors", output=tmp_path / "one")
+    options = ("--recipe", recipe, "--sparsity", "0.6", "--calibration", "tokens.safetensors")
+    code, out, err = launch(processes, "prune", model, *options, "--output", "many", "--json")
+    assert code == 0, err
+    assert json.loads(out)["environment"]["processes"] == processes, "rank 0 alone prints the summary"
+    assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
+    (one, errors), (many, others) = comparable(tmp_path / "one"), comparable(tmp_path / "many")
+    assert one == many
+    assert errors == pytest.approx(others, rel=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one", "tokens.safetensors"]
+
+
+def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
+    # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or without.
+    launcher = (
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes",
+    )  # fmt: skip
+    options = ("--calibration", "tokens.safetensors", "--perplexity", "builtin", "--eval-seqlen", "32", "--limit", "5")
+    code, out, err = launch(2, "run", tiny_llama, *options, "--output", "out", "--json", launcher=launcher)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["environment"]["processes"] == 2
+    alone = llmprune.evaluate(tmp_path / "out", perplexity=["builtin"], eval_seqlen=32, limit=5)["perplexity"]["builtin"]["value"]
+    assert summary["evaluation"]["perplexity"]["builtin"]["pruned"] == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(launch, make_llama, tmp_path, victim):
+    model = make_llama(layers=60)
+    options = ("--recipe", "sparsegpt", "--calibration", "tokens.safetensors", "--output", "out")
+    process = launch(2, "prune", model, *options, wait=False)
+    journal, deadline = tmp_path / ".out.partial" / "journal.jsonl", time.monotonic() + 120
+    while not (journal.is_file() and journal.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}
+    ranks[str(victim)].send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    lines = said(err)
+    assert process.returncode != 0 and len(lines) == 1, err
+    assert re.search(r"another process of this run ended|interrupted", lines[0]), lines
+    if victim == 1:
+        assert re.search(r"\d+ of 60 blocks are finished and kept; continue with the same command and --resume$", lines[0])
+    assert not (tmp_path / "out").exists()
+    code, out, err = launch(2, "prune", model, *options, "--resume")
+    assert code == 0, err
+    assert re.search(r"\d+ of 60 blocks are finished; their outputs are computed again", out)
+    assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
+
+
+def test_bad_input_is_told_once(launch, tiny_llama, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, _, err = launch(2, "prune", tiny_llama, "--calibration", "nowhere.txt", "--output", "out")
+    assert code != 0 and len(said(err)) == 1, err
+    assert "nowhere.txt" in said(err)[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_more_processes_than_samples_are_refused(launch, tiny_llama, tmp_path):
+    save_file({"tokens": torch.zeros(1, 32, dtype=torch.int64)}, tmp_path / "one.safetensors")
+    code, _, err = launch(2, "prune", tiny_llama, "--calibration", "one.safetensors")
+    assert code != 0 and said(err) == ["llmprune: 2 processes share 1 calibration samples; start at most 1"]
