@@ -149,7 +149,7 @@ def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tu
     """Run with progress on the console; the bars are closed whatever happens."""
     from llmprune.screen import Terminal
 
-    _quiet_libraries()
+    _quiet_libraries(quiet)
     terminal = Terminal(_console(as_json, quiet))
     try:
         return terminal.console, work(terminal)
@@ -157,12 +157,20 @@ def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tu
         terminal.close()
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(quiet: bool) -> None:
     """Our own bars say where the run stands; those of the libraries below us would break them."""
+    import logging
+
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    if quiet:
+        logging.getLogger("llmprune").setLevel(logging.ERROR)
+        huggingface_hub.utils.logging.set_verbosity_error()
+    else:
+        huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
 
 
 def _prune_command(
@@ -225,6 +233,7 @@ def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Recount zeros and patterns from disk, per matrix and overall."""
     from llmprune import api, screen
 
+    _quiet_libraries(quiet)
     counts = api.inspect(path, **options)
     screen.print_counts(_console(as_json, quiet), counts)
     if as_json:
