@@ -11,6 +11,7 @@ from llmprune import device as devices
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
+from llmprune.licence import read_licence
 from llmprune.model.opening import Model
 from llmprune.recipe import Recipe
 
@@ -34,6 +35,7 @@ def build_record(
         "model": {
             "source": model.label,
             "revision": model.located.revision if model.located else None,
+            **read_licence(model.located.folder if model.located else None),
             "architecture": type(model.skeleton.model).__name__,
             "parameters": elements,
         },
