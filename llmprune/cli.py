@@ -241,6 +241,31 @@ def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
 
 
 @_command(_output)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of run or prune.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.", show_default=False)],
+    as_json: bool,
+    quiet: bool,
+    public: Annotated[bool, _option("Publish: a new repository is public, and one that is public may be written.", "--public")] = False,
+    revision: Annotated[str | None, _option("Branch to write, made where it is not there.")] = None,
+    trust_remote_code: Annotated[bool, _option("Run Python code that comes with the folder.", "--trust-remote-code")] = False,
+) -> None:
+    """Upload to the Hugging Face Hub with a model card; private unless asked."""
+    from llmprune import api, screen
+
+    console, pushed = _with_terminal(
+        as_json,
+        quiet,
+        lambda terminal: api.push(
+            folder, repository, private=not public, revision=revision, trust_remote_code=trust_remote_code, reporter=terminal
+        ),
+    )
+    screen.print_pushed(console, pushed, public)
+    if as_json:
+        print(json.dumps(pushed))
+
+
+@_command(_output)
 def methods(as_json: bool, quiet: bool) -> None:
     """List pruners, refiners and allocators with their options."""
     from llmprune import registry

@@ -37,7 +37,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-COMMANDS = {"run", "prune", "eval", "inspect", "methods", "recipes", "models"}
+COMMANDS = {"run", "prune", "push", "eval", "inspect", "methods", "recipes", "models"}
 MATRIX = {"name", "shape", "pattern", "target_sparsity", "sparsity", "relative_error", "pruner", "steps", "seconds"}
 
 

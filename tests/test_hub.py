@@ -38,6 +38,8 @@ def attempt(name, work):
 def head(documents): return [next(documents) for _ in range(3)]
 small = {"samples": 4, "seqlen": 32}
 attempt("prune", lambda: llmprune.prune("owner/tiny", output="pruned", **small).record)
+attempt("push", lambda: llmprune.push("pruned", "owner/pushed"))
+attempt("pushed", lambda: llmprune.inspect("owner/pushed"))
 attempt("commit", lambda: locate("owner/tiny", COMMIT).revision)
 attempt("first", lambda: str(locate("owner/once").folder))
 attempt("cached", lambda: str(locate("owner/once").folder))
@@ -142,6 +144,12 @@ def test_a_hub_model_is_calibrated_on_c4_by_default(called, hub):
     assert value(called, "prune")["calibration"]["source"] == "c4"
     assert any("c4-train.00000-of-01024.json.gz" in request for request in hub.requests)
     assert hub.faults[0].times == 0, "a hub that is busy for a moment is asked again"
+
+
+def test_what_was_pruned_is_pushed_and_found_again(called, hub):
+    pushed, counts = value(called, "push"), value(called, "pushed")
+    assert pushed["url"] == f"{hub.url}/owner/pushed" and hub.repositories["models", "owner/pushed"].private
+    assert (counts["record_agrees"], counts["zeros"]) == (True, value(called, "prune")["totals"]["zeros"])
 
 
 def test_the_pruned_hub_model_differs_from_the_source_only_where_masked(called, make_llama):

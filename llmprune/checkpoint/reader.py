@@ -108,6 +108,11 @@ class Checkpoint:
             self.tensors[name] = TensorInfo(shape, _DTYPES.get(dtype), _size(shape, dtype))
         return set(names)
 
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of its weight files."""
+        return frozenset(self._where.values())
+
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
         # Opened anew each time: a mapping kept open would hold every page ever read in memory.
