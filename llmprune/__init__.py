@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "inspect", "load", "prune", "run_model"]
+__all__ = ["__version__", "evaluate", "inspect", "load", "prune", "push", "run_model"]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, inspect, load, prune, run_model
+    from llmprune.api import evaluate, inspect, load, prune, push, run_model
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune import processes
+from llmprune import processes, upload
 from llmprune import recipe as recipes
 from llmprune.checkpoint.reader import Checkpoint, read_json
 from llmprune.evaluation import audit
@@ -186,11 +186,40 @@ def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_
 def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
     try:
         claimed = {m["name"]: m["sparsity"] for m in record["matrices"]}
+        totals = record["totals"]["zeros"], record["totals"]["weights"]
     except (KeyError, TypeError):
         raise ValueError("llmprune.json is not a record of this program; remove it or restore the original") from None
-    if claimed.keys() - {c.name for c in counts}:
+    pruned = [c for c in counts if c.name in claimed]
+    if len(pruned) < len(claimed) or totals != (sum(c.zeros for c in pruned), sum(c.shape[0] * c.shape[1] for c in pruned)):
         return False
     return all(abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / (c.shape[0] * c.shape[1]) for c in counts)
+
+
+def push(
+    folder: str | os.PathLike[str], repository: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
+    trust_remote_code: bool = False, reporter: Reporter | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Upload a finished folder to the hub with its model card, in one commit; a push that broke off goes on where it stopped.
+
+    Args:
+        repository: `owner/name`, made where it is not there. private: of a new repository; one that is there stays as it is.
+        revision: a branch, made where it is not there; `main` by default. token: else that of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        `repository`, `url`, `revision`, `commit`, `created`, `private`, `files [{name, bytes}]`, `bytes`, `removed`.
+
+    Raises:
+        ValueError: an unfinished folder, one whose recount disagrees with its record (nothing is uploaded), or what the hub refuses.
+    """
+    reporter, path = reporter or Silent(), Path(folder).expanduser()
+    token = upload.check_destination(repository, token)
+    files = upload.belonging_files(path)
+    reporter.stage("recounting zeros", 1)
+    counts = inspect(path.resolve(), trust_remote_code=trust_remote_code)  # a name such as "demo" is a folder here
+    if not counts["record_agrees"]:
+        raise ValueError(f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune inspect {path}")
+    reporter.step()
+    return upload.upload(path, repository, files, private=private, revision=revision, token=token, reporter=reporter)
 
 
 def load(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:

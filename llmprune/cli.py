@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import json
-import os
-import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+
+from llmprune import ending
 
 app = typer.Typer(
     add_completion=False,
@@ -98,7 +97,7 @@ def _command(*groups: Callable[..., None]) -> Callable[[Callable[..., Any]], Cal
 
         @functools.wraps(function)
         def call(**options: Any) -> None:
-            _guarded(lambda: function(**options))
+            ending.guarded(lambda: function(**options), _debug)
 
         call.__signature__ = inspection.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: hints[p.name] for p in parameters}
@@ -107,57 +106,6 @@ def _command(*groups: Callable[..., None]) -> Callable[[Callable[..., Any]], Cal
         return call
 
     return register
-
-
-def _guarded(work: Callable[[], Any]) -> None:
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        work()
-    except KeyboardInterrupt as interrupt:
-        if _speaks():
-            print(f"llmprune: interrupted; {_next_step(interrupt)}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
-        if _debug:
-            raise
-        if _speaks():
-            line = " ".join(str(error).split()) or type(error).__name__
-            kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
-            print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-def _terminated(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out is under way
-    raise KeyboardInterrupt
-
-
-def _next_step(error: BaseException) -> str:
-    """What an error left behind, and the command that goes on from there."""
-    kept = getattr(error, "kept", None)
-    if kept is None:
-        return "nothing was changed in the output folder, run the same command again"
-    if "WORLD_SIZE" in os.environ:
-        return f"{kept}; continue with the same command and --resume"
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]
-    return f"{kept}; continue with: {shlex.join(['llmprune', *arguments, '--resume'])}"
-
-
-def _speaks() -> bool:
-    """Whether this process tells of a failure: of several, one does."""
-    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
-        return True
-    from llmprune import processes
-
-    return processes.speaks()
-
-
-def _of_several(error: BaseException, line: str) -> str:
-    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
-        return line
-    from llmprune import processes
-
-    return "another process of this run ended, so the run cannot go on" if processes.lost_process(error) else line
 
 
 def _show_version(asked: bool) -> None:
@@ -181,19 +129,14 @@ def _program(
     _debug = debug
 
 
-def _follows() -> bool:
-    """Whether this is one of several processes, but not the one that speaks for them."""
-    return os.environ.get("RANK", "0") != "0"
-
-
 def _emit(value: Any) -> None:
     """The summary on stdout."""
-    if not _follows():
+    if not ending.follows():
         print(json.dumps(value))
 
 
 def _console(as_json: bool, quiet: bool) -> Console:
-    quiet = quiet or _follows()
+    quiet = quiet or ending.follows()
     stream = sys.stderr if as_json else sys.stdout
     # Into a file or a pipe, lines are not folded at 80 columns.
     return Console(stderr=as_json, quiet=quiet, highlight=False, markup=False, width=None if stream.isatty() else 140)
@@ -203,7 +146,7 @@ def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tu
     """Run with progress on the console; the bars are closed whatever happens."""
     from llmprune.screen import Terminal
 
-    _quiet_libraries()
+    _quiet_libraries(quiet)
     terminal = Terminal(_console(as_json, quiet))
     try:
         return terminal.console, work(terminal)
@@ -211,12 +154,20 @@ def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tu
         terminal.close()
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(quiet: bool) -> None:
     """Our own bars say where the run stands; those of the libraries below us would break them."""
+    import logging
+
+    import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    if quiet:
+        logging.getLogger("llmprune").setLevel(logging.ERROR)
+        huggingface_hub.utils.logging.set_verbosity_error()
+    else:
+        huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
 
 
 def _prune_command(
@@ -279,10 +230,36 @@ def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Recount zeros and patterns from disk, per matrix and overall."""
     from llmprune import api, screen
 
+    _quiet_libraries(quiet)
     counts = api.inspect(path, **options)
     screen.print_counts(_console(as_json, quiet), counts)
     if as_json:
         _emit(counts)
+
+
+@_command(_output)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of run or prune.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, owner/name.", show_default=False)],
+    as_json: bool,
+    quiet: bool,
+    public: Annotated[bool, _option("Publish: a new repository is public, and one that is public may be written.", "--public")] = False,
+    revision: Annotated[str | None, _option("Branch to write, made where it is not there.")] = None,
+    trust_remote_code: Annotated[bool, _option("Run Python code that comes with the folder.", "--trust-remote-code")] = False,
+) -> None:
+    """Upload to the Hugging Face Hub with a model card; private unless asked."""
+    from llmprune import api, screen
+
+    console, pushed = _with_terminal(
+        as_json,
+        quiet,
+        lambda terminal: api.push(
+            folder, repository, private=not public, revision=revision, trust_remote_code=trust_remote_code, reporter=terminal
+        ),
+    )
+    screen.print_pushed(console, pushed, public)
+    if as_json:
+        _emit(pushed)
 
 
 @_command(_output)

@@ -12,6 +12,7 @@ from llmprune import device as devices
 from llmprune.checkpoint.journal import Identity
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
+from llmprune.licence import read_licence
 from llmprune.model.opening import Model
 from llmprune.recipe import Recipe
 
@@ -25,6 +26,7 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
         "model": {
             "source": model.label,
             "revision": model.located.revision if model.located else None,
+            **read_licence(model.located.folder if model.located else None),
             "architecture": type(model.skeleton.model).__name__,
             "parameters": sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values())),
             "digest": digest,

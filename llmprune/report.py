@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llmprune.checkpoint.files import write_durably
+from llmprune.text import is_file
 
 HONEST = (
     "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
@@ -49,28 +52,47 @@ def method_of(record: Record) -> str:
     return f"{steps}, {recipe['pattern']} (recipe {recipe['name']})"
 
 
+def protocol_lines(record: Record) -> list[str]:
+    """How the scores were measured, a line per protocol that differs."""
+    versions, lines = record["environment"]["versions"], []
+    for entry in record["evaluation"]["perplexity"].values():
+        protocol = entry["protocol"]
+        lines.append(f"perplexity: {protocol['mean']}; documents joined, no overlap; forward passes in {protocol['dtype']}")
+    for task, metrics in record["evaluation"]["tasks"].items():
+        protocol = metrics["protocol"]
+        lines.append(f"{task}: lm-eval {versions['lm_eval']}, task version {protocol['version']}, {protocol['shots']} shots")
+    return list(dict.fromkeys(lines))
+
+
 def model_card(record: Record) -> str:
-    """The folder's README: what it is, what it scores, how to load it."""
+    """The folder's README: what it is, what it scores, how it was made, how to load it, under which licence.
+
+    `PATH_OR_ID` stands where the name of the folder or repository belongs.
+    """
     model, totals, calibration = record["model"], record["totals"], record["calibration"]
-    title = model["source"].rpartition("/")[2]
-    base = f"base_model: {model['source']}\n" if "/" in model["source"] else ""
-    scores = score_rows(record)
-    table = "\n".join(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in scores)
-    scored = f"| | dense | pruned | |\n|---|---|---|---|\n{table}\n" if scores else "Not scored: made with `llmprune prune`.\n"
+    source = " ".join(model["source"].split())
+    at = f" (commit `{model['revision']}`)" if model["revision"] else ""
     return f"""---
-{base}library_name: transformers
-tags: [pruned, sparse, llmprune]
----
+{_front_matter(record)}---
 
-# {title}, {totals["sparsity"]:.1%} sparse
+# {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
 
-{model["source"]} pruned after training, without retraining, by llmprune: {method_of(record)}.
-{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero.
-Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibration["source"]}.
+{source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
+{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero; embeddings, norms and the output head are not pruned.
 
-{scored}
 {HONEST}
 
+## Scores
+
+{_scores_section(record)}
+## Recipe
+
+Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibration["source"]}, seed {calibration["seed"]}, \
+tokens `{calibration["digest"]}`. The recipe with every default:
+
+```yaml
+{_yaml(record["recipe"])}```
+{_again(record)}
 ## Load
 
 ```python
@@ -81,8 +103,55 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 ```
 
 `masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, every matrix, versions).
-The licence is the base model's.
+`llmprune inspect` recounts the zeros.
+
+## Licence
+
+{_licence_section(model)}
 """
+
+
+def _again(record: Record) -> str:
+    """The command that repeats the run, where what it needs can be had elsewhere."""
+    model, source = record["model"], record["calibration"]["source"]
+    if not ("/" in model["source"] or model["source"] == "demo") or source.endswith(("in memory", ".safetensors")) or is_file(source):
+        return ""
+    revision = f" --revision {model['revision']}" if model["revision"] else ""
+    return f"\nSaved as `recipe.yaml`, it does the same again: `llmprune prune {model['source']}{revision} --recipe recipe.yaml`.\n"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _front_matter(record: Record) -> str:
+    """What the hub reads. The licence is the source's own word, or absent."""
+    model = record["model"]
+    licence = {key: model.get(key) for key in ("license", "license_name", "license_link")}
+    fields = {
+        "base_model": model["source"] if "/" in model["source"] else None,
+        **licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmprune", "pruned", "sparse"],
+    }
+    return _yaml({key: value for key, value in fields.items() if value is not None})
+
+
+def _scores_section(record: Record) -> str:
+    scores = score_rows(record)
+    if not scores:
+        return "Not scored: made with `llmprune prune`.\n"
+    table = "\n".join(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in scores)
+    protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
+    return f"| | dense | pruned | |\n|---|---|---|---|\n{table}\n\nDense and pruned were measured alike:\n\n{protocols}\n"
+
+
+def _licence_section(model: dict[str, Any]) -> str:
+    if model.get("license") is None:
+        return "The licence is the base model's. Its card names none or was not at hand: look it up before you share this model."
+    more = ", ".join(model[key] for key in ("license_name", "license_link") if model.get(key))
+    return f"The licence is the base model's: `{model['license']}`{f' ({more})' if more else ''}, as the base model's own card says."
 
 
 def html_report(record: Record) -> str:

@@ -158,3 +158,25 @@ def print_counts(console: Console, counts: Mapping[str, Any]) -> None:
     overall = " ".join(counts["patterns"]) or "no N:M pattern holds everywhere"
     total = f"overall {counts['sparsity']:.4%}: {counts['zeros']:,} zeros of {counts['weights']:,} weights"
     console.print(f"\n{total}; {overall}; {verdicts[counts['record_agrees']]}", soft_wrap=True)
+
+
+def print_pushed(console: Console, pushed: Mapping[str, Any], public: bool) -> None:
+    """Where it lies now, and what to do next."""
+    visibility = "private" if pushed["private"] else "public"
+    state = f"new, {visibility}" if pushed["created"] else f"was there, stays {visibility}"
+    table = _table("Pushed")
+    table.add_row("repository", f"{pushed['repository']} ({state})")
+    table.add_row("url", pushed["url"])
+    table.add_row("commit", pushed["commit"])
+    table.add_row("files", f"{len(pushed['files'])}, {gigabytes(pushed['bytes'])}")
+    if pushed["removed"]:
+        table.add_row("removed", f"{', '.join(pushed['removed'])} (weights of an earlier push; its commit still has them)")
+    console.print()
+    console.print(table)
+    at, revision = (f', revision="{pushed["revision"]}"', f" --revision {pushed['revision']}") if pushed["revision"] else ("", "")
+    load = f'AutoModelForCausalLM.from_pretrained("{pushed["repository"]}"{at}, dtype="auto")'
+    console.print(f"\nLoad it: {load}   Recount it: llmprune inspect {pushed['repository']}{revision}", soft_wrap=True)
+    if pushed["private"]:
+        settings = f"make it public in its settings: {pushed['url'].partition('/tree/')[0]}/settings"
+        kept = "--public changes no repository that is there; " if public else ""
+        console.print(f"Only those with access to it see it; {kept}{settings}", soft_wrap=True)

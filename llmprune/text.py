@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.hub import retrying
 from llmprune.registry import nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -129,8 +130,8 @@ def hub_documents(source: str, evaluation: bool, seed: int = 0) -> Iterator[str]
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
-        HfApi().dataset_info(text.dataset, timeout=10)  # without network this fails at once, where datasets would retry for long
-
+        # Without network this fails at once, where datasets would retry for long.
+        retrying(lambda: HfApi().dataset_info(text.dataset, timeout=10), f"looking for {text.dataset}")
         data = load_dataset(text.dataset, text.config, split=split, data_files={split: file} if file else None, streaming=True)
         rows = iter(data if evaluation else data.shuffle(seed=seed, buffer_size=1000))
         first = next(rows, None)

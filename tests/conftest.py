@@ -130,6 +130,21 @@ def shared():
 
 
 @pytest.fixture
+def own_hub(tmp_path, monkeypatch):
+    """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was waited for."""
+    from hub_server import TOKEN, serving
+    from huggingface_hub import constants
+
+    with serving(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", hub.slept.append)
+        yield hub
+
+
+@pytest.fixture
 def cli(tmp_path):
     """The program as a subprocess in the test's own folder."""
 

@@ -37,7 +37,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-COMMANDS = {"run", "prune", "eval", "inspect", "methods", "recipes", "models"}
+COMMANDS = {"run", "prune", "push", "eval", "inspect", "methods", "recipes", "models"}
 MATRIX = {"name", "shape", "pattern", "target_sparsity", "sparsity", "relative_error", "pruner", "steps", "seconds"}
 
 
@@ -195,7 +195,8 @@ def test_config_and_tokenizer_are_those_of_the_source(tiny_run, tiny_llama):
 def test_the_record_has_the_keys_of_the_interface(record):
     assert set(record) == {"schema", "model", "recipe", "calibration", "matrices", "totals", "evaluation", "environment"}
     assert record["schema"] == 1
-    assert set(record["model"]) == {"source", "revision", "architecture", "parameters", "digest"}
+    licence = {"license", "license_name", "license_link"}
+    assert set(record["model"]) == {"source", "revision", "architecture", "parameters", "digest"} | licence
     assert set(record["calibration"]) == {"source", "samples", "sequence_length", "seed", "digest"}
     assert all(set(row) == MATRIX for row in record["matrices"])
     assert {"weights", "zeros", "sparsity", "seconds", "peak_memory_bytes", "bytes"} <= set(record["totals"])

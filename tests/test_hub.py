@@ -3,169 +3,28 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_server import COMMIT, TOKEN, Fault, serving
 from safetensors.torch import load_file
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from llmprune.hub import locate
 
-
-class Hub:
-    """`repositories`: ("models" | "datasets", "owner/name") -> folder.
-
-    `refused`: the same and the action ("" for every one) -> (status, X-Error-Code).
-    `once`: repositories whose revision is told once, then the hub is down for them.
-    """
-
-    def __init__(self) -> None:
-        self.repositories: dict[tuple[str, str], Path] = {}
-        self.refused: dict[tuple[str, str, str], tuple[int, str]] = {}
-        self.once: set[tuple[str, str]] = set()
-        self.requests: list[str] = []
-        self.tokens: set[str] = set()
-        self.url = ""
-
-    def answer(self, path: str, query: dict[str, list[str]]) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body for a request."""
-        kind, repository, rest = self._split(path)
-        key = (kind, repository)
-        action, _, rest = rest.partition("/")
-        refusal = self.refused.get((*key, "")) or self.refused.get((*key, action))
-        if refusal:
-            return refusal[0], {"X-Error-Code": refusal[1], "X-Error-Message": f"refused: {refusal[1]}"}, b"{}"
-        if key not in self.repositories:
-            return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"
-        revision, _, name = rest.partition("/")
-        if action and revision not in ("main", COMMIT):
-            return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b"{}"
-        folder = self.repositories[key]
-        if key in self.once and action == "revision":
-            self.refused[(*key, "revision")] = (500, "")
-        if action in ("", "revision"):
-            return self._json(self._info(repository, folder))
-        if action == "tree" and not (folder / name).is_dir():
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b"{}"
-        if action == "tree":
-            return self._json(self._tree(folder, name, query.get("recursive") == ["true"]))
-        if action == "paths-info":
-            return self._json([entry for entry in self._tree(folder, "", True) if entry["path"] in query.get("paths", [])])
-        return self._file(folder / name)
-
-    def _split(self, path: str) -> tuple[str, str, str]:
-        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path)
-        if api:
-            return api[1], api[2], api[3] or ""
-        plain = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/(resolve/.*)", path)
-        return ("datasets" if plain[1] else "models", plain[2], plain[3]) if plain else ("", "", "")
-
-    @staticmethod
-    def _json(value: object) -> tuple[int, dict[str, str], bytes]:
-        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
-
-    @staticmethod
-    def _info(repository: str, folder: Path) -> dict[str, object]:
-        files = [{"rfilename": str(p.relative_to(folder))} for p in sorted(folder.rglob("*")) if p.is_file()]
-        flags = {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
-        return {"_id": "0" * 24, "id": repository, "sha": COMMIT, "siblings": files, "lastModified": "2024-01-01T00:00:00.000Z", **flags}
-
-    @staticmethod
-    def _tree(folder: Path, below: str, recursive: bool) -> list[dict[str, object]]:
-        found = sorted((folder / below).rglob("*") if recursive else (folder / below).iterdir())
-        return [
-            {
-                "type": "file" if p.is_file() else "directory",
-                "oid": _oid(p),
-                "size": p.stat().st_size if p.is_file() else 0,
-                "path": str(p.relative_to(folder)),
-            }
-            for p in found
-        ]
-
-    @staticmethod
-    def _file(path: Path) -> tuple[int, dict[str, str], bytes]:
-        if not path.is_file():
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
-        return 200, {"ETag": f'"{_oid(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, path.read_bytes()
-
-
-def _oid(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes() if path.is_file() else path.name.encode()).hexdigest()
-
-
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _serve(self) -> None:
-            url = urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            query = parse_qs(url.query)
-            if body:
-                is_json = "json" in (self.headers.get("Content-Type") or "")
-                query |= {
-                    k: v if isinstance(v, list) else [v] for k, v in (json.loads(body) if is_json else parse_qs(body.decode())).items()
-                }
-            hub.requests.append(f"{self.command} {self.path}")
-            if self.headers.get("Authorization"):
-                hub.tokens.add(self.headers["Authorization"])
-            status, headers, content = hub.answer(unquote(url.path), query)
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if status == 200 and wanted:
-                start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
-                status, headers["Content-Range"] = 206, f"bytes {start}-{end}/{len(content)}"
-                content = content[start : end + 1]
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_HEAD = do_POST = _serve
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    return Handler
-
-
-@contextmanager
-def serving() -> Iterator[Hub]:
-    """A hub on a free loopback port, until the `with` ends."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-TOKEN = "hf_aVeryPrivateToken"
 TEXT = "the quick brown fox jumps over the lazy dog and runs into the green hills beyond the river "
 # Every call in one process: importing torch and transformers costs seconds.
 CALLS = """
 import json, time
 import llmprune
+time.sleep = lambda seconds: None  # what is waited for between attempts
 from llmprune import text
 from llmprune.hub import locate
 done = {}
@@ -179,6 +38,8 @@ def attempt(name, work):
 def head(documents): return [next(documents) for _ in range(3)]
 small = {"samples": 4, "seqlen": 32}
 attempt("prune", lambda: llmprune.prune("owner/tiny", output="pruned", **small).record)
+attempt("push", lambda: llmprune.push("pruned", "owner/pushed"))
+attempt("pushed", lambda: llmprune.inspect("owner/pushed"))
 attempt("commit", lambda: locate("owner/tiny", COMMIT).revision)
 attempt("first", lambda: str(locate("owner/once").folder))
 attempt("cached", lambda: str(locate("owner/once").folder))
@@ -226,11 +87,14 @@ def hub(make_llama, tmp_path_factory):
     pickled.mkdir()
     (pickled / "config.json").write_bytes((make_llama() / "config.json").read_bytes())
     (pickled / "pytorch_model.bin").write_bytes(b"never opened")
-    with serving() as server:
-        server.repositories |= {("datasets", name): path for name, path in dataset_folders(folder).items()}
-        server.repositories |= {("models", f"owner/{name}"): make_llama() for name in ("tiny", "gated", "gated-files", "down", "once")}
-        server.repositories["models", "owner/pickle"] = pickled
-        server.once = {("models", "owner/once")}
+    with serving(folder / "pushed") as server:
+        for name, path in dataset_folders(folder).items():
+            server.add(name, path, "datasets")
+        for name in ("tiny", "gated", "gated-files", "down"):
+            server.add(f"owner/{name}", make_llama())
+        server.add("owner/once", make_llama(), once=True)
+        server.add("owner/pickle", pickled)
+        server.faults = [Fault("GET /api/datasets/allenai/c4$", status=500)]
         server.refused = {
             ("models", "owner/gated", ""): (403, "GatedRepo"),
             ("models", "owner/gated-files", "resolve"): (401, "GatedRepo"),
@@ -279,6 +143,13 @@ def test_a_hub_model_is_downloaded_and_pruned(called):
 def test_a_hub_model_is_calibrated_on_c4_by_default(called, hub):
     assert value(called, "prune")["calibration"]["source"] == "c4"
     assert any("c4-train.00000-of-01024.json.gz" in request for request in hub.requests)
+    assert hub.faults[0].times == 0, "a hub that is busy for a moment is asked again"
+
+
+def test_what_was_pruned_is_pushed_and_found_again(called, hub):
+    pushed, counts = value(called, "push"), value(called, "pushed")
+    assert pushed["url"] == f"{hub.url}/owner/pushed" and hub.repositories["models", "owner/pushed"].private
+    assert (counts["record_agrees"], counts["zeros"]) == (True, value(called, "prune")["totals"]["zeros"])
 
 
 def test_the_pruned_hub_model_differs_from_the_source_only_where_masked(called, make_llama):
@@ -375,3 +246,153 @@ def test_a_refused_model_is_one_line_and_exit_code_1(hub, cli, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert "owner/gated is gated" in done.stderr
     assert list(tmp_path.glob("out*")) == []
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def refusal(*names, **options):
+    """The one line that `locate` answers with."""
+    with pytest.raises(ValueError) as refused:
+        locate(*names, **options)
+    assert "\n" not in str(refused.value)
+    assert TOKEN not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.fixture
+def tiny(own_hub, make_llama):
+    """A hub with one model, `owner/tiny`."""
+    own_hub.add("owner/tiny", make_llama())
+    return own_hub
+
+
+def test_a_file_cut_in_the_middle_goes_on_where_it_stopped(tiny, make_llama, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096)
+    tiny.faults = [Fault(r"GET .*/model\.safetensors", cut=200_000), Fault(r"GET .*/model\.safetensors", cut=100_000)]
+    assert weights(locate("owner/tiny").folder) == weights(make_llama())
+    first, second = (int(re.search(r"bytes=(\d+)-", request)[1]) for request in tiny.ranges)
+    assert 190_000 < first <= 200_000 and 290_000 < second <= 300_000, "nothing that arrived is fetched again"
+
+
+def test_a_connection_reset_in_the_middle_is_tried_again_and_told(tiny, make_llama, caplog):
+    caplog.set_level("WARNING", "llmprune")  # a test that types --quiet may have come before
+    tiny.faults = [Fault(r"GET .*/model\.safetensors", cut=100_000, reset=True)]
+    assert weights(locate("owner/tiny").folder) == weights(make_llama())
+    assert tiny.count("GET .*/config.json") == 1, "a file that is whole is not fetched again"
+    assert re.search(r"downloading owner/tiny: .*reset by peer; trying again in 1 s", caplog.text)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize(
+    "request_", ["GET /api/models/owner/tiny/revision", "GET .*/tree/", "HEAD .*/config.json", r"GET .*/model\.safetensors"]
+)
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(tiny, make_llama, request_, status):
+    tiny.faults = [Fault(request_, times=2, status=status)]
+    assert weights(locate("owner/tiny").folder) == weights(make_llama())
+    assert tiny.faults[0].times == 0 and 1 <= len(tiny.slept) <= 4
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "77"}, {"RateLimit": '"api";r=0;t=77'}])
+def test_the_wait_the_hub_asks_for_is_kept(tiny, headers):
+    tiny.faults = [Fault("GET /api/models/owner/tiny/revision", status=429, headers=headers)]
+    locate("owner/tiny")
+    assert tiny.slept == [77]
+
+
+def test_a_wait_beyond_reason_is_not(tiny):
+    tiny.faults = [Fault("GET /api/models/owner/tiny/revision", status=429, headers={"Retry-After": "86400"})]
+    locate("owner/tiny")
+    assert tiny.slept == [300]
+
+
+@pytest.mark.parametrize(("status", "said"), [(429, r"429.*owner/tiny.*wait"), (500, r"owner/tiny.*500.*local folder or demo")])
+def test_a_hub_that_stays_busy_is_given_up(tiny, status, said):
+    tiny.faults = [Fault("GET /api/", times=10**6, status=status)]
+    assert re.search(said, refusal("owner/tiny"))
+    assert (tiny.count("GET /api/"), sum(tiny.slept)) == (4, 7)
+
+
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_a_file_that_is_too_short_is_never_taken(tiny, make_llama, times):
+    tiny.faults = [Fault(r"GET .*/model\.safetensors", times=times, short=1000)]
+    if times == 1:
+        assert weights(locate("owner/tiny").folder) == weights(make_llama())
+    else:
+        assert re.search(r"owner/tiny.*size \d+ but has size 1000", refusal("owner/tiny"))
+
+
+def test_a_cached_model_is_not_downloaded_again(tiny):
+    folder = locate("owner/tiny").folder
+    tiny.requests.clear()
+    assert locate("owner/tiny").folder == folder
+    assert not tiny.count("/resolve/"), tiny.requests
+    tiny.requests.clear()
+    assert locate("owner/tiny", COMMIT).folder == folder
+    assert tiny.requests == [], "a commit never changes"
+
+
+def test_offline_mode_uses_the_cache_and_names_itself(tiny, monkeypatch):
+    folder = locate("owner/tiny").folder
+    tiny.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate("owner/tiny").folder == folder
+    assert re.search(r"owner/other is not wholly in the cache.*HF_HUB_OFFLINE", refusal("owner/other"))
+    assert re.search(r"owner/tiny at v2 .*HF_HUB_OFFLINE", refusal("owner/tiny", "v2"))
+    (folder / "model.safetensors").unlink()
+    assert re.search(r"owner/tiny is not wholly in the cache.*HF_HUB_OFFLINE", refusal("owner/tiny"))
+    assert tiny.requests == []
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cache_that_lacks_only_the_licence_is_good_without_the_hub(own_hub, llama_copy, monkeypatch, offline):
+    (llama_copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    own_hub.add("owner/carded", llama_copy)
+    folder = locate("owner/carded").folder
+    (folder / "README.md").unlink()  # as an earlier version of the program, or another, left it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    own_hub.faults = [Fault("GET /api/", times=10**6, status=500)]
+    assert locate("owner/carded").folder == folder
+
+
+def test_a_wrong_token_is_said_without_the_token(tiny, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expiredLongAgo")
+    said = refusal("owner/tiny")
+    assert re.search(r"refuses the token for owner/tiny.*hf auth login.*HF_TOKEN", said) and "expired" not in said
+
+
+def test_what_the_hub_says_is_told_without_the_token(tiny):
+    tiny.faults = [Fault("GET .*/tree/", status=403, headers={"X-Error-Message": f"what is {TOKEN}?"})]
+    assert re.search(r"the hub refuses owner/tiny \(403 .*what is \*\*\*", refusal("owner/tiny"))
+
+
+def test_a_cache_that_cannot_be_written_is_said(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    assert re.search(r"cannot store owner/tiny in the hub's cache \(.*Not a directory.*HF_HOME", refusal("owner/tiny"))
+
+
+def test_a_private_model_needs_a_token(own_hub, make_llama, monkeypatch):
+    own_hub.add("owner/hidden", make_llama(), private=True)
+    assert locate("owner/hidden").revision == COMMIT
+    shutil.rmtree(own_hub.root.parent / "cache")
+    monkeypatch.delenv("HF_TOKEN")
+    assert re.search(r"owner/hidden.*private.*hf auth login", refusal("owner/hidden"))
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_download_shows_its_progress_on_a_terminal(tiny, typed, monkeypatch, quiet):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    tiny.faults = [Fault("GET .*/tree/", status=500)]
+    code, _, _ = typed("inspect", "owner/tiny", *(["--quiet"] if quiet else []))
+    assert code == 0
+    shown = screen.getvalue()
+    assert shown == "" if quiet else "downloading owner/tiny: 100%" in shown, shown
+    monkeypatch.setattr("sys.stderr", again := Terminal())
+    assert typed("inspect", "owner/tiny")[0] == 0
+    assert again.getvalue() == "", "what is in the cache is not downloaded"

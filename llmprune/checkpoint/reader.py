@@ -107,6 +107,11 @@ class Checkpoint:
             self.tensors[name] = TensorInfo(entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start)
         return set(entries)
 
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of its weight files."""
+        return frozenset(file for file, _ in self._where.values())
+
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
         file, entry = self._where[name]

@@ -19,7 +19,7 @@ from llmprune.checkpoint.masks import MaskFile
 from llmprune.checkpoint.reader import INDEX, WeightSource
 
 # What a loader or a reader of the licence needs; anything else in the source folder is not ours to publish.
-_COPIED = (
+COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
 )  # fmt: skip
@@ -146,7 +146,7 @@ class CheckpointWriter:
     def copy_companions(self, source: Path, code: bool) -> None:
         """Config and tokenizer files as they are in the source folder; Python files only when its code was asked for."""
         for path in sorted(source.iterdir()):
-            wanted = any(path.match(pattern) for pattern in _COPIED) or (code and path.suffix == ".py")
+            wanted = any(path.match(pattern) for pattern in COMPANIONS) or (code and path.suffix == ".py")
             if path.is_file() and wanted:
                 write_durably(self.folder / path.name, [path.read_bytes()])
 

@@ -1,0 +1,70 @@
+"""How a command ends early: one line, what is kept, the command that goes on, an exit code. Of several processes, one speaks."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+
+def follows() -> bool:
+    """Whether this is one of several processes, but not the one that speaks for them."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def guarded(work: Callable[[], Any], debug: bool) -> None:
+    """Run a command; a failure becomes one line on stderr (a traceback with `debug`) and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        work()
+    except KeyboardInterrupt as interrupt:
+        if _speaks():
+            print(f"llmprune: interrupted; {_next_step(interrupt)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
+        if debug:
+            raise
+        if _speaks():
+            line = " ".join(str(error).split()) or type(error).__name__
+            kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
+            print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _terminated(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out is under way
+    raise KeyboardInterrupt
+
+
+def _next_step(error: BaseException) -> str:
+    """What an error left behind, and the command that goes on from there."""
+    kept = getattr(error, "kept", None)
+    if kept is None:
+        own = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        return own or "nothing was changed in the output folder, run the same command again"
+    if "WORLD_SIZE" in os.environ:
+        return f"{kept}; continue with the same command and --resume"
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]
+    return f"{kept}; continue with: {shlex.join(['llmprune', *arguments, '--resume'])}"
+
+
+def _speaks() -> bool:
+    """Whether this process tells of a failure: of several, one does."""
+    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
+        return True
+    from llmprune import processes
+
+    return processes.speaks()
+
+
+def _of_several(error: BaseException, line: str) -> str:
+    if "WORLD_SIZE" not in os.environ or "llmprune.processes" not in sys.modules:
+        return line
+    from llmprune import processes
+
+    return "another process of this run ended, so the run cannot go on" if processes.lost_process(error) else line
