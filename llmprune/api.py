@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune import device as devices
 from llmprune import processes, upload
 from llmprune import recipe as recipes
 from llmprune.checkpoint.reader import Checkpoint, read_json
@@ -147,12 +148,15 @@ def evaluate(
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
     opened = team.in_turn(lambda: open_model(path, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
-    scores = score(opened, team.in_turn(lambda: spec.prepare(opened)), "scoring", reporter, team)
+    with devices.PrivateMemory() as memory:
+        scores = score(opened, team.in_turn(lambda: spec.prepare(opened)), "scoring", reporter, team)
     return {
         "model": opened.label,
         "perplexity": scores.perplexity,
         "tasks": scores.tasks,
         "seconds": round(scores.seconds, 3),
+        "peak_memory_bytes": devices.peak_memory(),
+        "peak_private_memory_bytes": memory.peak,
         "environment": environment(opened.skeleton.device, opened.skeleton.dtype, team.size),
     }
 
@@ -241,5 +245,7 @@ def plan_summary(dry: DryRun) -> dict[str, Any]:
     ]
     return {
         "output": str(dry.output), "recipe": dry.recipe.as_dict(), "matrices": matrices, "skipped": list(plan.skipped),
-        "weights": plan.weights, "sparsity": plan.sparsity, "memory_bytes": plan.memory, "disk_bytes": plan.disk,
+        "weights": plan.weights, "sparsity": plan.sparsity, "memory_bytes": plan.memory,
+        "device_memory_bytes": plan.device_memory, "available_memory_bytes": plan.available, "offload": plan.offload,
+        "disk_bytes": plan.disk,
     }  # fmt: skip

@@ -29,3 +29,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a YAML mapping, got {type(value).__name__}")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it stands in a message: never longer than a line."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -14,7 +14,7 @@ import yaml
 
 from llmprune import patterns, registry
 from llmprune.contracts import Allocator, Pattern, Pruner, Step
-from llmprune.data import read_yaml, shipped, shipped_names
+from llmprune.data import read_yaml, shipped, shipped_names, shown
 
 DEFAULT = "dsnot"
 DEFAULT_SPARSITY = 0.5
@@ -120,7 +120,7 @@ def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Rec
         values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
     for key, value in (overrides or {}).items():
         if key == "name":
-            raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {value!r} instead of setting it")
+            raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} instead of setting it")
         _override(values, key, value)
     return from_dict({**values, "name": label})
 
@@ -129,11 +129,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`dotted.key=value` from the command line, the value read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set takes dotted.key=value, got {text!r}")
+        raise ValueError(f"--set takes dotted.key=value, got {shown(text)}")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"--set {key}: the value {value!r} is not valid YAML") from None
+        raise ValueError(f"--set {key}: the value {shown(value)} is not valid YAML") from None
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -145,7 +145,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(inner, str):
             inner = values[head] = {"name": inner}
         if not isinstance(inner, dict):
-            raise ValueError(f"cannot set {key!r}: {head!r} holds {inner!r}")
+            raise ValueError(f"cannot set {shown(key)}: {head!r} holds {shown(inner)}")
         _override(inner, rest, value)
     elif isinstance(values.get(head), dict) and isinstance(value, str) and value == values[head].get("name"):
         return  # the same algorithm: its options stay
@@ -185,7 +185,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def _typed(key: str, value: Any, wanted: type) -> Any:
     if not isinstance(value, wanted) or isinstance(value, bool):
-        raise ValueError(f"{key!r} must be {wanted.__name__}, got {value!r}")
+        raise ValueError(f"{shown(key)} must be {wanted.__name__}, got {shown(value)}")
     return value
 
 
@@ -196,7 +196,7 @@ def _part(cls: type, kind: str, value: Any) -> Any:
         if key not in known:
             raise registry.nearest(f"{kind} key", key, known)
     if cls is Rule and "match" not in value:
-        raise ValueError(f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {value!r}")
+        raise ValueError(f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {shown(value)}")
     return cls(**value)
 
 
@@ -204,12 +204,12 @@ def _algorithm(room: str, value: Any) -> AlgorithmSpec:
     kind = room.removesuffix("s")
     value = {"name": value} if isinstance(value, str) else dict(_typed(kind, value, dict))
     if not isinstance(value.get("name"), str):
-        raise ValueError(f"{kind} needs a name: one of {', '.join(registry.names(room))}, got {value!r}")
+        raise ValueError(f"{kind} needs a name: one of {', '.join(registry.names(room))}, got {shown(value)}")
     name, targets = value.pop("name"), value.pop("targets", ["*"])
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"targets of {name!r} must be a list of glob patterns, got {targets!r}")
+        raise ValueError(f"targets of {shown(name)} must be a list of glob patterns, got {shown(targets)}")
     if room != "refiners" and targets != ["*"]:
-        raise ValueError(f"only a refiner takes targets; use rules to choose the matrices {kind} {name!r} works on")
+        raise ValueError(f"only a refiner takes targets; use rules to choose the matrices {kind} {shown(name)} works on")
     algorithm = registry.build(room, name, value)  # checks the options, and fills in every default
     return AlgorithmSpec(name=name, targets=tuple(targets), options=dataclasses.asdict(algorithm.config))
 
@@ -218,7 +218,7 @@ def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
     """The sparsity asked for, or the one an N:M pattern implies; the two may not contradict each other."""
     parsed = patterns.parse(pattern)
     if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1):
-        raise ValueError(f"sparsity must be in [0, 1), the share of weights to remove, got {sparsity!r}")
+        raise ValueError(f"sparsity must be in [0, 1), the share of weights to remove, got {shown(sparsity)}")
     if not isinstance(parsed, patterns.NM):
         return DEFAULT_SPARSITY if sparsity is None else float(sparsity)
     if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-6:
@@ -230,16 +230,16 @@ def _check(recipe: Recipe) -> None:
     if recipe.scope is not None:
         patterns.parse("unstructured", recipe.scope)
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0, got {recipe.seed!r}")
+        raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
     spec = recipe.calibration
     _typed("calibration.source", spec.source, str)
     for key, least in (("samples", 1), ("sequence_length", 2)):
         value = getattr(spec, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"calibration.{key} must be a whole number from {least}, got {value!r}")
+            raise ValueError(f"calibration.{key} must be a whole number from {least}, got {shown(value)}")
     for rule in recipe.rules:
         if rule.skip and (rule.sparsity is not None or rule.pattern is not None):
-            raise ValueError(f"rule {rule.match!r} both skips and sets a sparsity or pattern; keep one")
+            raise ValueError(f"rule {shown(rule.match)} both skips and sets a sparsity or pattern; keep one")
         if not rule.skip:
             rule_sparsity(recipe, rule)
 

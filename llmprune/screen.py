@@ -65,11 +65,16 @@ class Terminal:
             ),
             ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {calibration.source}"),
             ("device", f"{describe(model.skeleton.device)}, {str(model.skeleton.dtype).removeprefix('torch.')}"),
-            ("memory", f"about {gigabytes(plan.memory)} at the peak of pruning"),
+            ("memory", _memory(plan)),
             ("disk", f"{gigabytes(plan.disk)} in {output}"),
         ):
             table.add_row(*row)
         self.console.print(table)
+        if plan.memory > plan.available:
+            self.console.print(
+                f"THIS MAY NOT FIT: {gigabytes(plan.available)} of memory are free; use fewer --samples, another recipe, or more memory",
+                style="bold", soft_wrap=True,
+            )  # fmt: skip
         if calibration.source == "builtin" and model.label != "demo":
             self.console.print("calibration is Python's own library text; for an English model, --calibration c4 follows the papers")
         self.console.print()
@@ -94,6 +99,12 @@ class Terminal:
         """Stop drawing."""
         if self._task is not None:
             self._progress.stop()  # one that never started would still print an empty line
+
+
+def _memory(plan: Plan) -> str:
+    device = f", {gigabytes(plan.device_memory)} on the GPU" if plan.device_memory is not None else ""
+    where = "in RAM" if plan.offload == "ram" else "in a file beside the output"
+    return f"about {gigabytes(plan.memory)} at the peak of pruning{device}; {gigabytes(plan.available)} free; block inputs {where}"
 
 
 def print_matrices(console: Console, plan: Plan) -> None:

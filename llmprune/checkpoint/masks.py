@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import layout, raw
+from llmprune.data import shown
 
 
 def pack(keep: Tensor) -> Tensor:
@@ -61,4 +62,4 @@ def read_masks(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{name} is {packed.dtype} {list(packed.shape)}, not the bits of {rows} x {columns}")
         return {name: unpack(packed, shapes[name][1]) for name, packed in masks.items()}
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable mask file ({error!r})") from None
+        raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None

@@ -77,5 +77,5 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # many types; the first line says what is wrong
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise ValueError(f"cannot read the tokenizer of {folder.name}: {line}") from error

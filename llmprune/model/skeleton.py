@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
+from llmprune.data import shown
 
 _COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 
@@ -26,8 +27,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here; the first line says what is wrong
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"transformers cannot use the config of {folder} (model_type {raw.get('model_type')!r}): {line}") from error
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ValueError(f"transformers cannot use the config of {folder} (model_type {shown(raw.get('model_type'))}): {line}") from error
 
 
 def check_dense(config: dict[str, Any], where: str) -> None:
@@ -38,6 +39,19 @@ def check_dense(config: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where} is quantised or compressed ({key}: {method}); prune the original checkpoint in float32, bfloat16 or float16"
             )
+
+
+def _check_sizes(config: Any, source: WeightSource) -> None:
+    """Raise `ValueError` for a config that asks for more than the checkpoint can hold, before anything of that size is made."""
+    most = max((t.elements for t in source.tensors.values()), default=0)
+    for key, value in config.get_text_config().to_dict().items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        if key in ("num_hidden_layers", "n_layer", "num_layers") and value > len(source.tensors):
+            raise ValueError(f"config.json asks for {value} blocks, the checkpoint has {len(source.tensors)} tensors; it is damaged")
+        sized = key.endswith(("_size", "_dim", "_heads")) or key in ("n_embd", "n_inner", "n_head")
+        if sized and value > max(most, 1 << 16):
+            raise ValueError(f"config.json has {key} {value}, more than any tensor of the checkpoint holds; it is damaged")
 
 
 class Skeleton:
@@ -56,9 +70,16 @@ class Skeleton:
 
         self.source, self.dtype, self.device = source, dtype, device
         # Buffers stay real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
-        with init_empty_weights(include_buffers=False):
-            # A copy: transformers writes the dtype into the config it is given.
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype)
+        _check_sizes(config, source)
+        try:
+            with init_empty_weights(include_buffers=False):
+                # A copy: transformers writes the dtype into the config it is given.
+                self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype)
+        except Exception as error:  # a config may be wrong in as many ways as there are models
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ValueError(
+                f"transformers cannot build a model from config.json ({type(error).__name__}: {line}); is it damaged?"
+            ) from error
         self.model.eval()
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner._buffers.items():

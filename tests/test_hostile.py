@@ -1,0 +1,269 @@
+"""Whatever a stranger's file holds: it is read, or refused in one clear line. 500 cases here; `LLMPRUNE_FUZZ_CASES=20000` by hand.
+
+Each case starts from a valid file and damages it: bytes flipped, cut, inserted; or its JSON or YAML changed at a random place to something
+nasty. While a case runs the process may not take more than 512 MB more memory than it has, nor 20 seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import llmprune
+from llmprune import calibration, recipe
+from llmprune.api import inspect
+from llmprune.checkpoint.masks import read_masks
+from llmprune.checkpoint.reader import Checkpoint
+from llmprune.checkpoint.writer import CheckpointWriter
+from llmprune.data import shipped
+from llmprune.licence import read_licence
+from llmprune.model.opening import open_model
+
+KINDS = ("safetensors", "index", "config", "recipe", "masks", "record", "tokens", "jsonl", "parquet", "journal", "card", "tokenizer")
+CASES = int(os.environ.get("LLMPRUNE_FUZZ_CASES", "500"))
+NASTY = [
+    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan"), "", "x" * 5000, "../../etc/passwd", "/etc/passwd",
+    "a/b", "\0", "\ud7ff\u202e", [], {}, [[]], [1, -1], [2**40, 2**40], {"": {}}, "model.safetensors", "F32", "BF16", "I64", "nan", [None],
+]  # fmt: skip
+
+RENAMED = ["", "../x", "x" * 300, "__metadata__", "\0", "model.norm.weight"]
+
+damages = st.lists(
+    st.one_of(
+        st.tuples(st.just("value"), st.integers(0, 10**6), st.sampled_from(NASTY)),
+        st.tuples(st.just("delete"), st.integers(0, 10**6), st.none()),
+        st.tuples(st.just("rename"), st.integers(0, 10**6), st.sampled_from(RENAMED)),
+        st.tuples(st.just("nest"), st.integers(0, 10**6), st.integers(1, 3000)),
+        st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+        st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True), st.none()),
+        st.tuples(st.just("insert"), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=20)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def places(value):
+    """Every (container, key) of a JSON value."""
+    found, waiting = [], [value]
+    while waiting:
+        here = waiting.pop()
+        pairs = here.items() if isinstance(here, dict) else enumerate(here) if isinstance(here, list) else ()
+        for key, inner in pairs:
+            found.append((here, key))
+            waiting.append(inner)
+    return found
+
+
+def change(value, damage):
+    """A JSON value changed in place, as one damage says."""
+    kind, where, what = damage
+    found = places(value)
+    if not found or kind not in ("value", "delete", "rename", "nest"):
+        return
+    container, key = found[where % len(found)]
+    if kind == "value":
+        container[key] = what
+    elif kind == "delete":
+        del container[key]
+    elif kind == "rename" and isinstance(container, dict):
+        container[what] = container.pop(key)
+    elif kind == "nest":
+        for _ in range(what):
+            container[key] = [container[key]]
+
+
+def mangle(data, damage):
+    """Bytes changed as one damage says."""
+    kind, where, what = damage
+    at = int(where * len(data)) if isinstance(where, float) else 0
+    if kind == "flip" and data:
+        return data[:at] + bytes([data[at] ^ what]) + data[at + 1 :]
+    if kind == "cut":
+        return data[:at]
+    return data[:at] + what + data[at:] if kind == "insert" else data
+
+
+def dumped(value, as_yaml=False):
+    try:
+        return (yaml.safe_dump(value) if as_yaml else json.dumps(value)).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        return b"[" * 5000
+
+
+def damaged(data, todo, load=json.loads, as_yaml=False):
+    """A JSON or YAML document after every damage."""
+    value = load(data)
+    for damage in todo:
+        change(value, damage)
+    data = dumped(value, as_yaml)
+    for damage in todo:
+        data = mangle(data, damage)
+    return data
+
+
+def damaged_safetensors(data, todo):
+    length = int.from_bytes(data[:8], "little")
+    if any(d[0] in ("value", "delete", "rename", "nest") for d in todo):
+        head = damaged(data[8 : 8 + length], [d for d in todo if d[0] in ("value", "delete", "rename", "nest")])
+        data = len(head).to_bytes(8, "little") + head + data[8 + length :]
+    for damage in todo:
+        data = mangle(data, damage)
+    return data
+
+
+@contextmanager
+def contained():
+    """No more than 512 MB beyond what the process has."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(status["VmSize"].split()[0]) * 1024 + (512 << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def read_or_refused(work):
+    with contained():
+        try:
+            work()
+        except ValueError as error:
+            line = " ".join(str(error).split())
+            assert 10 < len(line) < 1000, line
+            assert not isinstance(error, UnicodeError), line
+
+
+@pytest.fixture(scope="module")
+def fuzz(tmp_path_factory, tiny_llama):
+    """A pruned folder, and what else a run reads, all valid."""
+    root = tmp_path_factory.mktemp("hostile")
+    tokens = torch.randint(0, 2048, (4, 16), generator=torch.Generator().manual_seed(0))
+    llmprune.prune(tiny_llama, calibration=tokens, recipe="magnitude", output=root / "out")
+    save_file({"tokens": tokens}, root / "tokens.safetensors")
+    lines = [json.dumps({"text": f"a sentence of a file, number {n}, and more of it"}) for n in range(40)]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
+    pyarrow.parquet.write_table(table, root / "text.parquet")
+    recipe_text = shipped("recipes", "dsnot.yaml").read_text() + "rules: [{match: '*.q_proj', sparsity: 0.4}]\n"
+    (root / "recipe.yaml").write_text(recipe_text)
+    (root / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\n---\n# x\n")
+    entry = {"block": 1, "file": "a", "bytes": 1, "sha256": "0", "rows": [], "seconds": {}}
+    (root / "journal.jsonl").write_text('{"identity": {"model": "x"}}\n' + json.dumps(entry) + "\n")
+    return root, open_model(root / "out").tokenizer
+
+
+def snapshot(root):
+    return {str(p.relative_to(root)): p.stat().st_size for p in root.rglob("*")}
+
+
+def reader_of(kind, root, tokenizer, trial):
+    """(the valid file, how it is damaged, what reads it) of a kind; `trial` is a folder that holds a copy of the pruned model."""
+    shard = "model-00001-of-00003.safetensors"
+
+    def calibrate(name):
+        samples, length = (None, None) if name.startswith("tokens") else (2, 16)
+        path = str(trial / name)
+        return lambda: calibration.build(path, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=0)
+
+    def load_all():
+        source = Checkpoint(trial)
+        for name in source.tensors:
+            source.load(name)
+
+    def resume():
+        (trial / ".o.partial").mkdir()
+        shutil.move(trial / "journal.jsonl", trial / ".o.partial" / "journal.jsonl")
+        writer = CheckpointWriter(trial / "o", resume=True)
+        try:
+            writer.begin({"model": "x"}, 3, {})
+        finally:
+            writer.close()
+
+    return {
+        "safetensors": (trial / shard, damaged_safetensors, load_all),
+        "index": (trial / "model.safetensors.index.json", damaged, load_all),
+        "config": (trial / "config.json", damaged, lambda: open_model(trial)),
+        "recipe": (root / "recipe.yaml", lambda d, t: damaged(d, t, yaml.safe_load, True), lambda: recipe.load(str(trial / "recipe.yaml"))),
+        "masks": (trial / "masks.safetensors", damaged_safetensors, lambda: read_masks(trial / "masks.safetensors")),
+        "record": (trial / "llmprune.json", damaged, lambda: inspect(trial)),
+        "tokens": (root / "tokens.safetensors", damaged_safetensors, calibrate("tokens.safetensors")),
+        "jsonl": (root / "text.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("text.jsonl")),
+        "parquet": (root / "text.parquet", lambda d, t: bytes_only(d, t), calibrate("text.parquet")),
+        "journal": (
+            root / "journal.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n") if x) + b"\n", resume
+        ),
+        "card": (root / "README.md", bytes_only, lambda: read_licence(trial)),
+        "tokenizer": (trial / "tokenizer.json", lambda d, t: damaged(d, t), lambda: open_model(trial)),
+    }[kind]  # fmt: skip
+
+
+def bytes_only(data, todo):
+    for damage in todo:
+        data = mangle(data, damage)
+    return data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_read_or_refused_in_one_line(fuzz, tmp_path, kind):
+    root, tokenizer = fuzz
+
+    @settings(
+        max_examples=max(1, CASES // len(KINDS)), deadline=timedelta(seconds=20), derandomize=CASES <= 500, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(todo=damages)
+    def cases(todo):
+        trial = tmp_path / "trial"
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.copytree(root / "out", trial)
+        valid, damage, read = reader_of(kind, root, tokenizer, trial)
+        (trial / valid.name).write_bytes(damage(valid.read_bytes(), todo))
+        before = snapshot(tmp_path) if kind != "journal" else None
+        read_or_refused(read)
+        if before is not None:
+            assert snapshot(tmp_path) == before, "something was written"
+
+    cases()
+
+
+def test_code_in_a_checkpoint_folder_runs_only_when_asked_for(tmp_path, tiny_llama, monkeypatch):
+    folder, marker = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "it-ran"
+    code = (
+        f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
+    )
+    (folder / "own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": "own.T"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ValueError, match=r"transformers cannot use the config"):
+        llmprune.prune(folder, calibration=tokens, recipe="magnitude", output=tmp_path / "out")
+    assert not marker.exists() and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"transformers cannot use the config"):
+        llmprune.inspect(folder)
+    assert not marker.exists()
+
+
+def test_a_recipe_cannot_name_python_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text(f"name: x\npruner: !!python/object/apply:os.system ['touch {tmp_path}/it-ran']\n")
+    with pytest.raises(ValueError, match=r"evil\.yaml"):
+        recipe.load(str(path))
+    assert not (tmp_path / "it-ran").exists()

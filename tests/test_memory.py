@@ -1,0 +1,157 @@
+"""Memory: where block inputs lie, what happens when it runs out, what is planned and measured."""
+
+import os
+import re
+
+import pytest
+import torch
+from outputs import contents
+from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import llmprune
+from llmprune import device as devices
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.model import activations
+from llmprune.model.opening import open_model
+
+
+class Notes:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def plan(self, *args):
+        self.made = args[2]
+
+    def stage(self, *args):
+        pass
+
+    def step(self):
+        pass
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture
+def prune(tiny_llama, calibration_tokens, tmp_path):
+    def call(name, **more):
+        options = {"recipe": "sparsegpt", "sparsity": 0.5, "calibration": calibration_tokens} | more
+        llmprune.prune(tiny_llama, output=tmp_path / name, **options)
+        return contents(tmp_path / name)
+
+    return call
+
+
+def test_block_inputs_on_disk_change_nothing_and_leave_nothing(prune, tmp_path):
+    assert prune("disk", offload="disk") == prune("ram", offload="ram")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "ram"]
+
+
+def test_block_inputs_go_to_disk_by_themselves_where_memory_is_short(prune, monkeypatch):
+    reporter = Notes()
+    monkeypatch.setattr(devices, "available_memory", lambda: 10**6)
+    prune("out", reporter=reporter)
+    assert reporter.made.offload == "disk" and reporter.made.memory > reporter.made.available
+    monkeypatch.setattr(devices, "available_memory", lambda: 10**12)
+    prune("more", reporter=reporter)
+    assert reporter.made.offload == "ram"
+
+
+def test_a_disk_too_full_for_block_inputs_is_told_in_one_line(prune, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"block inputs need 0\.00 GB on the disk .*No space left"):
+        prune("out", offload="disk")
+
+
+def test_an_unknown_offload_is_refused(prune):
+    with pytest.raises(ValueError, match=r"offload must be one of auto, ram, disk, got 'tape'"):
+        prune("out", offload="tape")
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A device on which more than so many sequences do not fit, failing late in the block: after some hooks have run."""
+
+    def limit(sequences, error=torch.cuda.OutOfMemoryError):
+        real = LlamaMLP.forward
+
+        def forward(self, x):
+            if x.shape[0] > sequences:
+                self.gate_proj(x)
+                raise error("CUDA out of memory" if error is torch.cuda.OutOfMemoryError else "DefaultCPUAllocator: can't allocate memory")
+            return real(self, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+
+    return limit
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, RuntimeError, MemoryError])
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(prune, little_memory, monkeypatch, tmp_path, error):
+    monkeypatch.setitem(activations._TOKENS, "cpu", 2 * 32)
+    whole = prune("two")
+    monkeypatch.setitem(activations._TOKENS, "cpu", 8 * 32)
+    little_memory(2, error)
+    reporter = Notes()
+    assert prune("halved", reporter=reporter) == whole, "statistics are counted once, whatever was tried"
+    tried = [n for n in reporter.notes if "out of memory" in n]
+    assert tried == [f"out of memory with {n} sequences at once; going on with {n // 2}" for n in (8, 4)]
+
+
+def test_memory_that_no_halving_helps_ends_the_run(prune, little_memory):
+    little_memory(0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        prune("out")
+
+
+def test_scoring_halves_too(tiny_llama, little_memory):
+    rows = torch.randint(0, 2048, (8, 32), generator=torch.Generator().manual_seed(1))
+    skeleton = open_model(tiny_llama).skeleton
+    whole = perplexity(skeleton, rows)
+    little_memory(2)
+    notes = []
+    assert perplexity(skeleton, rows, note=notes.append) == pytest.approx(whole, rel=1e-6)
+    assert notes
+
+
+def test_the_plan_says_what_the_run_will_need(tiny_llama, calibration_tokens, typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = typed("prune", tiny_llama, "--samples", "4", "--seqlen", "32", "--dry-run")
+    assert code == 0
+    assert re.search(r"memory +about \d+\.\d MB at the peak of pruning; \d+\.\d\d GB free; block inputs in RAM", out)
+    assert re.search(r"disk +\d+\.\d MB in", out)
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj +64 x 96 +unstructured +0\.5 +uniform", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell private pages apart")
+def test_private_memory_sees_what_was_allocated_between():
+    with devices.PrivateMemory() as memory:
+        before = memory.peak
+        taken = torch.ones(60_000_000)
+        sum(range(3_000_000))  # some time for a sample
+        del taken
+    assert memory.peak - before > 0.9 * 240_000_000
+
+
+def test_a_checkpoint_that_shrinks_under_the_run_is_one_line_and_no_crash(llama_copy):
+    opened = open_model(llama_copy)
+    path = llama_copy / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"ended while '.*' was read; it changed during the run"):
+        for name in opened.source.tensors:
+            opened.source.load(name)
+
+
+def test_written_shards_are_what_the_library_reads(prune, tmp_path, tiny_llama):
+    prune("out")
+    dense = load_file(tiny_llama / "model.safetensors")
+    read = {n: t for p in sorted((tmp_path / "out").glob("model-*.safetensors")) for n, t in load_file(p).items()}
+    assert read.keys() == dense.keys()
+    assert all(torch.equal(read[n], dense[n]) for n in dense if "proj" not in n)
