@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.files import DTYPES, Entry, raw, read_header, read_tensor
 from llmprune.counts import all_finite
+from llmprune.data import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +64,7 @@ class Checkpoint:
             missing = wanted - found if wanted is not None else set()
             if missing:
                 raise ValueError(
-                    f"{folder / INDEX} places {sorted(missing)[0]!r} in {file}, which does not hold it; download the checkpoint again"
+                    f"{folder / INDEX} places {shown(sorted(missing)[0])} in {file}, which does not hold it; download the checkpoint again"
                 )
 
     def _listing(self) -> dict[str, set[str] | None]:
@@ -78,8 +79,10 @@ class Checkpoint:
         listing: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
             # A plain file name cannot leave the folder. (Resolving instead would refuse the hub cache, whose files are links.)
-            if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-                raise ValueError(f"{self.folder / INDEX} names {file!r} for {name!r}: shards must be plain file names inside the folder")
+            if file in ("", ".", "..") or len(file.encode(errors="replace")) > 255 or any(c in file for c in "/\\\0"):
+                raise ValueError(
+                    f"{self.folder / INDEX} names {shown(file)} for {shown(name)}: shards must be plain file names inside the folder"
+                )
             promised = listing.setdefault(file, set())
             assert promised is not None
             promised.add(name)
@@ -101,7 +104,7 @@ class Checkpoint:
         entries = read_header(path)
         for name, entry in entries.items():
             if name in self._where:
-                raise ValueError(f"tensor {name!r} stands in both {self._where[name][0]} and {file}; the checkpoint is inconsistent")
+                raise ValueError(f"tensor {shown(name)} stands in both {self._where[name][0]} and {file}; the checkpoint is inconsistent")
             self._where[name] = file, entry
             dtype = DTYPES.get(entry.dtype)
             self.tensors[name] = TensorInfo(entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start)
