@@ -191,12 +191,12 @@ def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
     try:
         claimed = {m["name"]: m["sparsity"] for m in record["matrices"]}
         totals = record["totals"]["zeros"], record["totals"]["weights"]
-    except (KeyError, TypeError):
+        pruned = [c for c in counts if c.name in claimed]
+        if len(pruned) < len(claimed) or totals != (sum(c.zeros for c in pruned), sum(c.shape[0] * c.shape[1] for c in pruned)):
+            return False
+        return all(abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / (c.shape[0] * c.shape[1]) for c in counts)
+    except (LookupError, TypeError, AttributeError, OverflowError):
         raise ValueError("llmprune.json is not a record of this program; remove it or restore the original") from None
-    pruned = [c for c in counts if c.name in claimed]
-    if len(pruned) < len(claimed) or totals != (sum(c.zeros for c in pruned), sum(c.shape[0] * c.shape[1] for c in pruned)):
-        return False
-    return all(abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / (c.shape[0] * c.shape[1]) for c in counts)
 
 
 def push(

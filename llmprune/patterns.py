@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmprune.contracts import Pattern
 from llmprune.counts import true_per_row
+from llmprune.data import shown
 
 SCOPES = ("row", "matrix", "published")
 
@@ -69,7 +70,7 @@ class Unstructured(Pattern):
 
     def __init__(self, scope: str = "row") -> None:
         if scope not in SCOPES:  # "published" is a class of its own, below
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {shown(scope)}")
         self.scope = scope
 
     def _pruned(self, rows: int, start: int, columns: int, sparsity: float) -> int:
@@ -149,5 +150,5 @@ def parse(text: str, scope: str = "row") -> Pattern:
         return PublishedThreshold() if scope == "published" else Unstructured(scope)
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", str(text))
     if not match:
-        raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {text!r}")
+        raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {shown(text)}")
     return NM(int(match[1]), int(match[2]))

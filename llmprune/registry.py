@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 from llmprune.contracts import Algorithm
+from llmprune.data import shown
 
 ROOMS = ("pruners", "refiners", "allocators")
 
@@ -20,7 +21,7 @@ def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
     names = sorted(available)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return ValueError(f"unknown {kind} {name!r}: {hint}available: {', '.join(names)}")
+    return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {', '.join(names)}")
 
 
 def names(room: str) -> list[str]:
@@ -45,10 +46,10 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
     types = get_type_hints(cls.Config)
     for key, value in options.items():
         if key not in types:
-            raise nearest(f"option of {room.removesuffix('s')} {name!r}", key, types or ["(none)"])
+            raise nearest(f"option of {room.removesuffix('s')} {shown(name)}", key, types or ["(none)"])
         wanted = (int, float) if types[key] is float else types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
-            raise ValueError(f"option {key!r} of {name!r} must be {types[key].__name__}, got {value!r}")
+            raise ValueError(f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}")
     return cls(cls.Config(**options))
 
 

@@ -6,6 +6,7 @@ nasty. While a case runs the process may not take more than 512 MB more memory t
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -77,7 +78,7 @@ def change(value, damage):
         return
     container, key = found[where % len(found)]
     if kind == "value":
-        container[key] = what
+        container[key] = copy.deepcopy(what)  # shared, it could come to hold itself
     elif kind == "delete":
         del container[key]
     elif kind == "rename" and isinstance(container, dict):

@@ -5,23 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llmprune.checkpoint.files import read_header, read_tensor
+from llmprune.data import shown
 
 
 def read_tokens(path: Path) -> Tensor:
     """The tensor `tokens` of a file. Raises `ValueError` when it is missing, damaged or of another type."""
     if not path.is_file():
         raise ValueError(f"no such token file: {path}")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            names = list(handle.keys())
-            tokens = handle.get_tensor("tokens") if "tokens" in names else None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({error})") from None
-    if tokens is None:
-        raise ValueError(f"{path} has no tensor 'tokens' (it has: {', '.join(names) or 'none'})")
-    return check_tokens(tokens, str(path))
+    entries = read_header(path)
+    if "tokens" not in entries:
+        raise ValueError(f"{path} has no tensor 'tokens' (it has: {shown(sorted(entries)) if entries else 'none'})")
+    return check_tokens(read_tensor(path, "tokens", entries["tokens"]), str(path))
 
 
 def check_tokens(tokens: Tensor, where: str) -> Tensor:
