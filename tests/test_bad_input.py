@@ -487,7 +487,7 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_safetensors_file_is_refused(refused, llama_copy, damage):
     damage(llama_copy / ONE_FILE)
-    refused(r"model\.safetensors is damaged or not safetensors.*download the checkpoint again", llama_copy)
+    refused(r"model\.safetensors is damaged or not safetensors.*download it again", llama_copy)
 
 
 def index_of(folder):

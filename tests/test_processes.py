@@ -72,7 +72,7 @@ def comparable(folder):
     """The record without what depends on how many processes there were: times, memory, rounding."""
     record = json.loads(json.loads(json.dumps(contents(folder)["llmprune.json"])))
     errors = [row.pop("relative_error") for row in record["matrices"]]
-    del record["environment"]["processes"]
+    del record["environment"]["processes"], record["environment"]["device"]  # which tells the threads
     return record, errors
 
 

@@ -122,7 +122,7 @@ def published_rows(monkeypatch, wanted):
         drifted = published.sum(1) != keep.sum(1)
         assert int(drifted.sum()) <= 1
         keep[drifted] = published[drifted]
-        return target.read().to(weight.dtype) * keep, keep, row
+        return target.read(args[-1]).to(weight.dtype) * keep, keep, row
 
     monkeypatch.setattr(run, "prune_matrix", with_published_rows)
 

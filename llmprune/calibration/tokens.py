@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.files import read_header, read_tensor
-from llmprune.data import shown
 
 
 def read_tokens(path: Path) -> Tensor:
@@ -17,7 +16,7 @@ def read_tokens(path: Path) -> Tensor:
         raise ValueError(f"no such token file: {path}")
     entries = read_header(path)
     if "tokens" not in entries:
-        raise ValueError(f"{path} has no tensor 'tokens' (it has: {shown(sorted(entries)) if entries else 'none'})")
+        raise ValueError(f"{path} has no tensor 'tokens' (it has: {', '.join(sorted(entries))[:120] or 'none'})")
     return check_tokens(read_tensor(path, "tokens", entries["tokens"]), str(path))
 
 

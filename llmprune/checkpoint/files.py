@@ -46,7 +46,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             for name, t in listed.items()
         }
     except (SafetensorError, OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({_line(error)}); get the file again") from None
+        raise ValueError(f"{path} is damaged or not safetensors ({_line(error)}); download it again") from None
 
 
 def _line(error: Exception) -> str:
