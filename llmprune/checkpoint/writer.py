@@ -180,7 +180,10 @@ class CheckpointWriter:
             shutil.rmtree(old)
 
     def complete(self) -> None:
-        """Nothing is left to do: the journal goes."""
+        """Nothing is left to do: the journal goes, and what a run that was killed while moving had replaced."""
+        old = self.output.with_name(f".{self.output.name}.replaced")
+        if old.exists() and self.output.exists():
+            shutil.rmtree(old)
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)
 
