@@ -118,8 +118,9 @@ def child(arguments, faulty=None, quiet=True):
     except OSError:
         code = 3
     except BaseException as error:
-        print(f"unexpected {type(error).__name__}: {error}", flush=True)
-        code = 4
+        code = 3 if "cannot be moved" in str(error) else 4  # the one failure that says where the whole checkpoint lies
+        if code == 4:
+            print(f"unexpected {type(error).__name__}: {error}", flush=True)
     finally:
         os._exit(code)
 
