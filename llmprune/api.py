@@ -48,7 +48,7 @@ class DryRun:
 
 def prune(
     model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str = recipes.DEFAULT, sparsity: float | None = None,
-    pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, allocator: str | None = None,
+    pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, update: str | None = None, allocator: str | None = None,
     calibration: Source | None = None, samples: int | None = None, seqlen: int | None = None, seed: int | None = None,
     device: str = "auto", dtype: str = "auto", output: str | os.PathLike[str] | None = None, overwrite: bool = False,
     resume: bool = False, restart: bool = False, offload: str = "auto", settings: Mapping[str, Any] | None = None,
@@ -79,7 +79,7 @@ def prune(
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
     chosen, own = _recipe(recipe, calibration, settings, **{
-        "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "allocator": allocator,
+        "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "update": update, "allocator": allocator,
         "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
     })  # fmt: skip
 
@@ -121,6 +121,8 @@ def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
     exchanged = [recipe.pruner.name] if recipe.pruner.name != own.pruner.name else []
     if (recipe.refiner and recipe.refiner.name) != (own.refiner and own.refiner.name):
         exchanged.append(recipe.refiner.name if recipe.refiner else "unrefined")
+    if (updates := [u.name for u in recipe.update]) != [u.name for u in own.update]:
+        exchanged += updates or ["unchanged"]
     return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount]))
 
 

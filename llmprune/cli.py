@@ -35,6 +35,7 @@ def _pruning(
     pattern: Annotated[str | None, _option("unstructured or N:M (2:4, 4:8, ...).")] = None,
     pruner: Annotated[str | None, _option("Pruner; see llmprune methods.")] = None,
     refiner: Annotated[str | None, _option("Refiner, or none.")] = None,
+    update: Annotated[str | None, _option("Update of the kept weights (several with commas), or none.")] = None,
     allocator: Annotated[str | None, _option("Allocator.")] = None,
     calibration: Annotated[
         str | None,
@@ -264,7 +265,7 @@ def push(
 
 @_command(_output)
 def methods(as_json: bool, quiet: bool) -> None:
-    """List pruners, refiners and allocators with their options."""
+    """List pruners, refiners, updates and allocators with their options."""
     from llmprune import registry
 
     found = {room: {name: registry.describe(room, name) for name in registry.names(room)} for room in registry.ROOMS}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 class Need(Flag):
@@ -35,6 +38,13 @@ class InputStats:
 
     def __init__(self, count: int, sequence_length: int, values: Mapping[Need, Tensor]) -> None:
         self.count, self.sequence_length, self._values = count, sequence_length, dict(values)
+        self._derived: dict[Any, Any] = {}
+
+    def derived(self, key: Any, compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed once for all matrices that share these inputs. `key` names it and its options."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]  # type: ignore[no-any-return]
 
     @property
     def needs(self) -> Need:
@@ -126,12 +136,13 @@ class Job:
 class Pruned:
     """A pruned matrix: float32 [R, C], zero wherever `keep` (bool [R, C]) is False.
 
-    `score` [R, C] is the ranking that chose the mask, for steps that continue from it.
+    `score` [R, C] is the ranking that chose the mask, for steps that continue from it. `notes` go into the matrix's row of the record.
     """
 
     weight: Tensor
     keep: Tensor
     score: Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Algorithm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from llmprune.contracts import InputStats, Job, Pruned, Pruner, Step
 from llmprune.counts import all_finite, zeros_of
 from llmprune.model.targets import Target
 from llmprune.plan import MatrixPlan
-from llmprune.recipe import Recipe
+from llmprune.recipe import AlgorithmSpec, Recipe
 from llmprune.stats import relative_error
 
 Row = dict[str, Any]
 
 
 def prune_matrix(
-    target: Target, plan: MatrixPlan, stats: InputStats, pruner: Pruner, steps: list[Step], recipe: Recipe, stored: Tensor
+    target: Target, plan: MatrixPlan, stats: InputStats, pruner: Pruner, steps: Sequence[tuple[AlgorithmSpec, Step]], recipe: Recipe, stored: Tensor
 ) -> tuple[Tensor, Tensor, Row]:
     """One matrix through pruner and steps: its weight in the stored dtype (on the CPU, [R, C]), its mask and its record row."""
     started = time.monotonic()
@@ -28,7 +29,8 @@ def prune_matrix(
     job = Job(target.name, target.read(stored), stats, plan.pattern, plan.sparsity, torch.Generator().manual_seed(seed))
     pruned = pruner.prune(job)
     check_promises(job, pruned, pruner, None)
-    for step in steps:
+    steps = [(spec, step) for spec, step in steps if spec.applies(target.name)]
+    for _, step in steps:
         before, pruned = pruned, step.apply(job, pruned)
         check_promises(job, pruned, step, before)
     final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
@@ -41,7 +43,8 @@ def prune_matrix(
         "zeros": zeros,
         "relative_error": relative_error(job.weight, final.float(), stats),
         "pruner": recipe.pruner.name,
-        "steps": [recipe.refiner.name for _ in steps if recipe.refiner],
+        "steps": [spec.name for spec, _ in steps],
+        **pruned.notes,
         "seconds": round(time.monotonic() - started, 4),
     }
     return final.cpu(), pruned.keep, row

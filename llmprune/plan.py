@@ -60,8 +60,9 @@ class Plan:
 
 def needs_of(recipe: Recipe) -> Need:
     """The statistics a run collects: the algorithms' needs, and a sample for the relative error where there is no Gram matrix."""
-    refiner = recipe.build_refiner()
-    needs = recipe.build_pruner().needs | (refiner.needs if refiner else Need.NONE)
+    needs = recipe.build_pruner().needs
+    for _, step in recipe.build_steps():
+        needs |= step.needs
     return needs if Need.GRAM in needs else needs | Need.SAMPLE
 
 
@@ -173,4 +174,4 @@ def _pruning_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
     """What a pruner and its steps hold of the largest matrix [R, C]: weight, score, mask, result; Gram solvers some [C, C] more."""
     rows, columns = max((m.shape for m in matrices.values()), key=lambda shape: shape[0] * shape[1])
     solver = 4 * max(m.shape[1] for m in matrices.values()) ** 2 * 3 if Need.GRAM in needs_of(recipe) else 0
-    return rows * columns * 4 * (6 if recipe.refiner else 4) + solver
+    return rows * columns * 4 * (6 if recipe.build_steps() else 4) + solver

@@ -63,6 +63,7 @@ class Recipe:
     scope: str | None = None
     pruner: AlgorithmSpec
     refiner: AlgorithmSpec | None = None
+    update: tuple[AlgorithmSpec, ...] = ()
     allocator: AlgorithmSpec = AlgorithmSpec(name="uniform")
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
@@ -72,9 +73,15 @@ class Recipe:
         """The pruner with its options."""
         return registry.build("pruners", self.pruner.name, self.pruner.options)  # type: ignore[no-any-return]
 
-    def build_refiner(self) -> Step | None:
-        """The refiner with its options, or None."""
-        return registry.build("refiners", self.refiner.name, self.refiner.options) if self.refiner else None
+    def build_steps(self) -> list[tuple[AlgorithmSpec, Step]]:
+        """Refiner and updates with their options, in the order they run."""
+        refiners = [(self.refiner, "refiners")] if self.refiner else []
+        return [(spec, registry.build(room, spec.name, spec.options)) for spec, room in [*refiners, *((u, "updates") for u in self.update)]]
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of pruner, refiner and updates, in the order they run."""
+        return [spec.name for spec in (self.pruner, self.refiner, *self.update) if spec]
 
     def build_allocator(self) -> Allocator:
         """The allocator with its options."""
@@ -93,11 +100,14 @@ class Recipe:
         """Plain values, as stored in the record and as a recipe file would say it."""
         value = dataclasses.asdict(self)
         for key in ("pruner", "refiner", "allocator"):
-            if value[key]:
-                spec = value[key]
-                value[key] = {"name": spec["name"], "targets": list(spec["targets"]), **spec["options"]}
+            value[key] = value[key] and _flat(value[key])
+        value["update"] = [_flat(update) for update in value["update"]]
         value["rules"] = [{k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]]
         return value
+
+
+def _flat(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"name": spec["name"], "targets": list(spec["targets"]), **spec["options"]}
 
 
 def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -149,8 +159,10 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         _override(inner, rest, value)
     elif isinstance(values.get(head), dict) and isinstance(value, str) and value == values[head].get("name"):
         return  # the same algorithm: its options stay
-    elif value == "none" and head == "refiner":
+    elif value == "none" and head in ("refiner", "update"):
         values[head] = None
+    elif head == "update" and isinstance(value, str):
+        values[head] = value.split(",")
     else:
         values[head] = value
 
@@ -170,6 +182,8 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     for key, room in (("pruner", "pruners"), ("refiner", "refiners"), ("allocator", "allocators")):
         if key in fields:
             fields[key] = _algorithm(room, fields[key])
+    updates = fields.get("update", [])
+    fields["update"] = tuple(_algorithm("updates", u) for u in (updates if isinstance(updates, list) else [updates]))
     fields["rules"] = tuple(_part(Rule, "rule", rule) for rule in _typed("rules", fields.get("rules", []), list))
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
@@ -208,8 +222,8 @@ def _algorithm(room: str, value: Any) -> AlgorithmSpec:
     name, targets = value.pop("name"), value.pop("targets", ["*"])
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         raise ValueError(f"targets of {shown(name)} must be a list of glob patterns, got {shown(targets)}")
-    if room != "refiners" and targets != ["*"]:
-        raise ValueError(f"only a refiner takes targets; use rules to choose the matrices {kind} {shown(name)} works on")
+    if room not in ("refiners", "updates") and targets != ["*"]:
+        raise ValueError(f"only a refiner or an update takes targets; use rules to choose the matrices {kind} {shown(name)} works on")
     algorithm = registry.build(room, name, value)  # checks the options, and fills in every default
     return AlgorithmSpec(name=name, targets=tuple(targets), options=dataclasses.asdict(algorithm.config))
 

@@ -1,4 +1,4 @@
-"""The file name is the algorithm's name: `(room, name)` -> the one class its file defines."""
+"""The file name is the algorithm's name (`-` for `_`): `(room, name)` -> the one class its file defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from llmprune.contracts import Algorithm
 from llmprune.data import shown
 
-ROOMS = ("pruners", "refiners", "allocators")
+ROOMS = ("pruners", "refiners", "updates", "allocators")
 
 
 def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
@@ -27,14 +27,14 @@ def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
 def names(room: str) -> list[str]:
     """Algorithms of a room, by file name, nothing imported but the room itself."""
     package = importlib.import_module(f"llmprune.{room}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def find(room: str, name: str) -> type[Algorithm]:
     """The class of an algorithm. Raises `ValueError` with the nearest names; an import error inside the file surfaces whole."""
     if name not in names(room):
         raise nearest(room.removesuffix("s"), name, names(room))
-    module = importlib.import_module(f"llmprune.{room}.{name}")
+    module = importlib.import_module(f"llmprune.{room}.{name.replace('-', '_')}")
     found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Algorithm) and c.__module__ == module.__name__]
     assert len(found) == 1, f"{module.__name__} must define exactly one algorithm"
     return found[0]

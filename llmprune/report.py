@@ -48,7 +48,7 @@ def score_rows(record: Record) -> list[tuple[str, str, str, str]]:
 def method_of(record: Record) -> str:
     """The method in words: recipe, pruner, steps, pattern."""
     recipe = record["recipe"]
-    steps = " + ".join([recipe["pruner"]["name"], *([recipe["refiner"]["name"]] if recipe["refiner"] else [])])
+    steps = " + ".join(s["name"] for s in (recipe["pruner"], recipe["refiner"], *recipe.get("update", [])) if s)
     return f"{steps}, {recipe['pattern']} (recipe {recipe['name']})"
 
 

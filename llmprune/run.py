@@ -95,14 +95,13 @@ def _prune_block(
     targets: list[Target], stats: Mapping[str, InputStats], shard: Tensors, skeleton: Skeleton, plan: Plan, recipe: Recipe, team: Team
 ) -> tuple[Tensors, list[Row]]:  # fmt: skip
     """Every matrix of a block, shared out among the processes; all end with the same weights in module and shard, masks and rows."""
-    pruner, refiner = recipe.build_pruner(), recipe.build_refiner()
+    pruner, steps = recipe.build_pruner(), recipe.build_steps()
     owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
     masks: Tensors = {}
     rows: dict[str, Row] = {}
     for target in targets:
         stored = skeleton.stored[target.weight_name]
         if owner[target.name] == team.rank:
-            steps = [refiner] if refiner and recipe.refiner and recipe.refiner.applies(target.name) else []
             with exact_matmul():
                 weight, keep, row = prune_matrix(
                     target, plan.matrices[target.name], stats[target.name], pruner, steps, recipe, shard[stored]

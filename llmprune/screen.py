@@ -52,7 +52,7 @@ class Terminal:
         """The plan, before the work."""
         from llmprune.device import describe
 
-        steps = " + ".join([recipe.pruner.name, *([recipe.refiner.name] if recipe.refiner else [])])
+        steps = " + ".join(recipe.methods)
         patterns = sorted({str(m.pattern) for m in plan.matrices.values()})
         tokens = plan.samples * plan.sequence_length
         table = _table("Plan")

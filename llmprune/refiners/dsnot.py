@@ -95,7 +95,7 @@ class DSnoT(Step):
             for matrix, come, gone in ((keep, torch.ones_like(done), torch.zeros_like(done)), (weight, _pick(job.weight, grown), 0.0)):
                 matrix.scatter_(1, grown[:, None], torch.where(done, come, _pick(matrix, grown))[:, None])
                 matrix.scatter_(1, dropped[:, None], torch.where(done, gone, _pick(matrix, dropped))[:, None])
-        return Pruned(weight, keep, pruned.score)
+        return Pruned(weight, keep, pruned.score, pruned.notes)
 
     def _swaps(self, job: Job, rows: _Rows, shift: Tensor, urge: Tensor) -> list[_Swap]:
         """Per cycle: the column each row grows, the one it prunes, and whether it takes part, [R] each."""

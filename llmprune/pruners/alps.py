@@ -1,0 +1,74 @@
+"""ALPS (Meng et al., arXiv 2406.07831): ADMM on the layer problem finds mask and weights together, then they are polished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.contracts import Job, Need, Pruned, Pruner
+from llmprune.numerics import Spectrum, reconstruct, spectrum
+
+_CHECK = 3  # iterations between two looks at how much the support still moves
+_RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # support change above this share of the kept weights: raise rho this much
+
+
+class ALPS(Pruner):
+    """ADMM with the Gram matrix scaled to unit diagonal; the mask is the largest entries of `W + V / rho`.
+
+    Ends when the support stands still between two checks, then solves for the kept weights by conjugate gradient.
+    """
+
+    needs = Need.GRAM
+    scope = "matrix"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`damp`: added to the unit diagonal. `rho`: first penalty. `max_iterations` of ADMM. `polish`: steps of conjugate gradient."""
+
+        damp: float = 0.01
+        rho: float = 0.1
+        max_iterations: int = 300
+        polish: int = 30
+
+        def __post_init__(self) -> None:
+            for name in ("damp", "rho"):
+                if not getattr(self, name) > 0:
+                    raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            for name, least in (("max_iterations", _CHECK), ("polish", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def prune(self, job: Job) -> Pruned:
+        space = spectrum(job.stats, self.config.damp)
+        dense = job.weight / space.scale
+        dense[:, job.stats.gram.diagonal() == 0] = 0  # what multiplies nothing but zeros goes first
+        weight, keep, score, iterations = self._admm(job, dense, space)
+        weight = reconstruct(dense, keep, space.matrix, self.config.polish, weight)
+        return Pruned(weight * space.scale, keep, score, {"damp": self.config.damp, "iterations": iterations})
+
+    def _admm(self, job: Job, dense: Tensor, space: Spectrum) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Weights on the final support, the support, its ranking (all [R, C], in scaled coordinates) and the iterations it took."""
+        target = dense @ space.matrix
+        keep = job.pattern.select(dense.abs(), job.sparsity)
+        weight, dual, rho, before = dense * keep, torch.zeros_like(dense), self.config.rho, keep
+        kept = max(1, int(keep.sum()))
+        score = dense.abs()
+        iteration = 0
+        while iteration < self.config.max_iterations:
+            iteration += 1
+            free = target.add(weight, alpha=rho).sub_(dual) @ space.vectors
+            free = free.div_(space.values + rho) @ space.vectors.T
+            shifted = free.add(dual, alpha=1 / rho)
+            score = shifted.abs()
+            keep = job.pattern.select(score, job.sparsity)
+            weight = shifted * keep
+            dual.add_(free.sub_(weight), alpha=rho)
+            if iteration % _CHECK == 0:
+                changed = int((keep ^ before).sum()) / 2
+                if changed < 1:
+                    break
+                rho *= next(factor for share, factor in _RAISE if changed >= share * kept)
+                before = keep
+        return weight, keep, score, iteration
