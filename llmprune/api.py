@@ -48,7 +48,8 @@ class DryRun:
 
 def prune(
     model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str = recipes.DEFAULT, sparsity: float | None = None,
-    pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, update: str | None = None, allocator: str | None = None,
+    pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, update: str | None = None,
+    allocator: str | None = None,
     calibration: Source | None = None, samples: int | None = None, seqlen: int | None = None, seed: int | None = None,
     device: str = "auto", dtype: str = "auto", output: str | os.PathLike[str] | None = None, overwrite: bool = False,
     resume: bool = False, restart: bool = False, offload: str = "auto", settings: Mapping[str, Any] | None = None,

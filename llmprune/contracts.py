@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-
 T = TypeVar("T")
 
 
@@ -189,6 +188,48 @@ class Step(Algorithm, ABC):
     @abstractmethod
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         """The changed matrix; a refiner keeps pattern and count, an update keeps the mask."""
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A pruned block to tune as a whole, on calibration sequences 0 .. `sequences` - 1.
+
+    Attributes:
+        weights: the pruned matrices, float32, laid out as in the block, by name. keeps: their masks, laid out alike.
+        mine: the sequences this process holds. batch: the most of them to run at once.
+        outputs: given weights like `weights` and sequences of `mine`, the block's outputs [n, T, D]; gradients reach the weights.
+        targets: the dense model's outputs of the same block, [n, T, D].
+        add: sums tensors over all processes, in place.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    keeps: Mapping[str, Tensor]
+    sequences: int
+    mine: range
+    batch: int
+    outputs: Callable[[Mapping[str, Tensor], list[int]], Tensor]
+    targets: Callable[[list[int]], Tensor]
+    add: Callable[..., None]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The tuned matrices of a block, laid out and named as in `BlockJob.weights`. `notes` go into the record of every matrix."""
+
+    weights: Mapping[str, Tensor]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BlockStep(Algorithm, ABC):
+    """An update of a whole block: moves the kept weights of its matrices together and leaves the masks."""
+
+    changes: ClassVar[str] = "weights"
+
+    @abstractmethod
+    def apply(self, job: BlockJob) -> Tuned:
+        """The tuned matrices."""
 
 
 class Allocator(Algorithm, ABC):

@@ -21,12 +21,17 @@ Row = dict[str, Any]
 
 
 def prune_matrix(
-    target: Target, plan: MatrixPlan, stats: InputStats, pruner: Pruner, steps: Sequence[tuple[AlgorithmSpec, Step]], recipe: Recipe, stored: Tensor
+    target: Target,
+    plan: MatrixPlan,
+    stats: InputStats,
+    pruner: Pruner,
+    steps: Sequence[tuple[AlgorithmSpec, Step]],
+    recipe: Recipe,
+    stored: Tensor,
 ) -> tuple[Tensor, Tensor, Row]:
     """One matrix through pruner and steps: its weight in the stored dtype (on the CPU, [R, C]), its mask and its record row."""
     started = time.monotonic()
-    seed = int.from_bytes(hashlib.sha256(f"{recipe.seed}:{target.weight_name}".encode()).digest()[:7], "big")
-    job = Job(target.name, target.read(stored), stats, plan.pattern, plan.sparsity, torch.Generator().manual_seed(seed))
+    job = Job(target.name, target.read(stored), stats, plan.pattern, plan.sparsity, seeded(recipe.seed, target.weight_name))
     pruned = pruner.prune(job)
     check_promises(job, pruned, pruner, None)
     steps = [(spec, step) for spec, step in steps if spec.applies(target.name)]
@@ -34,20 +39,28 @@ def prune_matrix(
         before, pruned = pruned, step.apply(job, pruned)
         check_promises(job, pruned, step, before)
     final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
-    zeros = zeros_of(final)
     row = {
         "shape": list(plan.shape),
         "pattern": str(plan.pattern),
         "target_sparsity": plan.sparsity,
-        "sparsity": zeros / final.numel(),
-        "zeros": zeros,
-        "relative_error": relative_error(job.weight, final.float(), stats),
+        **measured(job.weight, final.float(), stats),
         "pruner": recipe.pruner.name,
         "steps": [spec.name for spec, _ in steps],
         **pruned.notes,
         "seconds": round(time.monotonic() - started, 4),
     }
     return final.cpu(), pruned.keep, row
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """The generator of everything random about one matrix or block, the same in any order."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+
+
+def measured(dense: Tensor, final: Tensor, stats: InputStats) -> Row:
+    """What a row of the record says of a weight as stored, [R, C] in float32: its zeros and its error."""
+    zeros = zeros_of(final)
+    return {"sparsity": zeros / final.numel(), "zeros": zeros, "relative_error": relative_error(dense, final, stats)}
 
 
 def check_promises(job: Job, pruned: Pruned, algorithm: Pruner | Step, before: Pruned | None) -> None:

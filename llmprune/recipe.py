@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from llmprune import patterns, registry
-from llmprune.contracts import Allocator, Pattern, Pruner, Step
+from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner, Step
 from llmprune.data import read_yaml, shipped, shipped_names, shown
 
 DEFAULT = "dsnot"
@@ -74,9 +74,16 @@ class Recipe:
         return registry.build("pruners", self.pruner.name, self.pruner.options)  # type: ignore[no-any-return]
 
     def build_steps(self) -> list[tuple[AlgorithmSpec, Step]]:
-        """Refiner and updates with their options, in the order they run."""
-        refiners = [(self.refiner, "refiners")] if self.refiner else []
-        return [(spec, registry.build(room, spec.name, spec.options)) for spec, room in [*refiners, *((u, "updates") for u in self.update)]]
+        """Refiner and updates of a matrix, in the order they run."""
+        return [(spec, step) for spec, step in self._built() if isinstance(step, Step)]
+
+    def build_block_steps(self) -> list[tuple[AlgorithmSpec, BlockStep]]:
+        """Updates of a whole block, in the order they run; all of them after those of a matrix."""
+        return [(spec, step) for spec, step in self._built() if isinstance(step, BlockStep)]
+
+    def _built(self) -> list[tuple[AlgorithmSpec, Algorithm]]:
+        specs = [("refiners", self.refiner)] if self.refiner else []
+        return [(s, registry.build(room, s.name, s.options)) for room, s in [*specs, *(("updates", u) for u in self.update)]]
 
     @property
     def methods(self) -> list[str]:

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from llmprune.contracts import Algorithm
 from llmprune.data import shown
@@ -47,10 +47,21 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
     for key, value in options.items():
         if key not in types:
             raise nearest(f"option of {room.removesuffix('s')} {shown(name)}", key, types or ["(none)"])
+        if get_origin(types[key]) is tuple:
+            options = {**options, key: _numbers(key, name, value)}
+            continue
         wanted = (int, float) if types[key] is float else types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
             raise ValueError(f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}")
     return cls(cls.Config(**options))
+
+
+def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
+    """An option that takes several numbers; one alone will do."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}")
+    return tuple(float(v) for v in values)
 
 
 def describe(room: str, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llmprune.plan import Plan, needs_of
 from llmprune.processes import Team, share_out
 from llmprune.recipe import Recipe
 from llmprune.stats import Collector, sample_positions
+from llmprune.tuning import BlockTuner
 
 Tensors = dict[str, Tensor]
 BlockDone = Callable[[int, Tensors, Tensors, list[Row], Mapping[str, float]], None]
@@ -53,10 +54,12 @@ def prune_blocks(
     share = team.share(plan.samples)
     positions = sample_positions(plan.samples, plan.sequence_length, recipe.seed)
     inputs = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store, note)
+    tuner = BlockTuner(recipe, inputs, calibration.tokens[share], store, skeleton, share, plan.samples, team)
     clock.lap("forward")
     tensors = read_ahead(source, skeleton.block_tensors())
     for number, block_name in enumerate(skeleton.blocks):
         shard, names = next(tensors), skeleton.parameters_of(block_name)
+        tuner.look_ahead(number)
         skeleton.fill(names, shard)
         clock.lap("read")
         masks: Tensors = {}
@@ -68,8 +71,10 @@ def prune_blocks(
             )
             clock.lap("forward", ("statistics", watch.take()))
             masks, rows = _prune_block(targets, stats, shard, skeleton, plan, recipe, team)
-            del stats, targets
             clock.lap("prune")
+            tuner.tune(number, targets, shard, masks, rows, stats)
+            clock.lap("tune" if tuner.steps else "prune")
+            del stats, targets
         if number + 1 < len(skeleton.blocks):
             inputs.forward(number)
         skeleton.free(names)

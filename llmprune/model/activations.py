@@ -7,13 +7,14 @@ the real model runs with its blocks replaced by recorders, so each block's own a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmprune import device as devices
 from llmprune.model.skeleton import Skeleton
@@ -167,7 +168,7 @@ class BlockInputs:
                 before(part)
                 self._run(number, part)
         except (RuntimeError, MemoryError) as error:
-            self._halve(error)
+            self.halve(error)
             again()
         else:
             return
@@ -185,19 +186,29 @@ class BlockInputs:
                     self._hidden[part] = out
                     done = part.stop
             except (RuntimeError, MemoryError) as error:
-                self._halve(error)
+                self.halve(error)
 
     def _run(self, number: int, part: slice) -> Tensor:
+        return self.outputs(number, self.hidden(part), {})
+
+    def hidden(self, rows: slice | list[int]) -> Tensor:
+        """What is stored of some sequences, [n, T, D], on the device."""
         assert self._hidden is not None
-        size = part.stop - part.start
-        if size not in self._calls:
-            with self._outer():
-                self._calls[size] = self._record(part, store=False)
-        args, kwargs = self._calls[size][number]
-        out: Tensor | tuple[Tensor, ...] = self._blocks[number](self._hidden[part].to(self._device), *args, **kwargs)
+        return self._hidden[rows].to(self._device)
+
+    def outputs(self, number: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What block `number` makes of hidden states [n, T, D], with `weights` (by name in the block) in place of its own."""
+        if len(hidden) not in self._calls:
+            with self._outer(), torch.no_grad():
+                self._calls[len(hidden)] = self._record(slice(0, len(hidden)), store=False)
+        args, kwargs = self._calls[len(hidden)][number]
+        block = self._blocks[number]
+        out: Tensor | tuple[Tensor, ...] = (
+            functional_call(block, dict(weights), (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
+        )
         return out[0] if isinstance(out, tuple) else out
 
-    def _halve(self, error: BaseException) -> None:
+    def halve(self, error: BaseException) -> None:
         """Go on with half the micro-batch where memory ran out; any other error is raised again, as is one that no halving helps."""
         if not devices.out_of_memory(error) or self.batch == 1:
             raise error

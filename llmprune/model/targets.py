@@ -33,6 +33,11 @@ class Target:
         exact = loaded if loaded.dtype == torch.float32 else stored  # a compute dtype may have rounded what was loaded
         return (exact.T if self.transposed else exact).to(loaded.device, torch.float32).contiguous()
 
+    def view(self, stored: Tensor) -> Tensor:
+        """A stored weight as [R, C] in float32, on the module's device."""
+        device: torch.device = self.module.weight.device  # type: ignore[assignment]
+        return (stored.T if self.transposed else stored).to(device, torch.float32).contiguous()
+
     def assign(self, stored: Tensor) -> None:
         """Put a weight, laid out as stored, into the module, on its device and in its dtype."""
         old: Tensor = self.module.weight  # type: ignore[assignment]

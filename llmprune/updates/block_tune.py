@@ -1,0 +1,105 @@
+"""Block tuning (as in EBFT, arXiv 2402.12419): a few hundred AdamW steps on a block's kept weights against the dense model's outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.contracts import BlockJob, BlockStep, Tuned
+
+
+class BlockTune(BlockStep):
+    """Brings the pruned block, on inputs from the pruned blocks before it, near to what the dense model has at this place.
+
+    The loss is the squared error over the squared outputs, on calibration sequences alone. Some of them are held out: the learning
+    rate is the one with the least held-out error, and unless that is below the error before, the weights stay as they were.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`steps` of AdamW on `batch` sequences each, cosine from each of `rates`; `held_out`: share of the sequences."""
+
+        steps: int = 300
+        batch: int = 8
+        rates: tuple[float, ...] = (3e-4, 1e-3)
+        held_out: float = 0.125
+
+        def __post_init__(self) -> None:
+            for name in ("steps", "batch"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not self.rates or not all(0 < rate < 1 for rate in self.rates):
+                raise ValueError(f"rates must be learning rates in (0, 1), got {self.rates}")
+            if not 0 < self.held_out < 1:
+                raise ValueError(f"held_out must be in (0, 1), got {self.held_out}")
+
+    def apply(self, job: BlockJob) -> Tuned:
+        if job.sequences < 2:
+            raise ValueError(f"block-tune holds out calibration sequences and needs at least 2, got {job.sequences}")
+        order = torch.randperm(job.sequences, generator=job.generator).tolist()
+        aside = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
+        held, training = order[:aside], order[aside:]
+        best, rate = job.weights, 0.0
+        before = lowest = self._error(job, job.weights, held)
+        seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
+        for candidate in self.config.rates:
+            tuned = self._descend(job, training, candidate, torch.Generator().manual_seed(seed))
+            error = self._error(job, tuned, held)
+            if error < lowest:
+                best, lowest, rate = tuned, error, candidate
+        return Tuned(best, {"tune": {"rate": rate, "held_out_before": before, "held_out_after": lowest}})
+
+    def _descend(self, job: BlockJob, training: list[int], rate: float, generator: torch.Generator) -> dict[str, Tensor]:
+        weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
+        optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+        queue: list[int] = []
+        for step in range(self.config.steps):
+            if len(queue) < self.config.batch:
+                queue = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+            batch, queue = queue[: self.config.batch], queue[self.config.batch :]
+            # A short warm-up, then half a cosine: the last steps are small and leave no noise in the weights.
+            warm, fall = min(1.0, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
+            optimizer.param_groups[0]["lr"] = rate * warm * fall
+            self._gradients(job, weights, batch)
+            optimizer.step()
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.mul_(job.keeps[name])
+        return {name: weight.detach() for name, weight in weights.items()}
+
+    def _gradients(self, job: BlockJob, weights: Mapping[str, Tensor], batch: list[int]) -> None:
+        """Gradients of the batch's loss on the kept weights, the same on every process."""
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight)
+        size = torch.zeros((), dtype=torch.float64)
+        for part in _parts(job, batch):
+            with torch.enable_grad():
+                targets = job.targets(part).float()
+                lost = (job.outputs(weights, part).float() - targets).square().sum()
+                lost.backward()
+            size += targets.square().sum().double().cpu()
+        job.add(size, *(weight.grad for weight in weights.values()))
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            weight.grad.mul_(job.keeps[name]).div_(float(size))
+
+    def _error(self, job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> float:
+        """Squared error over squared outputs on the held-out sequences."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for part in _parts(job, held):
+                targets = job.targets(part).float()
+                sums[0] += (job.outputs(weights, part).float() - targets).square().sum().double().cpu()
+                sums[1] += targets.square().sum().double().cpu()
+        job.add(sums)
+        return float(sums[0] / sums[1])
+
+
+def _parts(job: BlockJob, sequences: list[int]) -> list[list[int]]:
+    """The sequences this process holds, no more at once than fit."""
+    mine = [s for s in sequences if s in job.mine]
+    return [mine[i : i + job.batch] for i in range(0, len(mine), job.batch)]
