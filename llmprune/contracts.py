@@ -23,11 +23,12 @@ class Need(Flag):
     VARIANCE = auto()
     WITHIN_VARIANCE = auto()
     GRAM = auto()
+    CROSS = auto()
     SAMPLE = auto()
 
 
 class InputStats:
-    """Statistics of one input group, per token, float32: vectors [C], gram [C, C], sample [S, C].
+    """Statistics of one input group, per token, float32: vectors [C], gram and cross [C, C], sample [S, C].
 
     Args:
         count: tokens seen.
@@ -82,6 +83,11 @@ class InputStats:
     def gram(self) -> Tensor:
         """X^T X / T over all tokens, [C, C]."""
         return self._read(Need.GRAM)
+
+    @property
+    def cross(self) -> Tensor:
+        """X_dense^T X / T, [C, C]: the dense model's inputs at this place against these, token by token."""
+        return self._read(Need.CROSS)
 
     @property
     def sample(self) -> Tensor:

@@ -75,15 +75,27 @@ def _spectrum(gram: Tensor, damp: float) -> Spectrum:
     return Spectrum(scale, scaled.float(), values.float(), vectors.float())
 
 
-def reconstruct(weight: Tensor, keep: Tensor, matrix: Tensor, iterations: int, start: Tensor | None = None) -> Tensor:
-    """The V on the mask that minimises `(w - v)^T A (w - v)` per row, by conjugate gradient with A's diagonal as preconditioner.
+def aim(job: Job, correction: float) -> Tensor:
+    """`W ((1 - c) G + c X_dense^T X / T)`, [R, C]: what V G is to equal for outputs nearest to W's.
+
+    A correction c above 0 asks for the outputs of W on inputs this share of the way back to the dense model's, so that a matrix makes up
+    for a part of what the matrices before it lost; 1 is all of it (and fits the calibration text too closely when there is little of it).
+    """
+    gram = job.stats.gram
+    return job.weight @ (torch.lerp(gram, job.stats.cross, correction) if correction else gram)
+
+
+def reconstruct(product: Tensor, keep: Tensor, matrix: Tensor, iterations: int, start: Tensor) -> Tensor:
+    """The V on the mask that minimises `v^T A v - 2 p^T v` per row, by conjugate gradient with A's diagonal as preconditioner.
+
+    With `p = A w` that is the V nearest to W, `(w - v)^T A (w - v)`.
 
     Args:
-        weight, keep: [R, C]. matrix: A [C, C], positive definite. start: zero off the mask; the masked weights unless given.
+        product: P [R, C]. keep: [R, C]. matrix: A [C, C], positive definite. start: [R, C], zero off the mask.
     """
     inverse = matrix.diagonal().reciprocal()
-    solution = weight * keep if start is None else start.clone()
-    residual = ((weight - solution) @ matrix).mul_(keep)
+    solution = start.clone()
+    residual = (product - solution @ matrix).mul_(keep)
     direction = residual * inverse
     energy = torch.linalg.vecdot(residual, direction)
     for _ in range(iterations):

@@ -66,6 +66,11 @@ def needs_of(recipe: Recipe) -> Need:
     return needs if Need.GRAM in needs else needs | Need.SAMPLE
 
 
+def needs_dense(recipe: Recipe) -> bool:
+    """Whether the dense model's stream of block inputs must run beside the pruned one."""
+    return bool(recipe.build_block_steps()) or Need.CROSS in needs_of(recipe)
+
+
 def make_plan(
     recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int, *, offload: str = "auto",
     available: int = 1 << 62, processes: int = 1,

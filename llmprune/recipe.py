@@ -18,6 +18,8 @@ from llmprune.data import read_yaml, shipped, shipped_names, shown
 
 DEFAULT = "dsnot"
 DEFAULT_SPARSITY = 0.5
+# Statistics of all matrices of a block at once, from the block as it was; or of each input group once those before it are pruned.
+ORDERS = ("block", "group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class Recipe:
     update: tuple[AlgorithmSpec, ...] = ()
     allocator: AlgorithmSpec = AlgorithmSpec(name="uniform")
     rules: tuple[Rule, ...] = ()
+    order: str = "block"
     calibration: CalibrationSpec = CalibrationSpec()
     seed: int = 0
 
@@ -168,7 +171,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         return  # the same algorithm: its options stay
     elif value == "none" and head in ("refiner", "update"):
         values[head] = None
-    elif head == "update" and isinstance(value, str):
+    elif head == "update" and isinstance(value, str) and "," in value:
         values[head] = value.split(",")
     else:
         values[head] = value
@@ -195,7 +198,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
     fields["calibration"] = _part(CalibrationSpec, "calibration", fields.get("calibration", {}))
-    for key in ("name", "description", "pattern", "scope"):
+    for key in ("name", "description", "pattern", "scope", "order"):
         if key in fields:
             _typed(key, fields[key], str)
     fields["sparsity"] = _resolve_sparsity(fields.get("pattern", "unstructured"), fields.get("sparsity"))
@@ -250,6 +253,8 @@ def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
 def _check(recipe: Recipe) -> None:
     if recipe.scope is not None:
         patterns.parse("unstructured", recipe.scope)
+    if recipe.order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(recipe.order)}")
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
     spec = recipe.calibration

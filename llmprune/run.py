@@ -11,15 +11,16 @@ from torch import Tensor
 from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.reader import WeightSource, read_ahead
 from llmprune.contracts import CalibrationSet, InputStats
-from llmprune.device import Stopwatch, exact_matmul, wait_for
+from llmprune.device import exact_matmul, wait_for
 from llmprune.matrix import Row, prune_matrix
 from llmprune.model.activations import BlockInputs, Store
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target, find_targets
-from llmprune.plan import Plan, needs_of
+from llmprune.observing import Observer
+from llmprune.plan import Plan, needs_dense, needs_of
 from llmprune.processes import Team, share_out
 from llmprune.recipe import Recipe
-from llmprune.stats import Collector, sample_positions
+from llmprune.stats import sample_positions
 from llmprune.tuning import BlockTuner
 
 Tensors = dict[str, Tensor]
@@ -54,27 +55,39 @@ def prune_blocks(
     share = team.share(plan.samples)
     positions = sample_positions(plan.samples, plan.sequence_length, recipe.seed)
     inputs = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store, note)
-    tuner = BlockTuner(recipe, inputs, calibration.tokens[share], store, skeleton, share, plan.samples, team)
+    # The dense model's stream runs beside the pruned one where an algorithm holds the one against the other.
+    dense = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store) if needs_dense(recipe) else None
+    observer = Observer(needs_of(recipe), inputs, dense, positions, share, team)
+    tuner = BlockTuner(recipe, inputs, dense, skeleton, share, plan.samples, team)
     clock.lap("forward")
     tensors = read_ahead(source, skeleton.block_tensors())
     for number, block_name in enumerate(skeleton.blocks):
         shard, names = next(tensors), skeleton.parameters_of(block_name)
-        tuner.look_ahead(number)
+        if dense and number < finished:
+            skeleton.load(names)
+            dense.forward(number)
         skeleton.fill(names, shard)
         clock.lap("read")
         masks: Tensors = {}
         rows: list[Row] = []
         if number >= finished:
-            targets = [t for t in find_targets(block_name, skeleton.blocks[block_name]) if t.name in plan.matrices]
-            stats = _collect(
-                inputs, number, targets, Collector(needs_of(recipe), positions, watch := Stopwatch(skeleton.device)), share, team
-            )
-            clock.lap("forward", ("statistics", watch.take()))
-            masks, rows = _prune_block(targets, stats, shard, skeleton, plan, recipe, team)
-            clock.lap("prune")
+            block = skeleton.blocks[block_name]
+            targets = [t for t in find_targets(block_name, block) if t.name in plan.matrices]
+            originals: Tensors = dict(block.named_parameters()) if dense else {}
+            stats: dict[str, InputStats] = {}
+            for group in observer.groups(number, targets) if recipe.order == "group" else [targets]:
+                found = observer.collect(number, group, originals)
+                clock.lap("forward", ("statistics", observer.watch.take()))
+                more_masks, more_rows = _prune_block(group, found, shard, skeleton, plan, recipe, team)
+                masks, rows, stats = masks | more_masks, rows + more_rows, stats | found
+                clock.lap("prune")
+            if dense:
+                dense.forward(number, originals)
+            del originals
+            clock.lap("forward")
             tuner.tune(number, targets, shard, masks, rows, stats)
             clock.lap("tune" if tuner.steps else "prune")
-            del stats, targets
+            del stats, found, targets
         if number + 1 < len(skeleton.blocks):
             inputs.forward(number)
         skeleton.free(names)
@@ -83,17 +96,6 @@ def prune_blocks(
             block_done(number + 1, shard, masks, rows, clock.seconds)
         clock.lap("write")
         del shard
-
-
-def _collect(
-    inputs: BlockInputs, number: int, targets: list[Target], collector: Collector, share: slice, team: Team
-) -> dict[str, InputStats]:
-    def announce(part: slice) -> None:
-        collector.batch(share.start + part.start, (part.stop - part.start, inputs.length))
-
-    with exact_matmul(), collector.attached({t.name: t.module for t in targets}):
-        inputs.collect(number, announce, collector.restart)
-    return collector.results(team)
 
 
 def _prune_block(

@@ -38,6 +38,7 @@ class StatsSums:
         self.count, self.tokens = 0, 0
         self._sums: dict[str, Tensor] = {}
         self._samples: list[Tensor] = []
+        self._beside: Tensor | None = None  # the inputs the dense model's are to be held against
 
     def add(self, inputs: Tensor, first: int) -> None:
         """Take in the inputs [N, T, C] of the sequences from number `first` on."""
@@ -60,10 +61,21 @@ class StatsSums:
             if "gram" not in self._sums:
                 self._sums["gram"] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
             self._sums["gram"].addmm_(flat.T, flat)
+        if self.needs & Need.CROSS:
+            self._beside = flat
         if self.needs & Need.SAMPLE:
             here = (self._positions[:, 0] >= first) & (self._positions[:, 0] < first + len(x))
             places = self._positions[here].to(x.device)
             self._samples.append(x[places[:, 0] - first, places[:, 1]])
+
+    def add_dense(self, inputs: Tensor) -> None:
+        """Take in the dense model's inputs [N, T, C] at the same place for the sequences of the last `add`."""
+        assert self._beside is not None
+        flat = inputs.detach().float().reshape(-1, inputs.shape[-1])
+        if "cross" not in self._sums:
+            self._sums["cross"] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
+        self._sums["cross"].addmm_(flat.T, self._beside)
+        self._beside = None
 
     def _plus(self, name: str, value: Tensor) -> None:
         if name in self._sums:
@@ -96,19 +108,26 @@ class StatsSums:
             values[Need.VARIANCE] = (sums["within"] / n + between.clamp_min(0)).float()
         if Need.GRAM in self.needs:
             values[Need.GRAM] = sums["gram"] / n
+        if Need.CROSS in self.needs:
+            values[Need.CROSS] = sums["cross"] / n
         if Need.SAMPLE in self.needs:
             values[Need.SAMPLE] = torch.cat(self._samples)
         return InputStats(n, self.tokens, values)
+
+
+class Enough(Exception):
+    """Ends a forward pass once every matrix observed has had its input."""
 
 
 class Collector:
     """Hooks on the inputs of modules; modules fed the very same tensor (q, k, v; gate, up) share one accumulation."""
 
     def __init__(self, needs: Need, positions: Tensor, watch: Stopwatch) -> None:
-        self._needs, self._positions, self._watch = needs, positions, watch
+        self.needs, self._positions, self._watch = needs, positions, watch
         self.restart()
         self._inputs: dict[int, tuple[Tensor, str]] = {}  # keeps this batch's tensors alive, so an id is never reused
-        self._shape, self._first = (0, 0), 0
+        self._shape, self._first, self._dense = (0, 0), 0, False
+        self._modules = self._seen = 0
 
     def restart(self) -> None:
         """Forget what was collected."""
@@ -117,7 +136,8 @@ class Collector:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Collect from every forward pass inside the `with`."""
+        """Collect from every forward pass inside the `with`; each ends with `Enough` once all the modules have had their input."""
+        self._modules = len(modules)
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
         try:
             yield
@@ -125,10 +145,14 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def batch(self, first: int, shape: tuple[int, int]) -> None:
-        """Announce the next micro-batch: its first sequence number and its shape [N, T]."""
+    def batch(self, first: int, shape: tuple[int, int], dense: bool = False) -> None:
+        """Announce the next micro-batch: its first sequence number, its shape [N, T], and whether it is the dense model's.
+
+        A micro-batch of the dense model comes after the same sequences of the pruned one.
+        """
         self._inputs.clear()
-        self._first, self._shape = first, shape
+        self._seen = 0
+        self._first, self._shape, self._dense = first, shape, dense
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -140,11 +164,21 @@ class Collector:
                 if x.numel() != x.shape[-1] * self._shape[0] * self._shape[1]:
                     raise ValueError(f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported")
                 if name not in self._sums:
-                    self._sums[name] = StatsSums(self._needs, self._positions)
+                    self._sums[name] = StatsSums(self.needs, self._positions)
                 with self._watch.running():
-                    self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+                    if self._dense:
+                        self._sums[name].add_dense(x)
+                    else:
+                        self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+            self._seen += 1
+            if self._seen == self._modules:
+                raise Enough
 
         return collect
+
+    def groups(self) -> list[list[str]]:
+        """Names of the modules that were fed the very same tensor, in the order of the forward pass."""
+        return [[name for name, of in self._leader.items() if of == leader] for leader in dict.fromkeys(self._leader.values())]
 
     def results(self, team: Team) -> dict[str, InputStats]:
         """Statistics over all processes by module name; members of a group share one object."""

@@ -13,7 +13,7 @@ from llmprune.checkpoint.masks import unpack
 from llmprune.contracts import BlockJob, BlockStep, InputStats, Tuned
 from llmprune.counts import all_finite
 from llmprune.matrix import Row, measured, seeded
-from llmprune.model.activations import BlockInputs, Store
+from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target
 from llmprune.processes import Team
@@ -26,23 +26,16 @@ class BlockTuner:
     """Runs the block steps of a recipe, if it has any.
 
     Args:
-        inputs: the pruned model's stream of block inputs; the dense model's runs beside it, over the same tokens, in `store`.
+        inputs: the pruned model's stream of block inputs. dense: the dense model's, which has passed the block that is tuned.
         share: which of all `sequences` this process holds.
     """
 
     def __init__(
-        self, recipe: Recipe, inputs: BlockInputs, tokens: Tensor, store: Store, skeleton: Skeleton, share: slice, sequences: int,
-        team: Team,
+        self, recipe: Recipe, inputs: BlockInputs, dense: BlockInputs | None, skeleton: Skeleton, share: slice, sequences: int, team: Team,
     ) -> None:  # fmt: skip
         self.steps, self._seed = recipe.build_block_steps(), recipe.seed
         self._inputs, self._skeleton, self._share, self._sequences, self._team = inputs, skeleton, share, sequences, team
-        self._dense = BlockInputs(skeleton, tokens, skeleton.device, store) if self.steps else None
-
-    def look_ahead(self, number: int) -> None:
-        """Let the dense model's stream pass block `number`: its outputs are what the pruned block is to reach."""
-        if self._dense is not None:
-            self._skeleton.load(self._skeleton.parameters_of(list(self._skeleton.blocks)[number]))
-            self._dense.forward(number)
+        self._dense = dense
 
     def tune(
         self, number: int, targets: list[Target], shard: Tensors, masks: Tensors, rows: list[Row], stats: Mapping[str, InputStats]

@@ -93,7 +93,7 @@ class BlockInputs:
         store: Store = in_memory,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._skeleton, self._tokens, self._device, self._make, self._note = skeleton, tokens, device, store, note
+        self._skeleton, self._tokens, self.device, self._make, self._note = skeleton, tokens, device, store, note
         self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
         self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
         self._calls: dict[int, list[_Call]] = {}  # micro-batch size -> arguments per block
@@ -147,7 +147,7 @@ class BlockInputs:
 
         with _replaced(self._blocks, record):
             try:
-                self._skeleton.model(input_ids=self._tokens[part].to(self._device), use_cache=False)
+                self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)
             except _Stop:
                 pass
         return calls if len(shapes) == 1 else None
@@ -158,43 +158,40 @@ class BlockInputs:
         self._hidden[part] = hidden
 
     @torch.no_grad()
-    def collect(self, number: int, before: Callable[[slice], None], again: Callable[[], None]) -> None:
-        """Run every micro-batch through block `number` for its hooks alone.
-
-        `before` is told each micro-batch before it runs. `again` is told when memory ran out: what was collected no longer counts.
-        """
+    def each(self, work: Callable[[slice], None], again: Callable[[], None]) -> None:
+        """Do the work on every micro-batch. `again` is told when memory ran out: it all begins anew, with smaller ones."""
         try:
             for part in self._slices():
-                before(part)
-                self._run(number, part)
+                work(part)
         except (RuntimeError, MemoryError) as error:
             self.halve(error)
             again()
         else:
             return
-        self.collect(number, before, again)
+        self.each(work, again)
 
     @torch.no_grad()
-    def forward(self, number: int) -> None:
+    def forward(self, number: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Run every micro-batch through block `number`; its outputs become the next block's inputs."""
         done = 0
         while done < len(self._tokens):
             try:
                 for part in self._slices(done):
-                    out = self._run(number, part)
+                    out = self.run(number, part, weights or {})
                     assert self._hidden is not None
                     self._hidden[part] = out
                     done = part.stop
             except (RuntimeError, MemoryError) as error:
                 self.halve(error)
 
-    def _run(self, number: int, part: slice) -> Tensor:
-        return self.outputs(number, self.hidden(part), {})
+    def run(self, number: int, part: slice, weights: Mapping[str, Tensor]) -> Tensor:
+        """Outputs of block `number` for one micro-batch, [n, T, D]; see `outputs`."""
+        return self.outputs(number, self.hidden(part), weights)
 
     def hidden(self, rows: slice | list[int]) -> Tensor:
         """What is stored of some sequences, [n, T, D], on the device."""
         assert self._hidden is not None
-        return self._hidden[rows].to(self._device)
+        return self._hidden[rows].to(self.device)
 
     def outputs(self, number: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What block `number` makes of hidden states [n, T, D], with `weights` (by name in the block) in place of its own."""
@@ -214,7 +211,7 @@ class BlockInputs:
             raise error
         self._note(f"out of memory with {self.batch} sequences at once; going on with {self.batch // 2}")
         self.batch //= 2
-        devices.free_cached_memory(self._device)
+        devices.free_cached_memory(self.device)
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
@@ -225,11 +222,11 @@ class BlockInputs:
 
             def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
                 assert self._hidden is not None
-                hidden = self._hidden[part].to(self._device) if number == len(self._blocks) - 1 else hidden
+                hidden = self._hidden[part].to(self.device) if number == len(self._blocks) - 1 else hidden
                 return (hidden,) if self._as_tuple else hidden
 
             with _replaced(self._blocks, finish):
-                output = self._skeleton.model(input_ids=self._tokens[part].to(self._device), use_cache=False)
+                output = self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)
             yield part, output.logits
         self._skeleton.free(outer)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Pruner
-from llmprune.numerics import Spectrum, reconstruct, spectrum
+from llmprune.numerics import Spectrum, aim, reconstruct, spectrum
 
 _CHECK = 3  # iterations between two looks at how much the support still moves
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # support change above this share of the kept weights: raise rho this much
@@ -20,14 +20,17 @@ class ALPS(Pruner):
     Ends when the support stands still between two checks, then solves for the kept weights by conjugate gradient.
     """
 
-    needs = Need.GRAM
     scope = "matrix"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`damp`: added to the unit diagonal. `rho`: first penalty. `max_iterations` of ADMM. `polish`: steps of conjugate gradient."""
+        """`damp`: added to the unit diagonal. `rho`: first penalty. `max_iterations` of ADMM. `polish`: steps of conjugate gradient.
+
+        `correction`: share of the dense model's inputs in what the outputs are to reproduce (0 in the paper).
+        """
 
         damp: float = 0.01
+        correction: float = 0.0
         rho: float = 0.1
         max_iterations: int = 300
         polish: int = 30
@@ -40,17 +43,24 @@ class ALPS(Pruner):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
+            if not 0 <= self.correction <= 1:
+                raise ValueError(f"correction must be in [0, 1], got {self.correction}")
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        return Need.GRAM | (Need.CROSS if self.config.correction else Need.NONE)
+
     def prune(self, job: Job) -> Pruned:
         space = spectrum(job.stats, self.config.damp)
         dense = job.weight / space.scale
         dense[:, job.stats.gram.diagonal() == 0] = 0  # what multiplies nothing but zeros goes first
-        weight, keep, score, iterations = self._admm(job, dense, space)
-        weight = reconstruct(dense, keep, space.matrix, self.config.polish, weight)
+        target = (aim(job, self.config.correction) * space.scale).add_(dense, alpha=self.config.damp)
+        weight, keep, score, iterations = self._admm(job, dense, target, space)
+        weight = reconstruct(target, keep, space.matrix, self.config.polish, weight)
         return Pruned(weight * space.scale, keep, score, {"damp": self.config.damp, "iterations": iterations})
 
-    def _admm(self, job: Job, dense: Tensor, space: Spectrum) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _admm(self, job: Job, dense: Tensor, target: Tensor, space: Spectrum) -> tuple[Tensor, Tensor, Tensor, int]:
         """Weights on the final support, the support, its ranking (all [R, C], in scaled coordinates) and the iterations it took."""
-        target = dense @ space.matrix
         keep = job.pattern.select(dense.abs(), job.sparsity)
         weight, dual, rho, before = dense * keep, torch.zeros_like(dense), self.config.rho, keep
         kept = max(1, int(keep.sum()))

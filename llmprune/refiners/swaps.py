@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Step
+from llmprune.numerics import aim
 
 # Legend: R rows, C columns, m columns of a group (N:M), d = w - v the error of a row's weights, c = G d, loss = d^T G d.
 _CHUNK = 1 << 18  # rows are worked off in slices of about this many weights, which stay in the processor's cache
@@ -21,35 +22,45 @@ class Swaps(Step):
     with the best i for it, and the best i with the best j for it; within groups of m columns for N:M. All rows of a slice move together.
     """
 
-    needs = Need.GRAM
     changes = "mask"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`max_swaps` per row. `tolerance`: a swap must lower the loss by this share of the row's first loss."""
+        """`max_swaps` per row. `tolerance`: a swap must lower the loss by this share of the row's first loss.
+
+        `correction`: share of the dense model's inputs in what the outputs are to reproduce; the loss that falls is that one then.
+        """
 
         max_swaps: int = 1000
         tolerance: float = 1e-5
+        correction: float = 0.0
 
         def __post_init__(self) -> None:
             if self.max_swaps < 1:
                 raise ValueError(f"max_swaps must be at least 1, got {self.max_swaps}")
             if not self.tolerance > 0:
                 raise ValueError(f"tolerance must be above 0, got {self.tolerance}")
+            if not 0 <= self.correction <= 1:
+                raise ValueError(f"correction must be in [0, 1], got {self.correction}")
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        return Need.GRAM | (Need.CROSS if self.config.correction else Need.NONE)
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         keep, weight = pruned.keep.clone(), pruned.weight.clone()
+        pulled = aim(job, self.config.correction)
         size = max(1, _CHUNK // keep.shape[1]) if keep.is_cpu else len(keep)
         for start in range(0, len(keep), size):
             part = slice(start, start + size)
-            self._rows(job.weight[part], weight[part], keep[part], job.stats.gram, job.pattern.width)
+            pull = pulled[part] - weight[part] @ job.stats.gram
+            self._rows(job.weight[part], weight[part], keep[part], pull, job.stats.gram, job.pattern.width)
         return Pruned(weight, keep, pruned.score, pruned.notes)
 
-    def _rows(self, dense: Tensor, weight: Tensor, keep: Tensor, gram: Tensor, width: int) -> None:
+    def _rows(self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int) -> None:
         """Swap in some rows until none has a swap left; weight and keep change in place."""
         first = dense - weight
-        pull = first @ gram
-        least = self.config.tolerance * torch.linalg.vecdot(first, pull).clamp_min(torch.finfo(pull.dtype).tiny)
+        least = self.config.tolerance * torch.linalg.vecdot(first, first @ gram).clamp_min(torch.finfo(pull.dtype).tiny)
         active = torch.arange(len(keep), device=keep.device)
         for _ in range(self.config.max_swaps):
             rows = _State(dense[active], weight[active], keep[active], pull[active], gram, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmprune.contracts import Job, Need, Pruned, Step
-from llmprune.numerics import damped, reconstruct
+from llmprune.numerics import aim, damped, reconstruct
 
 
 class LeastSquares(Step):
@@ -14,23 +14,33 @@ class LeastSquares(Step):
     Batched conjugate gradient with the diagonal as preconditioner (Hestenes and Stiefel 1952), starting from the weights as they are.
     """
 
-    needs = Need.GRAM
     changes = "weights"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`damp`: added to the Gram diagonal, relative to its mean. `iterations` of conjugate gradient."""
+        """`damp`: added to the Gram diagonal, relative to its mean. `iterations` of conjugate gradient.
+
+        `correction`: share of the dense model's inputs in what the outputs are to reproduce.
+        """
 
         damp: float = 0.01
         iterations: int = 30
+        correction: float = 0.0
 
         def __post_init__(self) -> None:
             if not self.damp > 0:
                 raise ValueError(f"damp must be above 0, got {self.damp}")
             if self.iterations < 1:
                 raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+            if not 0 <= self.correction <= 1:
+                raise ValueError(f"correction must be in [0, 1], got {self.correction}")
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        return Need.GRAM | (Need.CROSS if self.config.correction else Need.NONE)
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         matrix = damped(job.stats.gram, self.config.damp)
-        weight = reconstruct(job.weight, pruned.keep, matrix, self.config.iterations, pruned.weight)
+        product = aim(job, self.config.correction) + job.weight * (matrix.diagonal() - job.stats.gram.diagonal())
+        weight = reconstruct(product, pruned.keep, matrix, self.config.iterations, pruned.weight)
         return Pruned(weight, pruned.keep, pruned.score, {**pruned.notes, "damp": self.config.damp})
