@@ -111,7 +111,7 @@ def make_plan(
         raise ValueError("the rules skip every matrix; nothing would be pruned")
     skipped = tuple(t.name for t in targets if t.name not in matrices)
     host, device = predict_memory(recipe, skeleton, source, matrices, samples, length, processes)
-    activations = activation_bytes(skeleton, samples, length)
+    activations = activation_bytes(skeleton, samples, length) * (2 if needs_dense(recipe) else 1)
     share = -(-activations // processes)
     if offload == "auto":
         offload = "disk" if (host + share) * processes > available else "ram"
@@ -158,10 +158,15 @@ def predict_memory(
     kept_twice = on_gpu or any(stored[n].dtype != skeleton.dtype for names in blocks.values() for n in names)
     compute = max(sum(stored[n].elements for n in names) for names in blocks.values()) * item if kept_twice else 0
     outside = sum(stored[n].elements * item + stored[n].bytes * kept_twice for n in skeleton.outside_blocks())
-    work = compute + _statistics_bytes(recipe, matrices) + _pruning_bytes(recipe, matrices)
+    elements = max(sum(stored[n].elements for n in names) for names in blocks.values())
+    originals = elements * item if needs_dense(recipe) else 0  # the dense block stays beside the one being pruned
+    work = compute + originals + _statistics_bytes(recipe, matrices)
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     inner, width = max(m.shape[1] for m in matrices.values()), skeleton.model.config.get_text_config().hidden_size
     passing = batch * (6 * inner + 8 * width) * item
+    # Weights, gradients and AdamW's two moments in float32, the weights as computed with, and what the backward pass goes back over.
+    tuning = elements * (5 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
+    work += max(_pruning_bytes(recipe, matrices), tuning)
     if on_gpu:
         return _INTERPRETER + max(3 * block, outside), max(work, outside, compute + passing)
     return _INTERPRETER + max(2 * block + work, 3 * block + compute + passing, outside), None
@@ -171,12 +176,14 @@ def _statistics_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int
     """All statistics of one block: as many distinct inputs as its matrices have input groups."""
     needs, widths = needs_of(recipe), {name.rpartition(".")[2]: m.shape[1] for name, m in matrices.items()}
     groups = sorted(widths.values(), reverse=True)[: max(1, -(-len(widths) * 4 // 7))]  # q, k, v and gate, up share theirs
-    per = {True: lambda c: 4 * c * c, False: lambda c: SAMPLE_TOKENS * 4 * c}[Need.GRAM in needs]
-    return sum(per(c) for c in groups)
+    squares = (Need.GRAM in needs) + (Need.CROSS in needs)
+    return sum(4 * c * c * squares if squares else SAMPLE_TOKENS * 4 * c for c in groups)
 
 
 def _pruning_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
     """What a pruner and its steps hold of the largest matrix [R, C]: weight, score, mask, result; Gram solvers some [C, C] more."""
     rows, columns = max((m.shape for m in matrices.values()), key=lambda shape: shape[0] * shape[1])
-    solver = 4 * max(m.shape[1] for m in matrices.values()) ** 2 * 3 if Need.GRAM in needs_of(recipe) else 0
-    return rows * columns * 4 * (6 if recipe.build_steps() else 4) + solver
+    # A factor of the Gram matrix and its making; an eigendecomposition works in float64 on several copies.
+    copies = 12 if recipe.pruner.name == "alps" else 3
+    solver = 4 * max(m.shape[1] for m in matrices.values()) ** 2 * copies if Need.GRAM in needs_of(recipe) else 0
+    return rows * columns * 4 * (8 if recipe.pruner.name == "alps" else 6 if recipe.build_steps() else 4) + solver

@@ -331,3 +331,45 @@ def relative_error(weight: ArrayLike, new_weight: ArrayLike, inputs: ArrayLike) 
 def perplexity(losses_per_window: list[np.ndarray]) -> float:
     """exp of the mean over windows of each window's mean token loss; each entry [tokens] (the papers' perplexity)."""
     return float(np.exp(np.mean([np.mean(_f64(losses)) for losses in losses_per_window])))
+
+
+# --- tuning a block ---------------------------------------------------------------------------------------------------
+
+
+def block_tune_batches(rows: list[int], batch: int, steps: int, shuffle: Any) -> list[list[int]]:
+    """The sequences of each step: every pass over `rows` in a fresh order of `shuffle(n)`, a rest shorter than a batch dropped."""
+    batches: list[list[int]] = []
+    queue: list[int] = []
+    while len(batches) < steps:
+        if len(queue) < batch:
+            queue = [rows[i] for i in shuffle(len(rows))]
+        batches.append(queue[:batch])
+        queue = queue[batch:]
+    return batches
+
+
+def relative_error_of_rows(weight: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
+    """`||x W^T - y||^2 / ||y||^2` of one linear layer, x [N, T, C], y [N, T, R]."""
+    w, inputs, targets = _f64(weight), _f64(x), _f64(y)
+    return float(((inputs @ w.T - targets) ** 2).sum() / (targets**2).sum())
+
+
+def block_tune(weight: ArrayLike, keep: np.ndarray, x: ArrayLike, y: ArrayLike, batches: list[list[int]], rate: float) -> np.ndarray:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101; betas 0.9 and 0.95, no decay) on the kept weights of one linear layer.
+
+    Gradient of `||x W^T - y||^2 / ||y||^2` over each batch by hand; rate warmed up over 10 steps and falling by half a cosine.
+    """
+    w, inputs, targets = _f64(weight).copy(), _f64(x), _f64(y)
+    first, second = np.zeros(w.shape), np.zeros(w.shape)
+    for t, rows in enumerate(batches):
+        gradient = np.zeros(w.shape)
+        for n in rows:
+            for token in range(inputs.shape[1]):
+                gradient += 2 * np.outer(w @ inputs[n, token] - targets[n, token], inputs[n, token])
+        gradient = gradient / (targets[rows] ** 2).sum() * keep
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        here = rate * min(1.0, (t + 1) / 10) * 0.5 * (1 + np.cos(np.pi * t / len(batches)))
+        w -= here * (first / (1 - 0.9 ** (t + 1))) / (np.sqrt(second / (1 - 0.95 ** (t + 1))) + 1e-12)
+        w *= keep
+    return w
