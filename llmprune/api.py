@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune import choice, processes, upload
 from llmprune import device as devices
-from llmprune import processes, upload
 from llmprune import recipe as recipes
 from llmprune.checkpoint.reader import Checkpoint, read_json
+from llmprune.data import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
 from llmprune.hub import locate
@@ -47,26 +48,28 @@ class DryRun:
 
 
 def prune(
-    model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str = recipes.DEFAULT, sparsity: float | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str | None = None, sparsity: float | None = None,
     pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, update: str | None = None,
     allocator: str | None = None,
     calibration: Source | None = None, samples: int | None = None, seqlen: int | None = None, seed: int | None = None,
     device: str = "auto", dtype: str = "auto", output: str | os.PathLike[str] | None = None, overwrite: bool = False,
     resume: bool = False, restart: bool = False, offload: str = "auto", settings: Mapping[str, Any] | None = None,
     tokenizer: Any = None, revision: str | None = None, trust_remote_code: bool = False,
-    dry_run: bool = False, evaluation: EvaluationSpec | None = None, reporter: Reporter | None = None,
+    time_limit: float | None = None, dry_run: bool = False, evaluation: EvaluationSpec | None = None, reporter: Reporter | None = None,
 ) -> Any:  # fmt: skip
     """Prune a model and save it; with `evaluation`, score it dense first and pruned afterwards.
 
     Args:
         model: `demo`, an alias, a hub id, a folder, or a transformers model in memory.
-        recipe: a recipe's name or YAML file; the other options override its fields (`settings`: any, by dotted key).
+        recipe: a recipe's name or YAML file; None for `best` where its memory and time fit, else `dsnot`. The
+            other options override its fields (`settings`: any, by dotted key).
         sparsity: share of weights removed, in [0, 1). pattern: `unstructured` or `N:M` (which implies its sparsity).
         calibration: any SOURCE, an iterable of strings, or int64 tokens [N, T]. samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
         overwrite: replace an output folder that is not empty, once the new one is complete.
         resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
         offload: where block inputs are kept: `ram`, `disk` (a file beside the output), or `auto` (RAM while the plan fits).
+        time_limit: minutes the best recipe may take by estimate to be chosen; None for `LLMPRUNE_TIME_LIMIT`, else 60.
         dry_run: only plan.
 
     Returns:
@@ -79,10 +82,12 @@ def prune(
         calibration = os.fspath(calibration)
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
-    chosen, own = _recipe(recipe, calibration, settings, **{
+    overrides = _overrides(calibration, settings, **{
         "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "update": update, "allocator": allocator,
         "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
     })  # fmt: skip
+    limit = _time_limit(time_limit)
+    chosen = recipes.load(recipe or choice.LIGHT, overrides)  # checked before any long work
 
     def reopen(what: Any) -> Model:
         known = None if what is model else opened.tokenizer
@@ -90,6 +95,9 @@ def prune(
                           trust_remote_code=trust_remote_code)  # fmt: skip
 
     opened = team.in_turn(lambda: reopen(model))
+    if recipe is None:
+        chosen = team.on_first(lambda: choice.choose(overrides, opened, calibration, limit, team.size))
+    own = recipes.load(recipe or chosen.name)
     target = Path(output) if output is not None else default_output(opened, chosen, own)
     options = Options(target, overwrite, resume, restart, offload, trust_remote_code)
     if dry_run:
@@ -105,15 +113,23 @@ def prune(
     return Result(target, record)
 
 
-def _recipe(
-    recipe: str, calibration: Source | None, settings: Mapping[str, Any] | None, **overrides: Any
-) -> tuple[Recipe, Recipe]:  # fmt: skip
-    """The recipe as asked for, and as its file has it."""
+def _overrides(calibration: Source | None, settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """The fields of the recipe that were given, by dotted key."""
     if calibration is not None and not isinstance(calibration, (str, Iterable)):
         raise ValueError(f"calibration must be a SOURCE, an iterable of strings or int64 tokens [N, T], got {type(calibration).__name__}")
-    overrides["calibration.source"] = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
-    given = {k: v for k, v in overrides.items() if v is not None}
-    return recipes.load(recipe, {**given, **(settings or {})}), recipes.load(recipe)
+    named["calibration.source"] = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
+    return {**{k: v for k, v in named.items() if v is not None}, **(settings or {})}
+
+
+def _time_limit(given: float | None) -> float:
+    text = os.environ.get("LLMPRUNE_TIME_LIMIT") if given is None else None
+    try:
+        limit = float(text) if text is not None else choice.TIME_LIMIT if given is None else float(given)
+    except (TypeError, ValueError):
+        limit = -1.0
+    if not limit >= 0:
+        raise ValueError(f"the time limit must be a number of minutes from 0, got {shown(text if given is None else given)}")
+    return limit
 
 
 def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:

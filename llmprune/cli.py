@@ -30,7 +30,7 @@ def _option(help: str, *names: str, **more: Any) -> Any:
 
 # Each group's parameters become options of the commands that name it.
 def _pruning(
-    recipe: Annotated[str, _option("Recipe by name or YAML file.")] = "dsnot",
+    recipe: Annotated[str | None, _option("Recipe by name or YAML file; by default best where it fits, else dsnot.")] = None,
     sparsity: Annotated[float | None, _option("Share of weights to remove, in [0, 1).")] = None,
     pattern: Annotated[str | None, _option("unstructured or N:M (2:4, 4:8, ...).")] = None,
     pruner: Annotated[str | None, _option("Pruner; see llmprune methods.")] = None,
@@ -51,6 +51,9 @@ def _pruning(
     resume: Annotated[bool, _option("Go on where an earlier run into this output folder stopped.", "--resume")] = False,
     restart: Annotated[bool, _option("Throw away what an unfinished run left, and begin anew.", "--restart")] = False,
     offload: Annotated[str, _option("Where block inputs are kept: auto, ram or disk.")] = "auto",
+    time_limit: Annotated[
+        float | None, _option("Minutes that recipe best may take, by estimate, to be the default (LLMPRUNE_TIME_LIMIT, else 60).")
+    ] = None,
     dry_run: Annotated[bool, _option("Print the plan with every matrix, then stop.", "--dry-run")] = False,
     settings: Annotated[list[str] | None, _option("Any recipe field: dotted.key=value. Repeatable.", "--set")] = None,
 ) -> None: ...

@@ -6,7 +6,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,6 +147,35 @@ def available_memory() -> int:
         return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
     except (OSError, ValueError):
         return free
+
+
+def available_device_memory(device: torch.device) -> int | None:
+    """Bytes free on the GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds this device does, times two, per second: the best of a few products of 2048 x 1024 x 1024."""
+    a, b = torch.ones(2048, 1024, device=device, dtype=dtype), torch.ones(1024, 1024, device=device, dtype=dtype)
+    return 2 * 2048 * 1024 * 1024 / _best_time(device, lambda: a @ b, 5)
+
+
+def eigh_seconds(device: torch.device, size: int) -> float:
+    """Seconds of one eigendecomposition in float64 of [size, size], from a smaller one where that is large: the work grows cubically."""
+    small = min(size, 512)
+    matrix = torch.eye(small, device=device, dtype=torch.float64) + torch.ones(small, small, device=device, dtype=torch.float64)
+    return _best_time(device, lambda: torch.linalg.eigh(matrix), 2) * (size / small) ** 3
+
+
+def _best_time(device: torch.device, work: Callable[[], object], times: int) -> float:
+    best = float("inf")
+    for _ in range(times):
+        wait_for(device)
+        started = time.perf_counter()
+        work()
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return max(best, 1e-9)
 
 
 class Stopwatch:

@@ -71,6 +71,7 @@ class Recipe:
     order: str = "block"
     calibration: CalibrationSpec = CalibrationSpec()
     seed: int = 0
+    chosen: str = ""  # why, where the program chose the recipe
 
     def build_pruner(self) -> Pruner:
         """The pruner with its options."""
@@ -198,7 +199,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
     fields["calibration"] = _part(CalibrationSpec, "calibration", fields.get("calibration", {}))
-    for key in ("name", "description", "pattern", "scope", "order"):
+    for key in ("name", "description", "pattern", "scope", "order", "chosen"):
         if key in fields:
             _typed(key, fields[key], str)
     fields["sparsity"] = _resolve_sparsity(fields.get("pattern", "unstructured"), fields.get("sparsity"))

@@ -49,7 +49,7 @@ def identity(record: Record) -> Identity:
     return {
         "model": record["model"]["digest"],
         "calibration": record["calibration"]["digest"],
-        "recipe": record["recipe"],
+        "recipe": {key: value for key, value in record["recipe"].items() if key != "chosen"},
         "versions": {name: around["versions"][name] for name in ("llmprune", "torch", "transformers")},
         "dtype": around["dtype"],
         "device": around["device"].partition(",")[0],

@@ -58,6 +58,7 @@ class Terminal:
         table = _table("Plan")
         for row in (
             ("model", f"{model.label}, {type(model.skeleton.model).__name__}, {len(model.skeleton.blocks)} blocks"),
+            *([("recipe", recipe.chosen)] if recipe.chosen else []),
             ("method", f"{steps} (recipe {recipe.name}), {', '.join(patterns)}, target sparsity {plan.sparsity:.4g}"),
             (
                 "matrices",

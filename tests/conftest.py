@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOWHERE = "http://127.0.0.1:9"  # a closed port: hub calls fail at once and never leave this machine
 ENVIRONMENT = {
     "HF_ENDPOINT": NOWHERE,
+    "LLMPRUNE_TIME_LIMIT": "0",  # without a recipe: dsnot, as the recipe best takes its time
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",
     "NO_PROXY": "127.0.0.1,localhost",
