@@ -13,6 +13,7 @@ import torch
 from llmprune import device as devices
 from llmprune import processes, upload
 from llmprune import recipe as recipes
+from llmprune.calibration import mixture
 from llmprune.checkpoint.reader import Checkpoint, read_json
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
@@ -61,7 +62,8 @@ def prune(
         model: `demo`, an alias, a hub id, a folder, or a transformers model in memory.
         recipe: a recipe's name or YAML file; the other options override its fields (`settings`: any, by dotted key).
         sparsity: share of weights removed, in [0, 1). pattern: `unstructured` or `N:M` (which implies its sparsity).
-        calibration: any SOURCE, an iterable of strings, or int64 tokens [N, T]. samples, seqlen: rows and tokens per row.
+        calibration: any SOURCE, a mapping of sources to weights, an iterable of strings, or int64 tokens [N, T].
+        samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
         overwrite: replace an output folder that is not empty, once the new one is complete.
         resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
@@ -76,6 +78,8 @@ def prune(
     """
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
+    elif isinstance(calibration, Mapping):
+        calibration = mixture.as_text(calibration)
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
     chosen, own = _recipe(recipe, calibration, settings, **{

@@ -149,6 +149,11 @@ def available_memory() -> int:
         return free
 
 
+def free_memory(device: torch.device) -> int:
+    """Memory this process may still take where it computes, in bytes: the GPU's, or the host's on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
 class Stopwatch:
     """Seconds spent inside `with` blocks. On a GPU measured on its own clock, without making the host wait."""
 
