@@ -226,10 +226,10 @@ def _calibration(value: Any) -> CalibrationSpec:
     if isinstance(spec.source, dict):
         spec = dataclasses.replace(spec, source=mixture.as_text(spec.source))
     mixture.parse(_typed("calibration.source", spec.source, str))
-    for key, most in (("temperature", 1e6), ("top_p", 1.0)):
+    for key, least, most in (("temperature", 0.01, 100), ("top_p", 1e-6, 1)):
         number = getattr(spec, key)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= most):
-            raise ValueError(f"calibration.{key} must be a number above 0{' and at most 1' if most == 1 else ''}, got {shown(number)}")
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most):
+            raise ValueError(f"calibration.{key} must be a number from {least} to {most}, got {shown(number)}")
     return spec
 
 
