@@ -13,6 +13,7 @@ import torch
 from llmprune import choice, processes, upload
 from llmprune import device as devices
 from llmprune import recipe as recipes
+from llmprune.calibration import mixture
 from llmprune.checkpoint.reader import Checkpoint, read_json
 from llmprune.data import shown
 from llmprune.evaluation import audit
@@ -64,7 +65,8 @@ def prune(
         recipe: a recipe's name or YAML file; None for `best` where its memory and time fit, else `dsnot`. The
             other options override its fields (`settings`: any, by dotted key).
         sparsity: share of weights removed, in [0, 1). pattern: `unstructured` or `N:M` (which implies its sparsity).
-        calibration: any SOURCE, an iterable of strings, or int64 tokens [N, T]. samples, seqlen: rows and tokens per row.
+        calibration: any SOURCE, a mapping of sources to weights, an iterable of strings, or int64 tokens [N, T].
+        samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
         overwrite: replace an output folder that is not empty, once the new one is complete.
         resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
@@ -80,6 +82,8 @@ def prune(
     """
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
+    elif isinstance(calibration, Mapping):
+        calibration = mixture.as_text(calibration)
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
     overrides = _overrides(calibration, settings, **{

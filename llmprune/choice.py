@@ -11,6 +11,7 @@ from torch import Tensor
 from llmprune import calibration as calibrations
 from llmprune import device as devices
 from llmprune import recipe as recipes
+from llmprune.calibration.tokens import read_tokens
 from llmprune.model.opening import Model
 from llmprune.model.targets import find_targets
 from llmprune.plan import make_plan
@@ -40,11 +41,10 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
     samples, length = _size(best, model, calibration)
     available = devices.available_memory()
     plan = make_plan(best, model.skeleton, model.source, samples, length, available=available, processes=processes)
-    if plan.memory > plan.available or (plan.device_memory or 0) > (devices.available_device_memory(model.skeleton.device) or 1 << 62):
-        needed = max(plan.memory, plan.device_memory or 0)
-        return dataclasses.replace(
-            light, chosen=f"{LIGHT}, since {BEST} would need about {needed / 1e9:.1f} GB of memory, more than is free"
-        )
+    device = model.skeleton.device
+    if plan.memory > plan.available or (plan.device_memory or 0) > devices.free_memory(device):
+        needed = max(plan.memory, plan.device_memory or 0) / 1e9
+        return dataclasses.replace(light, chosen=f"{LIGHT}, since {BEST} would need about {needed:.1f} GB, more than is free")
     minutes = seconds_of(best, model, samples, length) / processes / 60
     told = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
     if minutes > limit:
@@ -56,7 +56,7 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
 def _size(recipe: Recipe, model: Model, calibration: Any) -> tuple[int, int]:
     """Rows and tokens per row the calibration will have."""
     if isinstance(calibration, str) and calibration.endswith(".safetensors") and Path(calibration).is_file():
-        calibration = calibrations.read_tokens(Path(calibration))
+        calibration = read_tokens(Path(calibration))
     if isinstance(calibration, Tensor) and calibration.ndim == 2:
         return calibration.shape[0], calibration.shape[1]
     spec = recipe.calibration

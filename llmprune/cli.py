@@ -39,7 +39,7 @@ def _pruning(
     allocator: Annotated[str | None, _option("Allocator.")] = None,
     calibration: Annotated[
         str | None,
-        _option("builtin, c4, wikitext2, fineweb-edu, a hub dataset ID:column, or a .txt/.jsonl/.parquet/.safetensors file."),
+        _option("builtin, self, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors file; c4=0.7+self=0.3 mixes."),
     ] = None,
     samples: Annotated[int | None, _option("Calibration rows (128).")] = None,
     seqlen: Annotated[int | None, _option("Tokens per row (min(2048, the model's limit)).")] = None,

@@ -97,12 +97,16 @@ class InputStats:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration tokens int64 [N, T] on the CPU, where they came from, and the hash of the tokens."""
+    """Calibration tokens int64 [N, T] on the CPU, where they came from, and the hash of the tokens.
+
+    `details` go into the record: what the source leaves open of how the rows were made.
+    """
 
     tokens: Tensor
     source: str
     seed: int
     digest: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Pattern(ABC):

@@ -149,11 +149,6 @@ def available_memory() -> int:
         return free
 
 
-def available_device_memory(device: torch.device) -> int | None:
-    """Bytes free on the GPU; None on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds this device does, times two, per second: the best of a few products of 2048 x 1024 x 1024."""
     a, b = torch.ones(2048, 1024, device=device, dtype=dtype), torch.ones(1024, 1024, device=device, dtype=dtype)
@@ -176,6 +171,11 @@ def _best_time(device: torch.device, work: Callable[[], object], times: int) -> 
         wait_for(device)
         best = min(best, time.perf_counter() - started)
     return max(best, 1e-9)
+
+
+def free_memory(device: torch.device) -> int:
+    """Memory this process may still take where it computes, in bytes: the GPU's, or the host's on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 class Stopwatch:

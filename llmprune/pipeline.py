@@ -16,6 +16,8 @@ from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune import record as records
 from llmprune import report, run
+from llmprune.calibration.mixture import plain_sources
+from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
 from llmprune.checkpoint.writer import RECORD, CheckpointWriter, check_space
@@ -79,23 +81,30 @@ def planned(
     model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter
 ) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
     """The recipe with its calibration as it turned out, the calibration rows, and the plan."""
-    rows = team.on_first(lambda: build_calibration(model, recipe, calibration))
+    rows = team.on_first(lambda: build_calibration(model, recipe, calibration, reporter))
     n, t = rows.tokens.shape
     if n < team.size:
         raise ValueError(f"{team.size} processes share {n} calibration samples; start at most {n}")
-    resolved = dataclasses.replace(recipe, calibration=recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t))
+    sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
+    spec = recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
+    resolved = dataclasses.replace(recipe, calibration=spec)
     available = team.on_first(devices.available_memory)
     plan = make_plan(resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size)
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
 
 
-def build_calibration(model: Model, recipe: Recipe, given: Source | None) -> CalibrationSet:
+def build_calibration(model: Model, recipe: Recipe, given: Source | None, reporter: Reporter) -> CalibrationSet:
     """The calibration rows of a run: what was given, else the recipe's source (`auto`: c4 for hub models, else built-in text)."""
     spec = recipe.calibration
     source: Source = given if given is not None and not isinstance(given, str) else spec.source
     if isinstance(source, str) and source == "auto":
         source = "c4" if model.remote else "builtin"
+    sampled = {key: float(value) for key in ("temperature", "top_p") if (value := getattr(spec, key)) is not None}
+    if sampled and not (isinstance(source, str) and "self" in plain_sources(source)):
+        known = repr(source) if isinstance(source, str) else "text or tokens in memory"
+        key = next(iter(sampled))
+        raise ValueError(f"calibration.{key} is of text sampled from the model, got source {known}; leave it out or use --calibration self")
     vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
     return calibrations.build(
         source,
@@ -105,6 +114,7 @@ def build_calibration(model: Model, recipe: Recipe, given: Source | None) -> Cal
         limit=model.limit,
         vocabulary=vocabulary,
         seed=recipe.seed,
+        sampler=Sampler(model, reporter, **sampled),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from llmprune import patterns, registry
+from llmprune.calibration import mixture
 from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner, Step
 from llmprune.data import read_yaml, shipped, shipped_names, shown
 
@@ -47,11 +48,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """Where calibration rows come from; None and `auto` are resolved against the model."""
+    """Where calibration rows come from; None and `auto` are resolved against the model.
+
+    `temperature` and `top_p` are of text sampled from the model (source `self`), and None without it.
+    """
 
     source: str = "auto"
     samples: int | None = None
     sequence_length: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,7 @@ class Recipe:
         value = dataclasses.asdict(self)
         for key in ("pruner", "refiner", "allocator"):
             value[key] = value[key] and _flat(value[key])
+        value["calibration"] = {k: v for k, v in value["calibration"].items() if v is not None or k not in ("temperature", "top_p")}
         value["update"] = [_flat(update) for update in value["update"]]
         value["rules"] = [{k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]]
         return value
@@ -198,7 +205,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     fields["rules"] = tuple(_part(Rule, "rule", rule) for rule in _typed("rules", fields.get("rules", []), list))
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
-    fields["calibration"] = _part(CalibrationSpec, "calibration", fields.get("calibration", {}))
+    fields["calibration"] = _calibration(fields.get("calibration", {}))
     for key in ("name", "description", "pattern", "scope", "order", "chosen"):
         if key in fields:
             _typed(key, fields[key], str)
@@ -223,6 +230,18 @@ def _part(cls: type, kind: str, value: Any) -> Any:
     if cls is Rule and "match" not in value:
         raise ValueError(f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {shown(value)}")
     return cls(**value)
+
+
+def _calibration(value: Any) -> CalibrationSpec:
+    spec: CalibrationSpec = _part(CalibrationSpec, "calibration", value)
+    if isinstance(spec.source, dict):
+        spec = dataclasses.replace(spec, source=mixture.as_text(spec.source))
+    mixture.parse(_typed("calibration.source", spec.source, str))
+    for key, least, most in (("temperature", 0.01, 100), ("top_p", 1e-6, 1)):
+        number = getattr(spec, key)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most):
+            raise ValueError(f"calibration.{key} must be a number from {least} to {most}, got {shown(number)}")
+    return spec
 
 
 def _algorithm(room: str, value: Any) -> AlgorithmSpec:
@@ -259,7 +278,6 @@ def _check(recipe: Recipe) -> None:
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
     spec = recipe.calibration
-    _typed("calibration.source", spec.source, str)
     for key, least in (("samples", 1), ("sequence_length", 2)):
         value = getattr(spec, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,20 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             "sequence_length": rows.tokens.shape[1],
             "seed": rows.seed,
             "digest": rows.digest,
+            **rows.details,
         },
         "environment": environment(model.skeleton.device, model.skeleton.dtype, processes),
     }
+
+
+def calibrated_on(calibration: Mapping[str, Any]) -> str:
+    """The source of calibration rows in words, with what it leaves open of how they were made."""
+    notes = [f"{rows} rows of {part}" for part, rows in calibration.get("parts", {}).items()]
+    if "temperature" in calibration:
+        notes.append(f"sampled from the model at temperature {calibration['temperature']:g}, top-p {calibration['top_p']:g}")
+    if "chat" in calibration:
+        notes.append("chats in the tokenizer's template" if calibration["chat"] == "template" else "chats as lines of role: content")
+    return f"{calibration['source']} ({', '.join(notes)})" if notes else str(calibration["source"])
 
 
 def identity(record: Record) -> Identity:

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from llmprune.calibration.mixture import is_file, plain_sources
 from llmprune.checkpoint.files import write_durably
-from llmprune.text import is_file
+from llmprune.record import calibrated_on
 
 HONEST = (
     "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
@@ -87,8 +88,8 @@ def model_card(record: Record) -> str:
 {_scores_section(record)}
 ## Recipe
 
-Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibration["source"]}, seed {calibration["seed"]}, \
-tokens `{calibration["digest"]}`. The recipe with every default:
+Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibrated_on(calibration)}, \
+seed {calibration["seed"]}, tokens `{calibration["digest"]}`. The recipe with every default:
 
 ```yaml
 {_yaml(record["recipe"])}```
@@ -114,7 +115,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 def _again(record: Record) -> str:
     """The command that repeats the run, where what it needs can be had elsewhere."""
     model, source = record["model"], record["calibration"]["source"]
-    if not ("/" in model["source"] or model["source"] == "demo") or source.endswith(("in memory", ".safetensors")) or is_file(source):
+    if (
+        not ("/" in model["source"] or model["source"] == "demo")
+        or source.endswith("in memory")
+        or any(map(is_file, plain_sources(source)))
+    ):
         return ""
     revision = f" --revision {model['revision']}" if model["revision"] else ""
     return f"\nSaved as `recipe.yaml`, it does the same again: `llmprune prune {model['source']}{revision} --recipe recipe.yaml`.\n"
@@ -156,12 +161,12 @@ def _licence_section(model: dict[str, Any]) -> str:
 
 def html_report(record: Record) -> str:
     """One page with the summary, the scores and a plot per matrix; plots are embedded."""
-    totals = record["totals"]
+    totals, calibration = record["totals"], record["calibration"]
     summary = [
         ("model", f"{record['model']['source']} ({record['model']['parameters']:,} parameters)"),
         ("method", method_of(record)),
         ("sparsity reached", f"{totals['sparsity']:.4%} ({totals['zeros']:,} of {totals['weights']:,} weights)"),
-        ("calibration", "{samples} x {sequence_length} tokens of {source}, seed {seed}".format(**record["calibration"])),
+        ("calibration", "{samples} x {sequence_length} tokens of {on}, seed {seed}".format(on=calibrated_on(calibration), **calibration)),
         ("bytes", f"{totals['bytes']['dense']:,} dense, {totals['bytes']['written']:,} written"),
         ("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in totals["seconds"].items())),

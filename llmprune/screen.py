@@ -51,7 +51,9 @@ class Terminal:
     def plan(self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path) -> None:
         """The plan, before the work."""
         from llmprune.device import describe
+        from llmprune.record import calibrated_on
 
+        source = calibrated_on({"source": calibration.source, **calibration.details})
         steps = " + ".join(recipe.methods)
         patterns = sorted({str(m.pattern) for m in plan.matrices.values()})
         tokens = plan.samples * plan.sequence_length
@@ -64,7 +66,7 @@ class Terminal:
                 "matrices",
                 f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped; embeddings and head stay",
             ),
-            ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {calibration.source}"),
+            ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
             ("device", f"{describe(model.skeleton.device)}, {str(model.skeleton.dtype).removeprefix('torch.')}"),
             ("memory", _memory(plan)),
             ("disk", f"{gigabytes(plan.disk)} in {output}"),

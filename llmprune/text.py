@@ -14,6 +14,8 @@ from llmprune.hub import retrying
 from llmprune.registry import nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+CHAT_COLUMNS = ("messages", "conversations")  # read where a row has no `text` and chats can be rendered
+Render = Callable[[list[Any], str], str]  # the messages of a chat and where they stand -> its text
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class HubText:
 
     dataset: str
     config: str | None
-    column: str
+    column: str | None  # None: `text`, or a column of chats
     calibration: tuple[str, str | None]  # split, data file
     evaluation: tuple[str, str | None] | None
     joined_by: str = "\n\n"
@@ -55,8 +57,10 @@ def _split_column(source: str) -> tuple[str, str | None]:
     return (head, tail) if colon and "/" not in tail and "." not in tail and len(head) > 1 else (source, None)
 
 
-def file_documents(source: str) -> Iterator[str]:
+def file_documents(source: str, render: Render | None = None) -> Iterator[str]:
     """Documents of a `.txt` (one), `.jsonl` or `.parquet` file; `FILE:column` names the text column, `text` by default.
+
+    With `render`, a column may hold chats, and one of `CHAT_COLUMNS` stands in for a missing `text`.
 
     Raises:
         ValueError: no such file, damaged, or without the column.
@@ -68,7 +72,7 @@ def file_documents(source: str) -> Iterator[str]:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     reader = {"txt": _text, "jsonl": _jsonl, "parquet": _parquet}[kind]
     try:
-        yield from reader(path, column or "text")
+        yield from reader(path, column, render)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {name}: {error}") from None
 
@@ -77,12 +81,12 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
-def _text(path: Path, column: str) -> Iterator[str]:
+def _text(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
     with _open(path) as handle:
         yield handle.read()
 
 
-def _jsonl(path: Path, column: str) -> Iterator[str]:
+def _jsonl(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
     with _open(path) as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
@@ -91,34 +95,42 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            yield _column(row, column, f"{path}, line {number}")
+            yield _document(row, column, f"{path}, line {number}", render)
 
 
-def _column(row: Any, column: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        have = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no text column {column!r} (it has: {have}); name it as SOURCE:column")
-    return str(row[column])
+def _columns(column: str | None, render: Render | None) -> tuple[str, ...]:
+    """The columns a document may stand in, the likeliest first."""
+    return (column,) if column else ("text", *CHAT_COLUMNS) if render else ("text",)
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _document(row: Any, column: str | None, where: str, render: Render | None) -> str:
+    names = _columns(column, render)
+    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        return value
+    if render and isinstance(value, list):
+        return render(value, where)
+    have = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
+    raise ValueError(f"{where} has no text column {names[0]!r} (it has: {have}); name it as SOURCE:column")
+
+
+def _parquet(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as table:
-            if column not in table.schema_arrow.names:
-                raise ValueError(
-                    f"{path} has no text column {column!r} (it has: {', '.join(table.schema_arrow.names)}); name it as SOURCE:column"
-                )
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0):
-                    yield _column({column: value.as_py()}, column, str(path))
+            wanted, have = _columns(column, render), table.schema_arrow.names
+            if not set(wanted) & set(have):
+                raise ValueError(f"{path} has no text column {wanted[0]!r} (it has: {', '.join(have)}); name it as SOURCE:column")
+            batches = table.iter_batches(batch_size=256, columns=[name for name in wanted if name in have])
+            for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield _document(row, column, f"{path}, row {number}", render)
     except pa.ArrowException as error:
         raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
-def hub_documents(source: str, evaluation: bool, seed: int = 0) -> Iterator[str]:
+def hub_documents(source: str, evaluation: bool, seed: int = 0, render: Render | None = None) -> Iterator[str]:
     """Documents of a named hub text or of `dataset-id:column`, streamed; shuffled by `seed` for calibration.
 
     Raises:
@@ -138,11 +150,12 @@ def hub_documents(source: str, evaluation: bool, seed: int = 0) -> Iterator[str]
     except Exception as error:  # network, hub and format errors share no base class
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"cannot load {source!r} from the hub ({type(error).__name__}: {line}); without network, {way_out}") from error
-    for row in itertools.chain([] if first is None else [first], rows):
-        yield _column(row, column, f"dataset {text.dataset}")
+    order = "" if evaluation else f", shuffled by seed {seed}"
+    for number, row in enumerate(itertools.chain([] if first is None else [first], rows), 1):
+        yield _document(row, column, f"dataset {text.dataset}{order}, row {number}", render)
 
 
-def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, str]:
+def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, str | None]:
     if source in HUB_TEXTS:
         text = HUB_TEXTS[source]
         chosen = text.evaluation if evaluation else text.calibration
@@ -151,16 +164,25 @@ def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, 
         return text, *chosen, text.column
     dataset, column = _split_column(source)
     if "/" not in dataset:
-        raise nearest("text source", source, [*HUB_TEXTS, "builtin", "FILE.txt", "FILE.jsonl", "FILE.parquet", "hub/dataset:column"])
-    text = HubText(dataset, None, column or "text", ("train", None), ("test", None))
+        own = ["builtin"] if evaluation else ["builtin", "self"]
+        raise nearest("text source", source, [*HUB_TEXTS, *own, "FILE.txt", "FILE.jsonl", "FILE.parquet", "hub/dataset:column"])
+    text = HubText(dataset, None, column, ("train", None), ("test", None))
     return text, "test" if evaluation else "train", None, text.column
 
 
-def calibration_text(source: str, seed: int) -> tuple[Callable[[], Iterator[str]], bool]:
+def calibration_text(source: str, seed: int, render: Render | None = None) -> tuple[Callable[[], Iterator[str]], bool]:
     """How to get the documents of a calibration source, and whether the text is finite (a file) or streamed (the hub)."""
     if is_file(source):
-        return lambda: file_documents(source), True
-    return lambda: hub_documents(source, evaluation=False, seed=seed), False
+        return lambda: file_documents(source, render), True
+    return lambda: hub_documents(source, evaluation=False, seed=seed, render=render), False
+
+
+def check_calibration(source: str) -> None:
+    """Raise `ValueError` for a missing file or a name that is no text source, before anything is read or downloaded."""
+    if not is_file(source):
+        _hub_text(source, evaluation=False)
+    elif not file_path(source).is_file():
+        raise ValueError(f"no such text file: {file_path(source)}")
 
 
 def evaluation_text(source: str) -> str:

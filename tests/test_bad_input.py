@@ -846,8 +846,8 @@ def test_a_parquet_file_without_the_column_is_refused(refused, work):
     table = pyarrow.table({"body": [SENTENCE] * 200, "count": list(range(200)), "holes": [None] * 200})
     pyarrow.parquet.write_table(table, work / "a.parquet")
     refused(r"a\.parquet has no text column 'text' \(it has: body, count, holes\); name it as SOURCE:column", calibration="a.parquet")
-    refused(r"a\.parquet has no text column 'count'", calibration="a.parquet:count")
-    refused(r"a\.parquet has no text column 'holes'", calibration="a.parquet:holes")
+    refused(r"a\.parquet, row 1 has no text column 'count'", calibration="a.parquet:count")
+    refused(r"a\.parquet, row 1 has no text column 'holes'", calibration="a.parquet:holes")
     assert len(list(text.file_documents("a.parquet:body"))) == 200
 
 

@@ -34,7 +34,9 @@ from llmprune.data import shipped
 from llmprune.licence import read_licence
 from llmprune.model.opening import open_model
 
-KINDS = ("safetensors", "index", "config", "recipe", "masks", "record", "tokens", "jsonl", "parquet", "journal", "card", "tokenizer")
+KINDS = (
+    "safetensors", "index", "config", "recipe", "masks", "record", "tokens", "jsonl", "chat", "parquet", "journal", "card", "tokenizer",
+)  # fmt: skip
 CASES = int(os.environ.get("LLMPRUNE_FUZZ_CASES", "500"))
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan"), "", "x" * 5000, "../../etc/passwd", "/etc/passwd",
@@ -158,6 +160,8 @@ def fuzz(tmp_path_factory, tiny_llama):
     save_file({"tokens": tokens}, root / "tokens.safetensors")
     lines = [json.dumps({"text": f"a sentence of a file, number {n}, and more of it"}) for n in range(40)]
     (root / "text.jsonl").write_text("\n".join(lines))
+    chats = [json.dumps({"messages": [{"role": "user", "content": line}, {"from": "gpt", "value": line}]}) for line in lines]
+    (root / "chat.jsonl").write_text("\n".join(chats))
     table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
     pyarrow.parquet.write_table(table, root / "text.parquet")
     recipe_text = shipped("recipes", "dsnot.yaml").read_text() + "rules: [{match: '*.q_proj', sparsity: 0.4}]\n"
@@ -204,6 +208,7 @@ def reader_of(kind, root, tokenizer, trial):
         "record": (trial / "llmprune.json", damaged, lambda: inspect(trial)),
         "tokens": (root / "tokens.safetensors", damaged_safetensors, calibrate("tokens.safetensors")),
         "jsonl": (root / "text.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("text.jsonl")),
+        "chat": (root / "chat.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("chat.jsonl")),
         "parquet": (root / "text.parquet", lambda d, t: bytes_only(d, t), calibrate("text.parquet")),
         "journal": (
             root / "journal.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n") if x) + b"\n", resume

@@ -26,6 +26,7 @@ import json, time
 import llmprune
 time.sleep = lambda seconds: None  # what is waited for between attempts
 from llmprune import text
+from llmprune.calibration.chat import Chats
 from llmprune.hub import locate
 done = {}
 def attempt(name, work):
@@ -51,6 +52,8 @@ attempt("c4 again", lambda: head(text.calibration_text("c4", 0)[0]()))
 attempt("c4 other seed", lambda: head(text.calibration_text("c4", 1)[0]()))
 attempt("c4 evaluation", lambda: text.evaluation_text("c4"))
 attempt("own dataset", lambda: head(text.calibration_text("owner/notes:body", 0)[0]()))
+attempt("chats", lambda: head(text.calibration_text("owner/chats", 0, Chats(None))[0]()))
+attempt("bad chat", lambda: head(text.calibration_text("owner/chats:bad", 3, Chats(None))[0]()))
 attempt("no such column", lambda: head(text.calibration_text("owner/notes:title", 0)[0]()))
 attempt("no such dataset", lambda: head(text.calibration_text("owner/nothing:text", 0)[0]()))
 for name in ("missing", "gated", "gated-files", "bad-token", "down", "pickle"):
@@ -77,7 +80,12 @@ def dataset_folders(folder):
     (wikitext / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
     notes.mkdir()
     (notes / "train.jsonl").write_text("".join(json.dumps({"body": f"note {i}"}) + "\n" for i in range(20)))
-    return {"allenai/c4": c4.parent, "Salesforce/wikitext": wikitext, "owner/notes": notes}
+    chats = folder / "chats"
+    chats.mkdir()
+    turns = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "an answer"}] for i in range(20)]
+    bad = [{"role": "user", "content": None}]
+    (chats / "train.jsonl").write_text("".join(json.dumps({"messages": chat, "bad": bad}) + "\n" for chat in turns))
+    return {"allenai/c4": c4.parent, "Salesforce/wikitext": wikitext, "owner/notes": notes, "owner/chats": chats}
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +217,15 @@ def test_a_column_of_any_hub_dataset(called):
     assert all(re.fullmatch(r"note \d+", document) for document in value(called, "own dataset"))
 
 
+def test_chats_of_a_hub_dataset(called):
+    assert all(re.fullmatch(r"user: question \d+\nassistant: an answer", document) for document in value(called, "chats"))
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         ("no such column", r"title.*it has: body"),
+        ("bad chat", r"dataset owner/chats, shuffled by seed 3, row 1, message 1 is no"),
         ("no such dataset", r"owner/nothing.*builtin.*\.txt"),
         ("missing", r"owner/missing.*hf auth login"),
         ("gated", r"owner/gated is gated.*licence.*HF_TOKEN"),

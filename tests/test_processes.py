@@ -129,6 +129,17 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(launch, make_l
     assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
 
 
+def test_text_sampled_from_the_model_is_that_of_one_process(launch, tiny_llama, tmp_path, monkeypatch):
+    options = ("--recipe", "wanda", "--calibration", "self=0.5+tokens.safetensors=0.5", "--samples", "8", "--output", "many", "--json")
+    code, out, err = launch(2, "prune", tiny_llama, *options)
+    assert code == 0, err
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "empty"))
+    source = {"self": 0.5, str(tmp_path / "tokens.safetensors"): 0.5}
+    alone = llmprune.prune(tiny_llama, recipe="wanda", calibration=source, samples=8, output=tmp_path / "one")
+    assert json.loads(out)["calibration"] == alone.record["calibration"]
+    assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
+
+
 def test_bad_input_is_told_once(launch, tiny_llama, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     code, _, err = launch(2, "prune", tiny_llama, "--calibration", "nowhere.txt", "--output", "out")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune.calibration.chat import Templated
+
 _BATCH = 64  # documents tokenised together
 _SPREAD = 8  # a finite source is packed into up to this many times the rows asked for, then drawn from
 
 
 def _token_stream(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for document in documents:
-        if document.strip():
-            batch.append(document)
-        if len(batch) == _BATCH:
-            yield from tokenizer(batch)["input_ids"]
-            batch = []
-    if batch:
-        yield from tokenizer(batch)["input_ids"]
+    written = (document for document in documents if document.strip())
+    for templated, alike in itertools.groupby(written, key=lambda document: isinstance(document, Templated)):
+        while batch := list(itertools.islice(alike, _BATCH)):
+            yield from (tokenizer(batch, add_special_tokens=False) if templated else tokenizer(batch))["input_ids"]
 
 
 def pack(documents: Iterable[str], tokenizer: Any, samples: int, length: int, seed: int, finite: bool, source: str) -> Tensor:

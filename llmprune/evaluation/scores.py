@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import os
@@ -16,6 +15,7 @@ from llmprune.calibration import default_length
 from llmprune.data import read_yaml, shipped, shipped_names
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
+from llmprune.model.opening import whole
 from llmprune.processes import ALONE, Team
 from llmprune.registry import nearest
 from llmprune.text import evaluation_text, is_file
@@ -129,19 +129,6 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     tasks: dict[str, dict[str, Any]] = {}
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
-        tasks = team.on_first(lambda: zero_shot(_whole(model), model.tokenizer, spec.loaded, spec.limit))
+        tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit))
         reporter.step()
     return Scores(values, tasks, time.monotonic() - started)
-
-
-def _whole(model: Model) -> Any:
-    """The whole model in memory, as lm-eval wants it."""
-    if model.instance is not None:  # a copy, so that both models are scored alike and the user's stays as it is
-        return copy.deepcopy(model.instance).to(model.skeleton.device, model.skeleton.dtype).eval()
-    from transformers import AutoModelForCausalLM
-
-    assert model.located is not None
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
-    )
-    return loaded.to(model.skeleton.device).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,19 @@ def open_model(
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
     tokenizer = tokenizer or _tokenizer(located.folder, trust_remote_code)
     return Model(located, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
+
+
+def whole(model: Model) -> Any:
+    """The whole model in memory, on its device: for what cannot be streamed block by block."""
+    if model.instance is not None:  # a copy, so that the user's stays as it is
+        return copy.deepcopy(model.instance).to(model.skeleton.device, model.skeleton.dtype).eval()
+    from transformers import AutoModelForCausalLM
+
+    assert model.located is not None
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
+    )
+    return loaded.to(model.skeleton.device).eval()
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -1,0 +1,148 @@
+"""Chats as calibration text: the tokenizer's template or lines of `role: content`, and rows that are no chats."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+import llmprune
+from llmprune import calibration, text
+from llmprune.calibration.chat import Chats, Templated
+from llmprune.calibration.packing import pack
+from llmprune.model.opening import open_model
+
+TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}</s>"
+TURNS = [{"role": "user", "content": "what is a list"}, {"role": "assistant", "content": "a mutable sequence of values"}]
+SHARED = [{"from": "human", "value": "what is a list"}, {"from": "gpt", "value": "a mutable sequence of values"}]
+RENDERED = "<s>[user] what is a list\n[assistant] a mutable sequence of values\n</s>"
+PLAIN = "user: what is a list\nassistant: a mutable sequence of values"
+
+
+@pytest.fixture
+def tokenizer(tiny_llama):
+    """With a BOS of its own accord, as Llama's has, and no template."""
+    loaded = open_model(tiny_llama).tokenizer
+    loaded.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return loaded
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for column, chat in (("messages", TURNS), ("conversations", SHARED), ("talk", TURNS)):
+        rows = [{column: chat, "id": i} for i in range(100)]
+        (tmp_path / f"{column}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{column}.parquet")
+    return tmp_path
+
+
+def build(source, tokenizer):
+    return calibration.build(source, tokenizer, samples=4, length=16, limit=64, vocabulary=2048, seed=0)
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "talk"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("template", "layout", "expected"), [(TEMPLATE, "template", RENDERED), (None, "plain", PLAIN)])
+def test_chats_become_text(folder, tokenizer, name, suffix, template, layout, expected):
+    tokenizer.chat_template = template
+    source = f"{name}.{suffix}" + (":talk" if name == "talk" else "")
+    chats = Chats(tokenizer)
+    documents = list(text.file_documents(source, chats))
+    assert documents == [expected] * 100 and chats.layout == layout
+    made, kept = build(source, tokenizer), build(source, tokenizer)
+    assert made.details == kept.details == {"chat": layout} and made.digest == kept.digest, "from the cache too"
+
+
+def test_special_tokens_stand_once(tokenizer):
+    assert tokenizer("x")["input_ids"][0] == 0, "this tokenizer adds a BOS"
+    ids = tokenizer(RENDERED, add_special_tokens=False)["input_ids"]
+    assert ids[0] == 0 and ids[-1] == 1 and ids.count(0) == 1
+    length = len(ids) + len(tokenizer("plain text")["input_ids"])
+    rows = pack([Templated(RENDERED), "plain text"], tokenizer, 1, length, 0, True, "x")
+    assert rows[0].tolist() == ids + tokenizer("plain text")["input_ids"]
+    assert pack(["plain text", Templated(RENDERED)], tokenizer, 1, length, 0, True, "x")[0, -len(ids) :].tolist() == ids
+
+
+def test_another_template_is_another_text(folder, tokenizer):
+    digests = set()
+    for template in (None, TEMPLATE, TEMPLATE.replace("[", "(")):
+        tokenizer.chat_template = template
+        digests.add(build("messages.jsonl", tokenizer).digest)
+    assert len(digests) == 3
+
+
+def test_a_file_may_hold_text_and_chats(folder, tokenizer):
+    (folder / "both.jsonl").write_text(json.dumps({"text": "words"}) + "\n" + json.dumps({"text": None, "messages": TURNS}) + "\n")
+    assert list(text.file_documents("both.jsonl", Chats(tokenizer))) == ["words", PLAIN]
+    (folder / "text.jsonl").write_text(json.dumps({"text": "words", "messages": TURNS}) + "\n")
+    assert list(text.file_documents("text.jsonl", Chats(tokenizer))) == ["words"], "text stands before chats"
+    assert list(text.file_documents("text.jsonl:messages", Chats(tokenizer))) == [PLAIN]
+
+
+def test_an_empty_chat_is_an_empty_document(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    assert Chats(tokenizer)([], "a row") == ""
+
+
+def test_plan_and_record_say_how_chats_were_laid_out(folder, typed, tiny_llama):
+    options = ("--samples", 4, "--seqlen", 16, "--recipe", "magnitude", "--output", "out", "--json")
+    code, out, err = typed("prune", tiny_llama, "--calibration", "messages.jsonl", *options)
+    assert code == 0 and "messages.jsonl (chats as lines of role: content)" in err
+    assert json.loads(out)["calibration"]["chat"] == "plain"
+    assert "(chats as lines of role: content)" in (folder / "out" / "README.md").read_text()
+
+
+BAD = [
+    ({"role": "user"}, r"no \{role, content\} or \{from, value\} with texts, got \{'role': 'user'\}; mend or remove the row$"),
+    ({"role": "user", "content": None}, r"got \{'role': 'user', 'content': None\}"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, r"with texts"),
+    ({"from": 3, "value": "x"}, r"got \{'from': 3, 'value': 'x'\}"),
+    ("hello", r"got 'hello'"),
+    (None, r"got None"),
+]
+
+
+@pytest.mark.parametrize(("message", "said"), BAD)
+def test_a_malformed_row_is_named(folder, tokenizer, message, said):
+    rows = [json.dumps({"messages": TURNS}), "", json.dumps({"messages": [TURNS[0], message]})]
+    (folder / "bad.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"^bad\.jsonl, line 3, message 2 is .*" + said) as caught:
+        build("bad.jsonl", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_malformed_row_of_a_table_is_named(folder, tokenizer):
+    rows = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [TURNS[0], {"role": "user", "content": None}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bad.parquet")
+    with pytest.raises(ValueError, match=r"^bad\.parquet, row 3, message 2 is no"):
+        build("bad.parquet", tokenizer)
+    with pytest.raises(ValueError, match=r"^messages\.parquet, row 1 has no text column 'id'"):
+        build("messages.parquet:id", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must\n alternate') }}",
+        "{% for m in messages %}",
+        "{{ messages[7].content }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_that_fails_or_breaks_out_is_refused(folder, tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(
+        ValueError, match=r"^messages\.jsonl, line 1: the tokenizer's chat template refuses this chat \(.*\); mend or"
+    ) as caught:
+        build("messages.jsonl", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_perplexity_is_not_measured_on_chats(folder, tiny_llama):
+    with pytest.raises(ValueError, match=r"messages\.jsonl, line 1 has no text column 'text' \(it has: id, messages\)"):
+        llmprune.evaluate(tiny_llama, perplexity=["messages.jsonl"])
