@@ -186,7 +186,7 @@ def test_a_pattern_that_does_not_divide_the_columns_names_the_matrix(refused):
         ({"settings": {"refiner.max_cycles": -1}}, r"max_cycles.*-1"),
         ({"settings": {"refiner.variance": "between"}}, r"variance.*'between'"),
         ({"settings": {"refiner.targets": []}}, r"targets of 'dsnot'.*\[\]"),
-        ({"settings": {"pruner.targets": ["*q*"]}}, r"only a refiner takes targets; use rules"),
+        ({"settings": {"pruner.targets": ["*q*"]}}, r"only a refiner or an update takes targets; use rules"),
         ({"settings": {"pruner": None}}, r"needs a pruner"),
         ({"settings": {"pruner": 3}}, r"pruner.*3"),
         ({"settings": {"sparsity.deep": 1}}, r"cannot set 'sparsity\.deep'"),

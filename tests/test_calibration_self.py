@@ -197,10 +197,7 @@ def test_the_batch_shrinks_to_what_memory_holds(tiny_llama, monkeypatch):
         ({"calibration": "builtin", "settings": {"calibration.temperature": 0.7}}, r"temperature is of text sampled.*got source 'builtin'"),
         ({"calibration": torch.zeros(4, 16, dtype=torch.int64), "settings": {"calibration.top_p": 0.7}}, r"top_p is of .*in memory"),
         ({"calibration": "self", "settings": {"calibration.temperature": 0}}, r"temperature must be a number from 0\.01 to 100, got 0$"),
-        (
-            {"calibration": "self", "settings": {"calibration.temperature": "hot"}},
-            r"temperature must be a number from 0\.01 to 100, got 'hot'",
-        ),
+        ({"calibration": "self", "settings": {"calibration.temperature": "hot"}}, r"temperature must be a number from .*, got 'hot'"),
         ({"calibration": "self", "settings": {"calibration.top_p": 1.5}}, r"top_p must be a number from 1e-06 to 1, got 1\.5"),
         ({"calibration": "self", "settings": {"calibration.top_p": float("nan")}}, r"top_p must be .*got nan"),
         ({"calibration": "self", "settings": {"calibration.top_k": 5}}, r"calibration key 'top_k'.*did you mean 'top_p'"),
