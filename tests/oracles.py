@@ -373,3 +373,118 @@ def block_tune(weight: ArrayLike, keep: np.ndarray, x: ArrayLike, y: ArrayLike, 
         w -= here * (first / (1 - 0.9 ** (t + 1))) / (np.sqrt(second / (1 - 0.95 ** (t + 1))) + 1e-12)
         w *= keep
     return w
+
+
+# --- second-order methods ---------------------------------------------------------------------------------------------
+
+
+def ria_score(weight: ArrayLike, second_moment: ArrayLike, power: float = 0.5) -> np.ndarray:
+    """(|W_ij| / sum of row i + |W_ij| / sum of column j) * sqrt(m2_j)^power (RIA, ICLR 2024)."""
+    w, m2 = np.abs(_f64(weight)), _f64(second_moment)
+    score = np.zeros(w.shape)
+    for i in range(w.shape[0]):
+        for j in range(w.shape[1]):
+            score[i, j] = (w[i, j] / w[i].sum() + w[i, j] / w[:, j].sum()) * np.sqrt(m2[j]) ** power
+    return score
+
+
+def sparsegpt_saliency_score(weight: ArrayLike, gram: ArrayLike, damp: float = 0.01) -> np.ndarray:
+    """W_ij^2 / U_jj^2, U the upper Cholesky factor of the inverse damped Gram matrix (SparseGPT, arXiv 2301.00774)."""
+    w, g = _live_and_damped(weight, gram, damp)
+    u = np.linalg.cholesky(np.linalg.inv(g)).T
+    return w**2 / np.diag(u) ** 2
+
+
+def least_squares(weight: ArrayLike, keep: ArrayLike, gram: ArrayLike, damp: float = 0.01) -> np.ndarray:
+    """Per row the v on the mask that minimises (w - v)^T A (w - v), A the damped Gram matrix, by the normal equations."""
+    _, a = _live_and_damped(weight, gram, damp)
+    w, mask = _f64(weight), np.asarray(keep, dtype=bool)
+    out = np.zeros(w.shape)
+    for i in range(w.shape[0]):
+        s = np.flatnonzero(mask[i])
+        out[i, s] = np.linalg.solve(a[np.ix_(s, s)], (a @ w[i])[s])
+    return out
+
+
+def obs(weight: ArrayLike, keep: ArrayLike, gram: ArrayLike, damp: float = 0.01) -> np.ndarray:
+    """The update of SparseGPT for a given mask, by elimination; dead columns are zero."""
+    return sparsegpt_elimination(weight, gram, keep, damp)
+
+
+def row_loss(weight: ArrayLike, pruned: ArrayLike, gram: ArrayLike) -> np.ndarray:
+    """d^T G d of every row, d = w - v, [R]."""
+    d = _f64(weight) - _f64(pruned)
+    return np.array([row @ _f64(gram) @ row for row in d])
+
+
+def swaps(weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike, width: int = 1, least: float = 1e-5) -> np.ndarray:
+    """Mask [R, C] after exact pair swaps, every loss computed anew from d^T G d; `start` [R, C] are the pruned weights.
+
+    Candidates of a step: the best j to grow alone with the best partner, and the best i to prune alone with the best partner; for
+    groups of `width` the pair comes from the group whose best j and best i are best together.
+    """
+    w, g = _f64(weight), _f64(gram)
+    v, mask = _f64(start).copy(), np.asarray(keep, dtype=bool).copy()
+    for r in range(w.shape[0]):
+
+        def loss(grown: int | None, dropped: int | None, r: int = r) -> float:
+            new = v[r].copy()
+            if grown is not None:
+                new[grown] = w[r, grown]
+            if dropped is not None:
+                new[dropped] = 0.0
+            d = w[r] - new
+            return float(d @ g @ d)
+
+        first = loss(None, None)
+        for _ in range(10 * w.shape[1]):
+            now = loss(None, None)
+            groups = [range(w.shape[1])] if width == 1 else [range(a, a + width) for a in range(0, w.shape[1], width)]
+            pairs = []
+            for columns in groups:
+                pruned, kept = [j for j in columns if not mask[r, j]], [i for i in columns if mask[r, i]]
+                if pruned and kept:
+                    j, i = min(pruned, key=lambda j: loss(j, None)), min(kept, key=lambda i: loss(None, i))
+                    pairs.append((loss(j, None) + loss(None, i), j, i, pruned, kept))
+            if not pairs:
+                break
+            _, j, i, pruned, kept = min(pairs)
+            choices = [(j, min(kept, key=lambda i: loss(j, i))), (min(pruned, key=lambda j: loss(j, i)), i)]
+            grown, dropped = min(choices, key=lambda pair: loss(*pair))
+            if not loss(grown, dropped) - now < -least * first:
+                break
+            v[r, grown], v[r, dropped] = w[r, grown], 0.0
+            mask[r, grown], mask[r, dropped] = True, False
+    return mask
+
+
+def alps(weight: ArrayLike, gram: ArrayLike, select: Any, damp: float = 0.01, rho: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """ALPS (arXiv 2406.07831): ADMM in coordinates where the Gram matrix has unit diagonal, then the normal equations on the support.
+
+    `select(score)` is the keep mask of the pattern. Returns weight and mask.
+    """
+    w, g = _f64(weight).copy(), _f64(gram)
+    dead = np.diag(g) == 0
+    s = np.where(dead, 1.0, 1 / np.sqrt(np.where(dead, 1.0, np.diag(g))))
+    h = np.diag(s) @ g @ np.diag(s) + np.diag(dead.astype(float)) + damp * np.eye(len(g))
+    w[:, dead] = 0.0
+    scaled = w / s
+    keep = select(np.abs(scaled))
+    last, kept = keep, keep.sum()
+    sparse, dual = scaled * keep, np.zeros(w.shape)
+    for t in range(1, 301):
+        free = (scaled @ h - dual + rho * sparse) @ np.linalg.inv(h + rho * np.eye(len(h)))
+        keep = select(np.abs(free + dual / rho))
+        sparse = (free + dual / rho) * keep
+        dual = dual + rho * (free - sparse)
+        if t % 3 == 0:
+            changed = (keep != last).sum() / 2
+            if changed < 1:
+                break
+            rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
+            last = keep
+    out = np.zeros(w.shape)
+    for i in range(w.shape[0]):
+        on = np.flatnonzero(keep[i])
+        out[i, on] = np.linalg.solve(h[np.ix_(on, on)], (h @ scaled[i])[on])
+    return out * s, keep
