@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, ClassVar, TypeVar
@@ -243,14 +243,16 @@ class BlockStep(Algorithm, ABC):
 
 
 class Allocator(Algorithm, ABC):
-    """Shares the model's sparsity out over its matrices; the size-weighted mean stays the target."""
+    """Says how the model's sparsity should be shared out over its matrices; the plan shifts and rounds the wishes to the exact total."""
 
     needs: Need = Need.NONE
 
-    def measure(self, job: Job) -> float:
-        """One number per matrix, gathered in a first pass over the model by allocators with needs."""
+    def measure(self, jobs: Sequence[Job]) -> float:
+        """One number for a block, from all its matrices on the dense model's inputs; asked of allocators with needs alone."""
         return 0.0
 
     @abstractmethod
-    def allocate(self, measures: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-        """Sparsity of every matrix in `sizes`."""
+    def allocate(
+        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+    ) -> dict[str, float]:
+        """The sparsity wished for every matrix in `shapes` (R, C), given the number of its block and what was measured there."""

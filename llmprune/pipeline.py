@@ -23,6 +23,7 @@ from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
 from llmprune.checkpoint.writer import RECORD, CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
+from llmprune.measuring import measure
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
 from llmprune.plan import Plan, make_plan
@@ -89,7 +90,13 @@ def planned(
     spec = recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
     resolved = dataclasses.replace(recipe, calibration=spec)
     available = team.on_first(devices.available_memory)
-    plan = make_plan(resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size)
+    allocator = resolved.build_allocator()
+    if allocator.needs:
+        reporter.stage("measuring blocks", len(model.skeleton.blocks))
+    measures = measure(allocator, model.skeleton, model.source, rows.tokens, resolved.seed, team, reporter.step)
+    plan = make_plan(
+        resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size, measures=measures
+    )
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmprune.allocation import balanced, rounded
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.contracts import Need, Pattern
 from llmprune.model.activations import micro_batch
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import find_targets
-from llmprune.recipe import Recipe, rule_sparsity
+from llmprune.patterns import NM
+from llmprune.recipe import Recipe, Rule, rule_sparsity
 from llmprune.stats import SAMPLE_TOKENS
 
 _INTERPRETER = 450_000_000  # private memory of Python, torch and transformers once imported
@@ -73,13 +75,14 @@ def needs_dense(recipe: Recipe) -> bool:
 
 def make_plan(
     recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int, *, offload: str = "auto",
-    available: int = 1 << 62, processes: int = 1,
+    available: int = 1 << 62, processes: int = 1, measures: Mapping[int, float] | None = None,
 ) -> Plan:  # fmt: skip
     """Assign a pattern and a sparsity to every matrix: rules first, the allocator for the rest.
 
     Args:
         offload: keep block inputs in `ram`, on `disk`, or `auto`: on disk where RAM would not be enough.
-        available: bytes of memory the machine has free. processes: how many share samples and machine.
+        measures: what the allocator measured of each block. available: bytes of memory the machine has free.
+        processes: how many share samples and machine.
 
     Raises:
         ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored dtype that cannot be pruned.
@@ -92,10 +95,8 @@ def make_plan(
         raise ValueError(f"rule {unused.match!r} is the first match of no matrix; matrices are named like {targets[0].name!r}")
     pruned = [t for t in targets if not ((rule := rules[t.name]) and rule.skip)]
     fixed = {t.name: s for t in pruned if (rule := rules[t.name]) and (s := rule_sparsity(recipe, rule)) is not None}
-    sizes = {t.name: t.shape[0] * t.shape[1] for t in pruned if t.name not in fixed}
-    allocator = recipe.build_allocator()
-    assert not allocator.needs, "a measuring pass comes with the first allocator that needs one"
-    allocated = allocator.allocate({}, sizes, recipe.sparsity)
+    blocks = {t.name: number for number, (name, block) in enumerate(skeleton.blocks.items()) for t in find_targets(name, block)}
+    allocated = _allocated(recipe, {t.name: t.shape for t in pruned if t.name not in fixed}, blocks, measures or {}, rules)
     matrices = {}
     for target in pruned:
         rule = rules[target.name]
@@ -104,8 +105,8 @@ def make_plan(
                 f"{target.weight_name} is stored in an integer or 8-bit type; prune the original checkpoint, not a quantised one"
             )
         reason = f"rule {rule.match!r}" if rule and (target.name in fixed or rule.pattern) else recipe.allocator.name
-        sparsity = fixed.get(target.name, allocated.get(target.name, recipe.sparsity))
-        matrices[target.name] = MatrixPlan(target.name, target.shape, recipe.pattern_for(rule), sparsity, reason)
+        pattern, sparsity = allocated.get(target.name, (recipe.pattern_for(rule), fixed.get(target.name, recipe.sparsity)))
+        matrices[target.name] = MatrixPlan(target.name, target.shape, pattern, sparsity, reason)
     _check_widths(list(matrices.values()))
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
@@ -118,6 +119,31 @@ def make_plan(
     disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
     memory = host + (share if offload == "ram" else 0)
     return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload)
+
+
+def _allocated(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float],
+    rules: Mapping[str, Rule | None],
+) -> dict[str, tuple[Pattern, float]]:  # fmt: skip
+    """Pattern and sparsity of the matrices no rule has fixed; their total is that of the recipe, to the weight where units allow it."""
+    if not shapes:
+        return {}
+    asked = {n: recipe.pattern_for(rules[n]) for n in shapes}
+    wishes = recipe.build_allocator().allocate(shapes, blocks, measures, recipe.sparsity)
+    if all(wish == recipe.sparsity for wish in wishes.values()):
+        return {n: (asked[n], recipe.sparsity) for n in shapes}
+    sizes = {n: r * c for n, (r, c) in shapes.items()}
+    _check_widths([MatrixPlan(n, shapes[n], asked[n], 0.0, "") for n in shapes])
+    grouped = {n for n in shapes if asked[n].width > 1}
+    units = {n: sizes[n] // asked[n].width if n in grouped else shapes[n][0] if recipe.row_scope else 1 for n in shapes}
+    shares = balanced(wishes, sizes, recipe.sparsity)
+    counts = rounded(shares, sizes, units, int(recipe.sparsity * sum(sizes.values()) + 1e-6), at_least=1 if grouped else 0)
+    # A quarter of a unit on top: the count must come out of the product with the sparsity, whatever that is rounded to.
+    return {
+        n: (NM(asked[n].width - counts[n], asked[n].width), counts[n] / asked[n].width) if n in grouped
+        else (asked[n], (counts[n] + 0.25) * units[n] / sizes[n] if counts[n] else 0.0)
+        for n in shapes
+    }  # fmt: skip
 
 
 def _check_widths(matrices: list[MatrixPlan]) -> None:

@@ -108,6 +108,11 @@ class Recipe:
         """The first rule that matches a matrix."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(matrix, rule.match)), None)
 
+    @property
+    def row_scope(self) -> bool:
+        """Whether the weights of a row compete with one another alone."""
+        return (self.scope or registry.find("pruners", self.pruner.name).scope) == "row"  # type: ignore[attr-defined]
+
     def pattern_for(self, rule: Rule | None) -> Pattern:
         """The pattern of a matrix under its rule, compared in the recipe's scope or the pruner's own."""
         scope = self.scope or registry.find("pruners", self.pruner.name).scope  # type: ignore[attr-defined]

@@ -50,15 +50,30 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
         if get_origin(types[key]) is tuple:
             options = {**options, key: _numbers(key, name, value)}
             continue
+        if get_origin(types[key]) is Mapping:
+            if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+                raise ValueError(f"option {shown(key)} of {shown(name)} must be a mapping, got {shown(value)}")
+            continue
+        if types[key] is float and isinstance(value, str):
+            value = _number(value)  # YAML reads 1e-4 as text: it wants a point, 1.0e-4
+            options = {**options, key: value}
         wanted = (int, float) if types[key] is float else types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
             raise ValueError(f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}")
     return cls(cls.Config(**options))
 
 
+def _number(text: str) -> Any:
+    """The number a text stands for, or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
     """An option that takes several numbers; one alone will do."""
-    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [_number(v) if isinstance(v, str) else v for v in (value if isinstance(value, (list, tuple)) else [value])]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}")
     return tuple(float(v) for v in values)

@@ -488,3 +488,44 @@ def alps(weight: ArrayLike, gram: ArrayLike, select: Any, damp: float = 0.01, rh
         on = np.flatnonzero(keep[i])
         out[i, on] = np.linalg.solve(h[np.ix_(on, on)], (h @ scaled[i])[on])
     return out * s, keep
+
+
+# --- allocation -------------------------------------------------------------------------------------------------------
+
+
+def erk(shapes: dict[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
+    """Sparsity per matrix: density proportional to (R + C) / (R * C), at most 1, found by bisection of the factor."""
+    budget = (1 - sparsity) * sum(r * c for r, c in shapes.values())
+    low, high = 0.0, 1e9
+    for _ in range(300):
+        factor = (low + high) / 2
+        kept = sum(min(1.0, factor * (r + c) / (r * c)) * r * c for r, c in shapes.values())
+        low, high = (factor, high) if kept < budget else (low, factor)
+    return {n: 1 - min(1.0, high * (r + c) / (r * c)) for n, (r, c) in shapes.items()}
+
+
+def _scaled(values: np.ndarray, limit: float) -> np.ndarray:
+    return (values - values.min()) / (values.max() - values.min()) * 2 * limit
+
+
+def owl(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, outlier: float = 5.0, limit: float = 0.08) -> list[float]:
+    """Sparsity per block (OWL, arXiv 2310.05175); a block is a list of (weight [R, C], second moment [C])."""
+    shares = []
+    for block in blocks:
+        scores = np.concatenate([wanda_score(w, m2).ravel() for w, m2 in block])
+        shares.append((scores > outlier * scores.mean()).mean())
+    o = _scaled(np.array(shares), limit)
+    return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
+
+
+def dlp(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, limit: float = 0.15) -> list[float]:
+    """Sparsity per block (DLP, arXiv 2505.23807): keep ratios 1 - score / sum of scores, scaled as OWL's."""
+    means = np.array([np.concatenate([wanda_score(w, m2).ravel() for w, m2 in block]).mean() for block in blocks])
+    o = _scaled(1 - means / means.sum(), limit)
+    return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
+
+
+def explicit(sizes: dict[str, int], fixed: dict[str, float], sparsity: float) -> float:
+    """The sparsity left for the matrices that are not fixed."""
+    rest = sum(size for name, size in sizes.items() if name not in fixed)
+    return (sparsity * sum(sizes.values()) - sum(sizes[n] * s for n, s in fixed.items())) / rest

@@ -168,21 +168,22 @@ def test_other_architectures_stream_too(tmp_path, name):
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
     from llmprune.contracts import Need
-    from llmprune.device import Stopwatch
+    from llmprune.observing import Observer
     from llmprune.processes import ALONE
-    from llmprune.stats import Collector, sample_positions
+    from llmprune.stats import sample_positions
 
     opened = open_model(save(llama(), tmp_path))
     skeleton = opened.skeleton
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
     name, block = next(iter(skeleton.blocks.items()))
     skeleton.load(skeleton.parameters_of(name))
-    collector = Collector(Need.SECOND_MOMENT, sample_positions(7, 16, 0), Stopwatch(torch.device("cpu")))
-    with collector.attached({t.name: t.module for t in find_targets(name, block)}):
-        inputs.collect(0, lambda p: collector.batch(p.start, (p.stop - p.start, 16)), collector.restart)
-    stats = {n.rpartition(".")[2]: s for n, s in collector.results(ALONE).items()}
+    observer = Observer(Need.SECOND_MOMENT, inputs, None, sample_positions(7, 16, 0), slice(0, 7), ALONE)
+    targets = find_targets(name, block)
+    stats = {n.rpartition(".")[2]: s for n, s in observer.collect(0, targets, {}).items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]
     assert len({id(s) for s in stats.values()}) == 4
+    groups = [[t.name.rpartition(".")[2] for t in group] for group in observer.groups(0, targets)]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_a_half_precision_model_in_memory_keeps_its_config_and_dtype(tmp_path):

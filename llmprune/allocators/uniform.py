@@ -10,5 +10,7 @@ from llmprune.contracts import Allocator
 class Uniform(Allocator):
     """The same sparsity for every matrix."""
 
-    def allocate(self, measures: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-        return dict.fromkeys(sizes, sparsity)
+    def allocate(
+        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+    ) -> dict[str, float]:
+        return dict.fromkeys(shapes, sparsity)

@@ -1,0 +1,42 @@
+"""DLP (Chen et al., arXiv 2505.23807): blocks with a larger share of the model's Wanda scores are pruned more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.contracts import Allocator, Job, Need
+
+
+class DLP(Allocator):
+    """A block's score is the mean of `|W_ij| * ||x_j||`; its keep ratio `1 - score / sum`, scaled over the blocks to `[0, 2 * limit]`."""
+
+    needs = Need.SECOND_MOMENT
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`limit`: how far a block may be from the model's sparsity."""
+
+        limit: float = 0.15
+
+        def __post_init__(self) -> None:
+            if not self.limit > 0:
+                raise ValueError(f"limit must be above 0, got {self.limit}")
+
+    def measure(self, jobs: Sequence[Job]) -> float:
+        # ||x_j|| is sqrt(tokens) times this norm: a factor common to all blocks, which the shares cancel.
+        sums = torch.stack([(job.weight.abs() @ job.stats.second_moment.sqrt()).sum(dtype=torch.float64) for job in jobs])
+        return float(sums.sum()) / sum(job.weight.numel() for job in jobs)
+
+    def allocate(
+        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+    ) -> dict[str, float]:
+        total = sum(measures.values())
+        ratios = {block: 1 - value / total if total > 0 else 0.0 for block, value in measures.items()}
+        low, high = min(ratios.values()), max(ratios.values())
+        spread = 2 * self.config.limit / (high - low) if high > low else 0.0
+        scaled = {block: (ratio - low) * spread for block, ratio in ratios.items()}
+        mean = sum(scaled.values()) / len(scaled)
+        return {name: sparsity - (scaled[blocks[name]] - mean) for name in shapes}
