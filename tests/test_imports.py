@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "llmprune"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
-ALGORITHMS = [p for room in ("pruners", "refiners", "allocators") for p in sorted((PACKAGE / room).glob("*.py"))]
-LIBRARY = {"__future__", "collections.abc", "dataclasses", "typing", "math", "enum", "abc"}
+ALGORITHMS = [p for room in ("pruners", "refiners", "updates", "allocators") for p in sorted((PACKAGE / room).glob("*.py"))]
+LIBRARY = {"__future__", "collections.abc", "dataclasses", "typing", "math", "enum", "abc", "fnmatch"}
 
 
 def imports(path):
@@ -25,9 +25,14 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", ALGORITHMS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_algorithms_import_only_contracts_and_torch(path):
+def test_algorithms_import_only_contracts_numerics_and_torch(path):
     for name in imports(path):
-        assert name == "llmprune.contracts" or name.split(".")[0] == "torch" or name in LIBRARY, name
+        assert name in ("llmprune.contracts", "llmprune.numerics") or name.split(".")[0] == "torch" or name in LIBRARY, name
+
+
+def test_numerics_import_only_contracts_and_torch():
+    names = set(imports(PACKAGE / "numerics.py"))
+    assert all(n == "llmprune.contracts" or n.split(".")[0] == "torch" or n in LIBRARY for n in names)
 
 
 def test_contracts_import_only_torch():
