@@ -91,5 +91,5 @@ def _trained_rows(recipe: Recipe) -> float:
     for update in recipe.update:
         if update.name == "block-tune":
             rates = len(update.options["rates"])
-            rows += update.options["steps"] * update.options["batch"] * (1 + (rates / 4 if rates > 1 else 0))
+            rows += update.options["steps"] * update.options["batch"] * (1 + (rates / 8 if rates > 1 else 0))
     return rows

@@ -7,6 +7,7 @@ the real model runs with its blocks replaced by recorders, so each block's own a
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,9 @@ def on_disk(folder: Path) -> Store:
     """Room for the block inputs in a memory-mapped file of a folder, which disappears with the process."""
 
     def store(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        path = folder / "activations"
-        numbers = torch.Size(shape).numel()
-        with path.open("wb") as file:
+        handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)  # its own: several processes share the folder
+        path, numbers = Path(name), torch.Size(shape).numel()
+        with os.fdopen(handle, "wb") as file:
             try:  # the space is claimed now: a mapping on a full disk would kill the process
                 os.posix_fallocate(file.fileno(), 0, max(1, numbers * dtype.itemsize))
             except OSError as error:
@@ -232,11 +233,17 @@ class BlockInputs:
 
 
 def _same(a: _Call, b: _Call) -> bool:
-    """Whether two calls got equal tensors."""
+    """Whether two calls got equal tensors, but for rounding: rotary tables made twice may differ in their last bit."""
     from torch.utils._pytree import tree_leaves
 
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+    return all(_near(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype or not x.is_floating_point():
+        return torch.equal(x, y)
+    return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2)
 
 
 def _head_name(skeleton: Skeleton) -> str:
