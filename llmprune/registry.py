@@ -83,4 +83,4 @@ def describe(room: str, name: str) -> dict[str, Any]:
     """The first line of an algorithm's source note (with its paper) and its options with their defaults."""
     cls = find(room, name)
     summary = (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()[0]
-    return {"summary": summary, "options": {f.name: f.default for f in dataclasses.fields(cls.Config)}}
+    return {"summary": summary, "options": dataclasses.asdict(cls.Config())}

@@ -105,7 +105,7 @@ def test_sparsegpt_lowers_the_layer_error():
 def test_a_gram_matrix_that_cannot_be_factored_names_the_matrix():
     task = job(Unstructured("matrix"), 0.5)
     broken = InputStats(10, 5, {Need.GRAM: -torch.eye(32)})
-    with pytest.raises(ValueError, match=r"layer .*damp=0.01"):
+    with pytest.raises(ValueError, match=r"of layer .*asked: 0.01"):
         build("pruners", "sparsegpt").prune(Job("layer", task.weight, broken, task.pattern, 0.5, task.generator))
 
 
