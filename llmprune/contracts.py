@@ -243,9 +243,15 @@ class BlockStep(Algorithm, ABC):
 
 
 class Allocator(Algorithm, ABC):
-    """Says how the model's sparsity should be shared out over its matrices; the plan shifts and rounds the wishes to the exact total."""
+    """Says how the model's sparsity should be shared out over its matrices; the plan shifts and rounds the wishes to the exact total.
+
+    One with `trials` (their labels) is asked to allocate for each of them, with `measures` of that trial alone; the model is pruned so by
+    `trial_pruner` (the recipe's own where empty) and its loss on held-out calibration rows is what `measures` holds by trial in the end.
+    """
 
     needs: Need = Need.NONE
+    trials: tuple[str, ...] = ()
+    trial_pruner: str = ""
 
     def measure(self, jobs: Sequence[Job]) -> float:
         """One number for a block, from all its matrices on the dense model's inputs; asked of allocators with needs alone."""
@@ -255,4 +261,7 @@ class Allocator(Algorithm, ABC):
     def allocate(
         self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
     ) -> dict[str, float]:
-        """The sparsity wished for every matrix in `shapes` (R, C), given the number of its block and what was measured there."""
+        """The sparsity wished for every matrix in `shapes` (R, C), given the number of its block and what was measured there.
+
+        `measures` is by block where the allocator has needs, by trial where it has trials, and else empty.
+        """

@@ -29,6 +29,7 @@ from llmprune.model.opening import Model
 from llmprune.plan import Plan, make_plan
 from llmprune.processes import Team
 from llmprune.recipe import Recipe
+from llmprune.searching import search
 
 Source = str | Tensor | Iterable[str]
 Record = dict[str, Any]
@@ -79,9 +80,13 @@ class Options:
 
 
 def planned(
-    model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter
+    model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter,
+    known: Callable[[Recipe, CalibrationSet], dict[int, float] | None] = lambda recipe, rows: None,
 ) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
-    """The recipe with its calibration as it turned out, the calibration rows, and the plan."""
+    """The recipe with its calibration as it turned out, the calibration rows, and the plan.
+
+    `known`: what the allocator has measured for this recipe and these rows before, if it has.
+    """
     rows = team.on_first(lambda: build_calibration(model, recipe, calibration, reporter))
     n, t = rows.tokens.shape
     if n < team.size:
@@ -89,16 +94,27 @@ def planned(
     sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
     spec = recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
     resolved = dataclasses.replace(recipe, calibration=spec)
+    measures = known(resolved, rows)
+    if measures is None:
+        measures = _measured(model, resolved, rows, options, team, reporter)
     available = team.on_first(devices.available_memory)
-    allocator = resolved.build_allocator()
-    if allocator.needs:
-        reporter.stage("measuring blocks", len(model.skeleton.blocks))
-    measures = measure(allocator, model.skeleton, model.source, rows.tokens, resolved.seed, team, reporter.step)
     plan = make_plan(
         resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size, measures=measures
     )
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
+
+
+def _measured(model: Model, recipe: Recipe, rows: CalibrationSet, options: Options, team: Team, reporter: Reporter) -> dict[int, float]:
+    """What the allocator asks for before it can decide, by block or by trial."""
+    allocator, blocks = recipe.build_allocator(), len(model.skeleton.blocks)
+    if allocator.trials:
+        reporter.stage("trying allocations", blocks * len(allocator.trials))
+        folder = options.output.resolve().parent
+        return search(allocator, recipe, model, rows, folder, options.offload, team, reporter.step, reporter.note)
+    if allocator.needs:
+        reporter.stage("measuring blocks", blocks)
+    return measure(allocator, model.skeleton, model.source, rows.tokens, recipe.seed, team, reporter.step)
 
 
 def build_calibration(model: Model, recipe: Recipe, given: Source | None, reporter: Reporter) -> CalibrationSet:
@@ -131,6 +147,7 @@ class Production:
     def __init__(self, model: Model, options: Options, team: Team, reporter: Reporter) -> None:
         self.model, self.options, self.team, self.reporter = model, options, team, reporter
         self.writer: CheckpointWriter | None = None
+        self._fingerprint = ""
         team.on_first(self._open)
 
     def _open(self) -> None:
@@ -145,12 +162,9 @@ class Production:
         if evaluation is not None:
             spec = evaluation
             evaluation = team.in_turn(lambda: spec.prepare(model))
-        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter)
+        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter, self._known)
         team.on_first(lambda: check_space(self.options.output, plan.disk))
-        reporter.stage("checking weights", 1)
-        digest = team.on_first(lambda: fingerprint(model.source))
-        reporter.step()
-        before = records.opening(model, recipe, rows, digest, team.size)
+        before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(recipe, plan.measures)
         record = team.on_first(lambda: self._made_before(before))
         if record is None:
             team.on_first(lambda: self._begin(before, plan))
@@ -165,6 +179,23 @@ class Production:
             record = records.add_scores(record, dense, pruned)
         team.on_first(lambda: self._complete(record))
         return record
+
+    def _digest(self) -> str:
+        """The fingerprint of the model's weights, read once."""
+        if not self._fingerprint:
+            self.reporter.stage("checking weights", 1)
+            self._fingerprint = self.team.on_first(lambda: fingerprint(self.model.source))
+            self.reporter.step()
+        return self._fingerprint
+
+    def _known(self, recipe: Recipe, rows: CalibrationSet) -> dict[int, float] | None:
+        """What the run that goes on has measured, from its journal: two measurements may differ in the last digit."""
+        journal = self.writer.journal if self.writer else None
+        if not self.team.tell(journal.find("measures") if journal else None):
+            return None
+        now = records.identity(records.opening(self.model, recipe, rows, self._digest(), self.team.size))
+        same = journal is not None and not difference(journal.identity or {}, now)
+        return self.team.tell({int(k): v for k, v in journal.find("measures").items()} if journal and same else None)
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished run that `resume` found in the output folder."""
@@ -191,6 +222,8 @@ class Production:
         skeleton = self.model.skeleton
         shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
         self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes)
+        if plan.measures and not self.writer.journal.find("measures"):
+            self.writer.journal.add({"measures": plan.measures})
 
     def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
         """The dense model's scores, from the journal where this run has measured them already."""

@@ -37,6 +37,7 @@ class Plan:
     Attributes:
         memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
+        measures: what the allocator measured, as it was asked of `Allocator.allocate`.
     """
 
     matrices: Mapping[str, MatrixPlan]
@@ -48,6 +49,7 @@ class Plan:
     disk: int
     available: int
     offload: str
+    measures: Mapping[int, float]
 
     @property
     def weights(self) -> int:
@@ -118,7 +120,7 @@ def make_plan(
         offload = "disk" if (host + share) * processes > available else "ram"
     disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
     memory = host + (share if offload == "ram" else 0)
-    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload)
+    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload, measures or {})
 
 
 def _allocated(

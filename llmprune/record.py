@@ -45,6 +45,13 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
     }
 
 
+def allocation(recipe: Recipe, measures: Mapping[int, float]) -> Record:
+    """What the allocator measured, by block, or by the label of its trial; nothing where it measured nothing."""
+    labels = recipe.build_allocator().trials
+    named = {labels[number] if labels else f"block {number + 1}": value for number, value in measures.items()}
+    return {"allocation": {"held-out loss" if labels else "measure": named}} if named else {}
+
+
 def calibrated_on(calibration: Mapping[str, Any]) -> str:
     """The source of calibration rows in words, with what it leaves open of how they were made."""
     notes = [f"{rows} rows of {part}" for part, rows in calibration.get("parts", {}).items()]
@@ -75,7 +82,7 @@ def complete(
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
     zeros = sum(m["zeros"] for m in matrices)
     return {
-        **{key: before[key] for key in ("schema", "model", "recipe", "calibration")},
+        **{key: before[key] for key in ("schema", "model", "recipe", "calibration", "allocation") if key in before},
         "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],
         "totals": {
             "weights": weights,

@@ -47,10 +47,12 @@ class Clock:
 def prune_blocks(
     recipe: Recipe, plan: Plan, skeleton: Skeleton, source: WeightSource, calibration: CalibrationSet, finished: int, team: Team,
     clock: Clock, store: Store, note: Callable[[str], None], block_done: BlockDone,
+    beside: BlockInputs | None = None,
 ) -> None:  # fmt: skip
     """Prune every block but the `finished` first, which `source` holds pruned already. The model is never whole in memory.
 
     `block_done` gets the number of a block (from 1), its tensors as they are to be stored, its packed masks and its record rows.
+    `beside` is moved on through the pruned blocks, the last one too, and decides nothing.
     """
     share = team.share(plan.samples)
     positions = sample_positions(plan.samples, plan.sequence_length, recipe.seed)
@@ -90,6 +92,8 @@ def prune_blocks(
             del stats, found, targets
         if number + 1 < len(skeleton.blocks):
             inputs.forward(number)
+        if beside:
+            beside.forward(number)
         skeleton.free(names)
         clock.lap("forward" if number >= finished else "replay")
         if number >= finished:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+# A shell starts background jobs with Ctrl-C ignored, and children inherit it; some tests send it to them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 NOWHERE = "http://127.0.0.1:9"  # a closed port: hub calls fail at once and never leave this machine
 ENVIRONMENT = {

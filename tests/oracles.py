@@ -525,6 +525,12 @@ def dlp(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, limi
     return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
 
 
+def atp(blocks: int, sparsity: float, share: float) -> list[float]:
+    """Sparsity per block (ATP, arXiv 2502.14770): an arithmetic progression around S whose step is a share of the steepest in [0, 1]."""
+    beta = share * 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
+    return [sparsity - beta * (blocks - 1) / 2 + beta * (b - 1) for b in range(1, blocks + 1)]
+
+
 def explicit(sizes: dict[str, int], fixed: dict[str, float], sparsity: float) -> float:
     """The sparsity left for the matrices that are not fixed."""
     rest = sum(size for name, size in sizes.items() if name not in fixed)

@@ -61,6 +61,22 @@ def test_measured_allocators_equal_the_oracle(name):
     assert max(wanted) - min(wanted) == pytest.approx(0.16 if name == "owl" else 0.3)
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.8])
+def test_atp_is_an_arithmetic_progression(sparsity):
+    allocator = build("atp", slopes=[0.0, 0.5, -0.25])
+    for trial, share in enumerate((0.0, 0.5, -0.25)):
+        shares = allocator.allocate(SHAPES, BLOCKS, {trial: 1.0}, sparsity)
+        assert [shares[f"model.{b}.q"] for b in range(3)] == pytest.approx(oracles.atp(3, sparsity, share))
+        assert total(shares) == pytest.approx(sparsity)
+    best = allocator.allocate(SHAPES, BLOCKS, {0: 2.0, 1: 3.0, 2: 1.5}, sparsity)
+    assert best == allocator.allocate(SHAPES, BLOCKS, {2: 0.0}, sparsity)
+    assert allocator.trials == ("slope 0", "slope 0.5", "slope -0.25") and build("atp", slopes=0.5).trials == ()
+    one_block = dict.fromkeys(list(SHAPES)[:2], 0)
+    assert set(allocator.allocate({n: SHAPES[n] for n in one_block}, one_block, {}, sparsity).values()) == {sparsity}
+    with pytest.raises(ValueError, match=r"slopes must be shares in \[-1, 1\], got \[2.0\]"):
+        build("atp", slopes=[2])
+
+
 def test_equal_blocks_get_equal_shares():
     for name in ("owl", "dlp"):
         assert set(build(name).allocate(SHAPES, BLOCKS, {0: 0.5, 1: 0.5, 2: 0.5}, 0.6).values()) == {0.6}
@@ -101,12 +117,12 @@ def zeros(record):
     return sum(round(m["sparsity"] * m["shape"][0] * m["shape"][1]) for m in record["matrices"])
 
 
-@pytest.mark.parametrize("name", ["erk", "owl", "dlp"])
+@pytest.mark.parametrize("name", ["erk", "owl", "dlp", "atp"])
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_a_run_meets_the_total(name, scope, tiny_llama, calibration_tokens, tmp_path):
     result = llmprune.prune(
-        tiny_llama, recipe="wanda", allocator=name, sparsity=0.6, settings={"scope": scope}, calibration=calibration_tokens,
-        output=tmp_path / "out",
+        tiny_llama, recipe="wanda", allocator=name, sparsity=0.6, calibration=calibration_tokens, output=tmp_path / "out",
+        settings={"scope": scope} | ({"allocator.slopes": [0.2, 0.6]} if name == "atp" else {}),
     )  # fmt: skip
     totals, matrices = result.record["totals"], result.record["matrices"]
     assert len({round(m["sparsity"], 3) for m in matrices}) > 1
@@ -151,3 +167,60 @@ def test_measuring_needs_no_whole_model_and_equals_the_oracle(tiny_llama, calibr
         here = [m for n, m in dry.plan.matrices.items() if f".layers.{number}." in n]
         mean = sum(m.sparsity * m.shape[0] * m.shape[1] for m in here) / sum(m.shape[0] * m.shape[1] for m in here)
         assert mean == pytest.approx(share, abs=0.02) and {m.reason for m in here} == {"dlp"}
+
+
+def test_a_trial_s_loss_is_that_of_the_model_pruned_so(tiny_llama, calibration_tokens, tmp_path):
+    held, training = calibration_tokens[7::8], [i for i in range(len(calibration_tokens)) if i % 8 != 7]
+    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "dtype": "float32"}
+    options["settings"] = {"allocator.slopes": [0.0, 0.5]}
+    record = llmprune.prune(tiny_llama, calibration=calibration_tokens, output=tmp_path / "all", **options).record
+    losses = record["allocation"]["held-out loss"]
+    for slope in (0.0, 0.5):
+        options["settings"] = {"allocator.slopes": slope}
+        alone = llmprune.prune(tiny_llama, calibration=calibration_tokens[training], output=tmp_path / f"{slope}", **options)
+        assert "allocation" not in alone.record
+        with torch.no_grad():
+            loss = llmprune.load(tmp_path / f"{slope}").float()(held, labels=held).loss
+        assert losses[f"slope {slope:g}"] == pytest.approx(loss.item(), rel=1e-5)
+    best = min(losses, key=losses.get)
+    chosen = [m["target_sparsity"] for m in record["matrices"]]
+    assert (len(set(chosen)) > 1) == (best == "slope 0.5")
+
+
+def test_trials_may_use_a_cheaper_pruner_and_need_rows_to_hold_out(tiny_llama, calibration_tokens, tmp_path):
+    options = {"recipe": "sparsegpt", "allocator": "atp", "sparsity": 0.6, "dtype": "float32"}
+    runs = [
+        llmprune.prune(
+            tiny_llama, calibration=calibration_tokens, output=tmp_path / (trial or "own"),
+            settings={"allocator.slopes": [0.1, 0.5], "allocator.trial": trial}, **options,
+        ).record["allocation"]["held-out loss"]
+        for trial in ("", "magnitude")
+    ]  # fmt: skip
+    assert runs[0].keys() == runs[1].keys() and runs[0] != runs[1]
+    with pytest.raises(ValueError, match="holds out 1 of 1 calibration samples"):
+        llmprune.prune(tiny_llama, calibration=calibration_tokens[:1], output=tmp_path / "few", **options)
+
+
+def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune import pipeline
+    from llmprune.run import prune_blocks
+
+    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
+
+    def stops(recipe, plan, skeleton, source, rows, finished, team, clock, store, note, block_done):
+        def one_block(number, *rest):
+            block_done(number, *rest)
+            raise KeyboardInterrupt
+
+        prune_blocks(recipe, plan, skeleton, source, rows, finished, team, clock, store, note, one_block)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.run, "prune_blocks", stops)
+        llmprune.prune(tiny_llama, **options)
+    monkeypatch.setattr(pipeline, "search", None)  # must not be asked again
+    resumed = llmprune.prune(tiny_llama, resume=True, **options).record
+    monkeypatch.undo()
+    whole = llmprune.prune(tiny_llama, **options | {"output": tmp_path / "whole"}).record
+    assert resumed["allocation"] == whole["allocation"] and resumed["matrices"] != []
+    assert [m["target_sparsity"] for m in resumed["matrices"]] == [m["target_sparsity"] for m in whole["matrices"]]

@@ -75,8 +75,14 @@ def _window_losses(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], No
         inputs.forward(number)
         skeleton.free(names)
         block_done()
+    return losses_of(inputs, rows)
+
+
+@torch.no_grad()
+def losses_of(inputs: BlockInputs, rows: Tensor) -> list[float]:
+    """The mean loss of each window [N, T] over its T - 1 targets, once `inputs` has passed the last block."""
     losses = []
     for part, logits in inputs.logits():
-        for window, row in zip(rows[part].to(skeleton.device), logits, strict=True):
+        for window, row in zip(rows[part].to(logits.device), logits, strict=True):
             losses.append(cross_entropy(row[:-1].float(), window[1:]).item())
     return losses

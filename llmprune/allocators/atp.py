@@ -1,0 +1,46 @@
+"""ATP (Huang et al., arXiv 2502.14770): sparsity rises from block to block by the same step; trials on calibration rows find the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmprune.contracts import Allocator
+
+
+class ATP(Allocator):
+    """Block b of B gets `S + slope * (b - (B + 1) / 2)`; of several slopes the one whose trial has the lowest held-out loss."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`slopes` to try, as shares of the steepest, `2 min(S, 1 - S) / (B - 1)`; negative ones fall. `trial`: the pruner of the trials.
+
+        An empty `trial` is the recipe's own pruner; refiner and updates are left out of the trials either way.
+        """
+
+        slopes: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
+        trial: str = ""
+
+        def __post_init__(self) -> None:
+            if not self.slopes or not all(-1 <= slope <= 1 for slope in self.slopes):
+                raise ValueError(f"slopes must be shares in [-1, 1], got {list(self.slopes)}")
+
+    @property
+    def trials(self) -> tuple[str, ...]:  # type: ignore[override]
+        slopes = self.config.slopes
+        return tuple(f"slope {slope:g}" for slope in slopes) if len(slopes) > 1 else ()
+
+    @property
+    def trial_pruner(self) -> str:  # type: ignore[override]
+        return str(self.config.trial)
+
+    def allocate(
+        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+    ) -> dict[str, float]:
+        numbers = sorted({blocks[name] for name in shapes})
+        chosen = min(measures, key=lambda trial: measures[trial]) if measures else 0
+        half = self.config.slopes[chosen] * min(sparsity, 1 - sparsity)  # from the middle block to the last
+        steps = (
+            {number: 2 * i / max(1, len(numbers) - 1) - 1 for i, number in enumerate(numbers)} if len(numbers) > 1 else {numbers[0]: 0.0}
+        )
+        return {name: sparsity + half * steps[blocks[name]] for name in shapes}
