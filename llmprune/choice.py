@@ -22,7 +22,7 @@ TIME_LIMIT = 60.0  # minutes
 _EFFICIENCY = 0.5  # of a bare matrix product, reached by a block's forward pass
 _ITERATIONS = 60  # of ADMM, as measured at 50 to 80 %
 # Naming a method by hand means to build on the light recipe, where only the named part is another.
-_METHODS = ("pruner", "refiner", "update", "allocator", "order")
+_METHODS = ("pruner", "refiner", "update", "allocator", "order", "permute")
 
 
 def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: float, processes: int) -> Recipe:
@@ -50,7 +50,8 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
     if minutes > limit:
         told = f"about {minutes / 60:.0f} h" if minutes > 120 else told
         return dataclasses.replace(light, chosen=f"{LIGHT}, since {BEST} would take {told} here (--time-limit {limit:g})")
-    return dataclasses.replace(best, chosen=f"{BEST}, which takes {told} here (--time-limit {limit:g})")
+    why = f"{BEST}, which takes {told} here (--time-limit {limit:g})"
+    return dataclasses.replace(best, chosen="; ".join(filter(None, (why, best.chosen))))
 
 
 def _size(recipe: Recipe, model: Model, calibration: Any) -> tuple[int, int]:

@@ -112,6 +112,8 @@ def make_plan(
     _check_widths(list(matrices.values()))
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
+    if recipe.permute and not any(isinstance(m.pattern, NM) for m in matrices.values()):
+        raise ValueError(f"permute reorders channels for N:M patterns, and the pattern is {recipe.pattern}; leave it out or choose N:M")
     skipped = tuple(t.name for t in targets if t.name not in matrices)
     host, device = predict_memory(recipe, skeleton, source, matrices, samples, length, processes)
     activations = activation_bytes(skeleton, samples, length) * (2 if needs_dense(recipe) else 1)

@@ -47,6 +47,16 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a recipe file sets, by dotted key, where the pattern matches and the sparsity is at least so high, and the reason."""
+
+    pattern: str = "*"
+    sparsity: float = 0.0
+    set: Mapping[str, Any] = field(default_factory=dict)
+    because: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
     """Where calibration rows come from; None and `auto` are resolved against the model.
 
@@ -75,6 +85,7 @@ class Recipe:
     allocator: AlgorithmSpec = AlgorithmSpec(name="uniform")
     rules: tuple[Rule, ...] = ()
     order: str = "block"
+    permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
     seed: int = 0
     chosen: str = ""  # why, where the program chose the recipe
@@ -151,11 +162,38 @@ def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Rec
     values = copy.deepcopy(values)
     if (overrides or {}).get("pattern") not in (None, "unstructured") and "sparsity" not in (overrides or {}):
         values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
+    _choose_cases(values, overrides or {})
     for key, value in (overrides or {}).items():
         if key == "name":
             raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} instead of setting it")
         _override(values, key, value)
     return from_dict({**values, "name": label})
+
+
+def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put the settings of the cases that apply into a recipe's values, and why into `chosen`; what is overridden is left alone."""
+    cases = [_case(case) for case in _typed("cases", values.pop("cases", None) or [], list)]
+    pattern = _typed("pattern", overrides.get("pattern", values.get("pattern", "unstructured")), str)
+    sparsity = _resolve_sparsity(pattern, overrides.get("sparsity", values.get("sparsity")))
+    given, reasons = {key.partition(".")[0] for key in overrides}, []
+    for case in cases:
+        heads = {key.partition(".")[0] for key in case.set}
+        if not heads & given and sparsity >= case.sparsity and fnmatch.fnmatchcase(pattern, case.pattern):
+            for key, value in case.set.items():
+                _override(values, key, value)
+            reasons.append(case.because)
+    if reasons:
+        values["chosen"] = "; ".join(reasons)
+
+
+def _case(value: Any) -> Case:
+    case: Case = _part(Case, "case", value)
+    for key, wanted in (("pattern", str), ("set", dict), ("because", str)):
+        _typed(f"{key} of a case", getattr(case, key), wanted)
+    if not all(isinstance(key, str) for key in case.set):
+        raise ValueError(f"set of a case must have dotted keys of the recipe, got {shown(case.set)}")
+    _resolve_sparsity("unstructured", case.sparsity)
+    return case
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -280,6 +318,8 @@ def _check(recipe: Recipe) -> None:
         patterns.parse("unstructured", recipe.scope)
     if recipe.order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(recipe.order)}")
+    if not isinstance(recipe.permute, bool):
+        raise ValueError(f"permute must be true or false, got {shown(recipe.permute)}")
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
     spec = recipe.calibration

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from llmprune.channels import ChannelPermuter
 from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.reader import WeightSource, read_ahead
 from llmprune.contracts import CalibrationSet, InputStats
@@ -59,6 +60,7 @@ def prune_blocks(
     inputs = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store, note)
     # The dense model's stream runs beside the pruned one where an algorithm holds the one against the other.
     dense = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store) if needs_dense(recipe) else None
+    permuter = ChannelPermuter(plan, skeleton, inputs, positions, share, team, recipe.seed) if recipe.permute else None
     observer = Observer(needs_of(recipe), inputs, dense, positions, share, team)
     tuner = BlockTuner(recipe, inputs, dense, skeleton, share, plan.samples, team)
     clock.lap("forward")
@@ -66,8 +68,12 @@ def prune_blocks(
     for number, block_name in enumerate(skeleton.blocks):
         shard, names = next(tensors), skeleton.parameters_of(block_name)
         if dense and number < finished:
-            skeleton.load(names)
+            unpruned = {where: skeleton.source.load(where) for where in skeleton.block_tensors()[number]}
+            skeleton.fill(names, unpruned)
+            if permuter:
+                permuter.permute(number, unpruned)
             dense.forward(number)
+            del unpruned
         skeleton.fill(names, shard)
         clock.lap("read")
         masks: Tensors = {}
@@ -75,6 +81,9 @@ def prune_blocks(
         if number >= finished:
             block = skeleton.blocks[block_name]
             targets = [t for t in find_targets(block_name, block) if t.name in plan.matrices]
+            notes = permuter.permute(number, shard) if permuter else {}
+            clock.lap("permute" if permuter else "read")
+            unpruned = dict(shard) if tuner.steps else {}
             originals: Tensors = dict(block.named_parameters()) if dense else {}
             stats: dict[str, InputStats] = {}
             for group in observer.groups(number, targets) if recipe.order == "group" else [targets]:
@@ -87,9 +96,11 @@ def prune_blocks(
                 dense.forward(number, originals)
             del originals
             clock.lap("forward")
-            tuner.tune(number, targets, shard, masks, rows, stats)
+            tuner.tune(number, targets, shard, unpruned, masks, rows, stats)
             clock.lap("tune" if tuner.steps else "prune")
-            del stats, found, targets
+            for target in targets:
+                next(r for r in rows if r["name"] == skeleton.stored[target.weight_name]).update(notes.get(target.name, {}))
+            del stats, found, targets, unpruned
         if number + 1 < len(skeleton.blocks):
             inputs.forward(number)
         if beside:

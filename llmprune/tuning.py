@@ -38,9 +38,10 @@ class BlockTuner:
         self._dense = dense
 
     def tune(
-        self, number: int, targets: list[Target], shard: Tensors, masks: Tensors, rows: list[Row], stats: Mapping[str, InputStats]
-    ) -> None:
-        """Tune block `number`; weights in module and shard and the rows of the record change in place, on every process alike."""
+        self, number: int, targets: list[Target], shard: Tensors, dense: Tensors, masks: Tensors, rows: list[Row],
+        stats: Mapping[str, InputStats],
+    ) -> None:  # fmt: skip
+        """Tune block `number`, `dense` before it was pruned; weights in module and shard and the rows of the record change in place, on every process alike."""
         block = list(self._skeleton.blocks)[number]
         for spec, step in self.steps:
             chosen = {t.weight_name.removeprefix(f"{block}."): t for t in targets if spec.applies(t.name)}
@@ -50,7 +51,7 @@ class BlockTuner:
             for name, target in chosen.items():
                 self._put(name, target, step, tuned, shard, masks)
                 row = next(r for r in rows if r["name"] == self._skeleton.stored[target.weight_name])
-                self._describe(row, spec, target, shard, stats[target.name], tuned)
+                self._describe(row, spec, target, shard[row["name"]], dense[row["name"]], stats[target.name], tuned)
 
     def _job(self, block: str, number: int, chosen: Mapping[str, Target], shard: Tensors, masks: Tensors) -> BlockJob:
         stored, dtype, device = self._skeleton.stored, self._skeleton.dtype, self._skeleton.device
@@ -95,8 +96,11 @@ class BlockTuner:
         shard[stored] = weight.contiguous()
         target.assign(shard[stored])
 
-    def _describe(self, row: Row, spec: AlgorithmSpec, target: Target, shard: Tensors, stats: InputStats, tuned: Tuned) -> None:
-        stored = self._skeleton.stored[target.weight_name]
-        final, dense = target.view(shard[stored]), target.view(self._skeleton.source.load(stored))
-        news: dict[str, Any] = {**measured(dense, final, stats), "steps": [*row["steps"], spec.name], **tuned.notes}
+    @staticmethod
+    def _describe(row: Row, spec: AlgorithmSpec, target: Target, final: Tensor, dense: Tensor, stats: InputStats, tuned: Tuned) -> None:
+        news: dict[str, Any] = {
+            **measured(target.view(dense), target.view(final), stats),
+            "steps": [*row["steps"], spec.name],
+            **tuned.notes,
+        }
         row.update(news)

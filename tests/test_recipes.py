@@ -98,3 +98,45 @@ def test_a_pattern_on_the_command_line_overrides_the_sparsity_of_a_recipe_file(t
 def test_an_exchanged_pruner_compares_in_its_own_scope():
     for recipe, pruner, scope in (("magnitude", "wanda", "row"), ("wanda", "sparsegpt", "matrix"), ("dsnot-paper", "wanda", "row")):
         assert recipes.load(recipe, {"pruner": pruner}).pattern_for(None).scope == scope
+
+
+CASES = """
+pruner: wanda
+cases:
+- {pattern: "*:*", set: {permute: true, order: group}, because: groups lose less}
+- {sparsity: 0.75, set: {allocator.name: atp, allocator.trial: wanda}, because: blocks differ}
+"""
+
+
+def test_a_recipe_chooses_by_pattern_and_sparsity_and_says_why(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(CASES)
+
+    def chosen(**overrides):
+        recipe = recipes.load(str(file), overrides)
+        return recipe.permute, recipe.order, recipe.allocator.name, recipe.chosen
+
+    assert chosen() == (False, "block", "uniform", "")
+    assert chosen(pattern="2:4") == (True, "group", "uniform", "groups lose less")
+    assert chosen(sparsity=0.8) == (False, "block", "atp", "blocks differ")
+    assert chosen(pattern="1:4") == (True, "group", "atp", "groups lose less; blocks differ")
+    # What the user sets stands, and the case that would set it is left out whole.
+    assert chosen(pattern="2:4", permute=False) == (False, "block", "uniform", "")
+    assert recipes.load(str(file), {"sparsity": 0.8}).allocator.options["trial"] == "wanda"
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("{set: {permute: true}, when: 1}", "unknown case key 'when'"),
+        ("{set: [permute]}", "set of a case"),
+        ("{sparsity: high}", "sparsity must be in"),
+        ("{because: 3}", "because of a case"),
+        ("{set: {permut: true}}", "unknown recipe key 'permut'"),
+        ("7", "case"),
+    ],
+)
+def test_a_wrong_case_is_refused(tmp_path, case, told):
+    (tmp_path / "mine.yaml").write_text(f"pruner: wanda\ncases: [{case}]\n")
+    with pytest.raises(ValueError, match=told):
+        recipes.load(str(tmp_path / "mine.yaml"))

@@ -31,12 +31,16 @@ class Target:
         """The weight as [R, C] in float32 on the module's device, from its stored form; not a copy where it is that already."""
         loaded: Tensor = self.module.weight.detach()  # type: ignore[operator]
         exact = loaded if loaded.dtype == torch.float32 else stored  # a compute dtype may have rounded what was loaded
-        return (exact.T if self.transposed else exact).to(loaded.device, torch.float32).contiguous()
+        return self.oriented(exact).to(loaded.device, torch.float32).contiguous()
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """A weight laid out as stored, seen as [R, C]."""
+        return stored.T if self.transposed else stored
 
     def view(self, stored: Tensor) -> Tensor:
         """A stored weight as [R, C] in float32, on the module's device."""
         device: torch.device = self.module.weight.device  # type: ignore[assignment]
-        return (stored.T if self.transposed else stored).to(device, torch.float32).contiguous()
+        return self.oriented(stored).to(device, torch.float32).contiguous()
 
     def assign(self, stored: Tensor) -> None:
         """Put a weight, laid out as stored, into the module, on its device and in its dtype."""

@@ -1,0 +1,182 @@
+"""Channel permutation: the order against brute force, the block's outputs, what the record says."""
+
+from itertools import permutations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import llmprune
+from llmprune.channels import ChannelPermuter
+from llmprune.model.activations import BlockInputs
+from llmprune.model.opening import open_model
+from llmprune.permutation import _assigned, column_order, kept_score
+from llmprune.plan import make_plan
+from llmprune.processes import ALONE
+from llmprune.recipe import load
+from llmprune.stats import sample_positions
+
+TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+
+
+def skewed(rows, columns, seed=0):
+    """Scores whose columns differ much, as those of a model do."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator) ** 3 * torch.rand(columns, generator=generator) ** 2
+
+
+@pytest.mark.parametrize(("n", "m", "place"), [(2, 4, 0), (2, 4, 3), (1, 4, 1), (5, 8, 2)])
+def test_sharing_out_one_place_is_the_best_of_all_ways(n, m, place):
+    score = skewed(6, 4 * m)
+    groups = torch.randperm(4 * m, generator=torch.Generator().manual_seed(1)).view(4, m)
+    chosen = groups.clone()
+    chosen[:, place] = _assigned(score, groups, place, n)
+    best = 0.0
+    for way in permutations(range(4)):
+        tried = groups.clone()
+        tried[:, place] = groups[list(way), place]
+        best = max(best, oracles.kept_in_groups(score.numpy()[:, tried.view(-1)], n, m))
+    assert oracles.kept_in_groups(score.numpy()[:, chosen.view(-1)], n, m) == pytest.approx(best)
+    assert sorted(chosen.view(-1).tolist()) == list(range(4 * m))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4)])
+def test_the_order_comes_near_the_best_of_all_groupings(n, m):
+    reached = []
+    for seed in range(12):
+        score = skewed(5, 8, seed)
+        order = column_order(score, n, m, torch.Generator().manual_seed(0))
+        assert sorted(order.tolist()) == list(range(8))
+        before, best = oracles.kept_in_groups(score.numpy(), n, m), oracles.best_grouping(score.numpy(), n, m)
+        kept = oracles.kept_in_groups(score.numpy()[:, order], n, m)
+        assert kept == pytest.approx(kept_score(score[:, order], n, m)) and kept >= before - 1e-6
+        reached.append((kept - before) / (best - before) if best > before else 1.0)
+    assert np.mean(reached) > 0.85
+
+
+def test_a_good_order_stays():
+    score = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
+    assert column_order(score, 2, 4, torch.Generator().manual_seed(0)).tolist() == list(range(8))
+    assert column_order(score[:, :4], 2, 4, torch.Generator().manual_seed(0)).tolist() == list(range(4))
+
+
+def models():
+    torch.manual_seed(0)
+    llama = {"intermediate_size": 64, **SIZES}
+    return {
+        "llama": (LlamaForCausalLM(LlamaConfig(**llama)), {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}}),
+        "grouped queries": (
+            LlamaForCausalLM(LlamaConfig(**llama, num_key_value_heads=2)),
+            {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}},
+        ),
+        "qwen2": (
+            Qwen2ForCausalLM(Qwen2Config(**llama, num_key_value_heads=2)),
+            {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}},
+        ),
+        "opt": (
+            OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)),
+            {"out_proj": {"v_proj"}, "fc2": {"fc1"}},
+        ),
+        "gpt2": (GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)), {"mlp.c_proj": {"c_fc"}}),
+        "phi3": (Phi3ForCausalLM(Phi3Config(**llama)), {"down_proj": {"gate_up_proj"}}),
+    }
+
+
+@pytest.mark.parametrize("name", models())
+def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
+    model, expected = models()[name]
+    for parameter in model.parameters():  # biases begin as zeros, which would hide one left behind
+        if parameter.ndim == 1:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    model.eval().save_pretrained(tmp_path / "in")
+    opened = open_model(tmp_path / "in", dtype="float32")
+    skeleton = opened.skeleton
+    plan = make_plan(load("wanda", {"pattern": "2:4", "permute": True}), skeleton, opened.source, len(TOKENS), TOKENS.shape[1])
+    inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
+    permuter = ChannelPermuter(plan, skeleton, inputs, sample_positions(4, 16, 0), slice(0, 4), ALONE, 0)
+    block = next(iter(skeleton.blocks))
+    shard = {where: opened.source.load(where) for where in skeleton.block_tensors()[0]}
+    before = dict(shard)
+    skeleton.fill(skeleton.parameters_of(block), shard)
+    with torch.no_grad():
+        dense = inputs.run(0, slice(0, 4), {})
+        notes = permuter.permute(0, shard)
+        assert torch.allclose(inputs.run(0, slice(0, 4), {}), dense, atol=1e-5)
+    moved = {n.removeprefix(f"{block}.") for n, note in notes.items() if "columns_permuted" in note}
+    made = {n.removeprefix(f"{block}.") for n, note in notes.items() if "rows_permuted" in note}
+    assert {m for m in moved if not any(m.endswith(e) for e in expected)} == set() and len(moved) == len(expected)
+    assert {m.rpartition(".")[2] for m in made} == set().union(*expected.values())
+    for note in notes.values():
+        if "columns_permuted" in note:
+            assert note["columns_permuted"]["kept_after"] > note["columns_permuted"]["kept_before"]
+    changed = {n for n in shard if not torch.equal(shard[n], before[n])}
+    assert {skeleton.stored[f"{n}.weight"] for n in notes} <= changed
+    for where in changed:
+        assert torch.equal(shard[where].flatten().sort().values, before[where].flatten().sort().values)
+
+
+def options(tokens, **more):
+    return {"pattern": "2:4", "calibration": tokens, "dtype": "float32", "settings": {"permute": True, **more.pop("settings", {})}} | more
+
+
+def test_a_permuted_model_loses_less_and_says_so(make_llama, calibration_tokens, tmp_path):
+    model = make_llama(intermediate_size=256)
+    record = llmprune.prune(model, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens)).record
+    plain = llmprune.prune(
+        model, recipe="wanda", output=tmp_path / "plain", pattern="2:4", calibration=calibration_tokens, dtype="float32"
+    ).record
+    for new, old in zip(record["matrices"], plain["matrices"], strict=True):
+        assert ("columns_permuted" in new) == ("o_proj" in new["name"] or "down_proj" in new["name"]), new["name"]
+        if "down_proj" in new["name"]:
+            assert new["relative_error"] < old["relative_error"]
+        assert "columns_permuted" not in old
+    assert record["recipe"]["permute"] is True and llmprune.inspect(tmp_path / "out")["record_agrees"] is True
+    assert "permute" in record["totals"]["seconds"]
+
+
+def test_a_permuted_and_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune.checkpoint.writer import CheckpointWriter
+
+    chosen = {"update.steps": 20, "update.batch": 4, "order": "group"}
+    given = options(calibration_tokens, recipe="wanda", update="block-tune", settings=chosen)
+    whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
+    real = CheckpointWriter.block
+
+    def cut(self, number, *args):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointWriter, "block", cut)
+        llmprune.prune(tiny_llama, output=tmp_path / "cut", **given)
+    llmprune.prune(tiny_llama, output=tmp_path / "cut", resume=True, **given)
+    for file in sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors")):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+    first = next(m for m in whole["matrices"] if "down_proj" in m["name"])
+    assert first["relative_error"] < 1 and "columns_permuted" in first
+
+
+def test_permuting_without_groups_is_refused(tiny_llama, calibration_tokens, tmp_path):
+    given = options(calibration_tokens, recipe="wanda", pattern="unstructured")
+    with pytest.raises(ValueError, match="permute .* N:M"):
+        llmprune.prune(tiny_llama, output=tmp_path / "out", **given)
+    with pytest.raises(ValueError, match="permute must be true or false"):
+        llmprune.prune(tiny_llama, output=tmp_path / "out", **options(calibration_tokens, settings={"permute": "maybe"}))
