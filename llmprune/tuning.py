@@ -41,7 +41,10 @@ class BlockTuner:
         self, number: int, targets: list[Target], shard: Tensors, dense: Tensors, masks: Tensors, rows: list[Row],
         stats: Mapping[str, InputStats],
     ) -> None:  # fmt: skip
-        """Tune block `number`, `dense` before it was pruned; weights in module and shard and the rows of the record change in place, on every process alike."""
+        """Tune block `number`; weights in module and shard and the rows of the record change in place, on every process alike.
+
+        `dense`: the block's tensors as they are stored, before pruning.
+        """
         block = list(self._skeleton.blocks)[number]
         for spec, step in self.steps:
             chosen = {t.weight_name.removeprefix(f"{block}."): t for t in targets if spec.applies(t.name)}

@@ -176,7 +176,7 @@ def test_a_permuted_and_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibrat
 
 def test_permuting_without_groups_is_refused(tiny_llama, calibration_tokens, tmp_path):
     given = options(calibration_tokens, recipe="wanda", pattern="unstructured")
-    with pytest.raises(ValueError, match="permute .* N:M"):
+    with pytest.raises(ValueError, match=r"permute .* N:M"):
         llmprune.prune(tiny_llama, output=tmp_path / "out", **given)
     with pytest.raises(ValueError, match="permute must be true or false"):
         llmprune.prune(tiny_llama, output=tmp_path / "out", **options(calibration_tokens, settings={"permute": "maybe"}))
