@@ -196,12 +196,13 @@ def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_
     summary: dict[str, Any] = {
         "model": located.label,
         "matrices": [
-            {"name": c.name, "shape": list(c.shape), "zeros": c.zeros, "sparsity": c.sparsity, "patterns": list(c.patterns)} for c in counts
+            {"name": c.name, "shape": list(c.shape), "zeros": c.zeros, "sparsity": c.sparsity, "patterns": audit.patterns([c])}
+            for c in counts
         ],
         "weights": weights,
         "zeros": zeros,
         "sparsity": zeros / weights,
-        "patterns": sorted(set.intersection(*(set(c.patterns) for c in counts))),
+        "patterns": audit.patterns(counts),
         "bytes": sum(t.bytes for t in source.tensors.values()),
         "record_agrees": None,
     }

@@ -94,13 +94,15 @@ def planned(
     sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
     spec = recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
     resolved = dataclasses.replace(recipe, calibration=spec)
-    measures = known(resolved, rows)
+    measures, started = known(resolved, rows), time.monotonic()
     if measures is None:
         measures = _measured(model, resolved, rows, options, team, reporter)
+    seconds = time.monotonic() - started if measures else 0.0
     available = team.on_first(devices.available_memory)
     plan = make_plan(
         resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size, measures=measures
     )
+    plan = dataclasses.replace(plan, seconds=seconds)
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
 
@@ -242,6 +244,8 @@ class Production:
         skeleton, writer, team = self.model.skeleton, self.writer, self.team
         done: list[Path] = team.tell(writer.finished if writer else [])
         clock = run.Clock(skeleton.device)
+        if plan.seconds:
+            clock.seconds["allocate"] = plan.seconds
         if writer and done:
             clock.seconds |= writer.journal.blocks[-1]["seconds"]
         devices.reset_peak_device_memory(skeleton.device)

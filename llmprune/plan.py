@@ -37,7 +37,7 @@ class Plan:
     Attributes:
         memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
-        measures: what the allocator measured, as it was asked of `Allocator.allocate`.
+        measures: what the allocator measured, in the form of `Allocator.allocate`. seconds: how long that took.
     """
 
     matrices: Mapping[str, MatrixPlan]
@@ -50,6 +50,7 @@ class Plan:
     available: int
     offload: str
     measures: Mapping[int, float]
+    seconds: float = 0.0
 
     @property
     def weights(self) -> int:

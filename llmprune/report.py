@@ -47,10 +47,29 @@ def score_rows(record: Record) -> list[tuple[str, str, str, str]]:
 
 
 def method_of(record: Record) -> str:
-    """The method in words: recipe, pruner, steps, pattern."""
+    """The method in words: recipe, pruner, steps, pattern and what else is not as usual."""
     recipe = record["recipe"]
     steps = " + ".join(s["name"] for s in (recipe["pruner"], recipe["refiner"], *recipe.get("update", [])) if s)
-    return f"{steps}, {recipe['pattern']} (recipe {recipe['name']})"
+    allocator = recipe.get("allocator", {"name": "uniform"})["name"]
+    shared = f", sparsity shared out by {allocator}" if allocator != "uniform" else ""
+    permuted = ", channels permuted" if recipe.get("permute") else ""
+    return f"{steps}, {recipe['pattern']}{shared}{permuted} (recipe {recipe['name']})"
+
+
+def _choices(record: Record) -> list[tuple[str, str]]:
+    """What the program chose itself, and on what grounds."""
+    rows = [("recipe", record["recipe"]["chosen"])] if record["recipe"].get("chosen") else []
+    for what, measured in record.get("allocation", {}).items():
+        rows.append((f"{record['recipe']['allocator']['name']}: {what}", ", ".join(f"{k} {v:.4g}" for k, v in measured.items())))
+    return rows
+
+
+def _steps_of(matrix: Record) -> str:
+    """The steps a matrix went through, with what the block's held-out error was before and after its tuning."""
+    told = " + ".join([matrix["pruner"], *matrix["steps"]])
+    if tune := matrix.get("tune"):
+        told += f" ({tune['held_out_before']:.3g} to {tune['held_out_after']:.3g})" if tune["applied"] else " (no gain, not applied)"
+    return told
 
 
 def protocol_lines(record: Record) -> list[str]:
@@ -165,6 +184,7 @@ def html_report(record: Record) -> str:
     summary = [
         ("model", f"{record['model']['source']} ({record['model']['parameters']:,} parameters)"),
         ("method", method_of(record)),
+        *_choices(record),
         ("sparsity reached", f"{totals['sparsity']:.4%} ({totals['zeros']:,} of {totals['weights']:,} weights)"),
         ("calibration", "{samples} x {sequence_length} tokens of {on}, seed {seed}".format(on=calibrated_on(calibration), **calibration)),
         ("bytes", f"{totals['bytes']['dense']:,} dense, {totals['bytes']['written']:,} written"),
@@ -180,7 +200,7 @@ def html_report(record: Record) -> str:
             m["pattern"],
             f"{m['sparsity']:.4f}",
             f"{m['relative_error']:.4f}",
-            " + ".join([m["pruner"], *m["steps"]]),
+            _steps_of(m),
         )
         for m in record["matrices"]
     ]

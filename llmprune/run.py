@@ -91,6 +91,7 @@ def prune_blocks(
                 clock.lap("forward", ("statistics", observer.watch.take()))
                 more_masks, more_rows = _prune_block(group, found, shard, skeleton, plan, recipe, team)
                 masks, rows, stats = masks | more_masks, rows + more_rows, stats | found
+                del found
                 clock.lap("prune")
             if dense:
                 dense.forward(number, originals)
@@ -100,7 +101,7 @@ def prune_blocks(
             clock.lap("tune" if tuner.steps else "prune")
             for target in targets:
                 next(r for r in rows if r["name"] == skeleton.stored[target.weight_name]).update(notes.get(target.name, {}))
-            del stats, found, targets, unpruned
+            del stats, targets, unpruned
         if number + 1 < len(skeleton.blocks):
             inputs.forward(number)
         if beside:

@@ -140,6 +140,8 @@ def test_groups_may_keep_another_number_in_every_block(tiny_llama, calibration_t
     assert len(patterns) > 1 and all(p.endswith(":8") for p in patterns)
     record = llmprune.prune(tiny_llama, output=tmp_path / "out", **options).record
     assert {m["pattern"] for m in record["matrices"]} == patterns
+    for counted, row in zip(llmprune.inspect(tmp_path / "out")["matrices"], record["matrices"], strict=True):
+        assert (row["pattern"] in counted["patterns"]) == (row["pattern"] != "7:8"), counted
     assert record["totals"]["sparsity"] == pytest.approx(0.5, abs=0.02)
     assert llmprune.inspect(tmp_path / "out")
 

@@ -23,7 +23,7 @@ def bare(model, tokens, dtype):
         names = skeleton.parameters_of(name)
         skeleton.load(names)
         started = time.perf_counter()
-        inputs.collect(number, lambda part: None, lambda: None)
+        inputs.each(lambda part, number=number: inputs.run(number, part, {}), lambda: None)
         inputs.forward(number)
         seconds += time.perf_counter() - started
         skeleton.free(names)

@@ -15,15 +15,22 @@ import llmprune
 from llmprune.recipe import parse_assignment
 
 
-def perplexity_of(folder, arguments):
+def scores_of(folder, arguments):
+    """Perplexity, and the accuracy on the task (None where none was asked for)."""
     scores = llmprune.evaluate(
         folder, perplexity=[arguments.text], eval_seqlen=arguments.seqlen, limit=arguments.limit, dtype=arguments.dtype
     )
-    return next(iter(scores["perplexity"].values()))["value"]
+    accuracy = None
+    if arguments.task:
+        found = llmprune.evaluate(
+            folder, tasks=[arguments.task], task_data=arguments.task_data, limit=arguments.task_limit, dtype=arguments.dtype
+        )
+        accuracy = found["tasks"][arguments.task]["acc"]["value"]
+    return next(iter(scores["perplexity"].values()))["value"], accuracy
 
 
 def pruned(label, amount, arguments):
-    """Perplexity, seconds of pruning, and sparsity of one recipe at one amount."""
+    """Scores, seconds of pruning, and sparsity of one recipe at one amount."""
     recipe, _, overrides = label.partition("?")
     settings = dict(parse_assignment(text) for text in overrides.split("&") if text)
     options = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
@@ -33,7 +40,11 @@ def pruned(label, amount, arguments):
             output=f"{out}/model", **options,
         )  # fmt: skip
         totals = run.record["totals"]
-        return perplexity_of(f"{out}/model", arguments), totals["seconds"]["total"], totals["sparsity"]
+        return scores_of(f"{out}/model", arguments), totals["seconds"]["total"], totals["sparsity"]
+
+
+def _cell(accuracy):
+    return "" if accuracy is None else f" | accuracy {accuracy:.4f}"
 
 
 def main():
@@ -46,10 +57,15 @@ def main():
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--task", help="a task whose accuracy is shown too, such as blimp_local")
+    parser.add_argument("--task-data")
+    parser.add_argument("--task-limit", type=int, default=6700)
     parser.add_argument("--reference", type=Path, help="results.json with published gaps to divide by, for wanda and sparsegpt")
     arguments = parser.parse_args()
-    dense = perplexity_of(arguments.model, arguments)
-    print(f"dense: {dense:.4f}\n\n| amount | recipe | perplexity | gap | share of wanda | of sparsegpt | sparsity | seconds |", flush=True)
+    dense, accuracy = scores_of(arguments.model, arguments)
+    print(
+        f"dense: {dense:.4f}{_cell(accuracy)}\n\n| amount | recipe | perplexity | gap | share of wanda | of sparsegpt | sparsity | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     published = json.loads(arguments.reference.read_text())["results"] if arguments.reference else {}
     for amount in arguments.amounts:
@@ -57,11 +73,13 @@ def main():
             m: math.log(published[f"{m}-{amount}"]["perplexity"] / dense) for m in ("wanda", "sparsegpt") if f"{m}-{amount}" in published
         }
         for label in arguments.recipes:
-            value, seconds, sparsity = pruned(label, amount, arguments)
+            (value, accuracy), seconds, sparsity = pruned(label, amount, arguments)
             gap = math.log(value / dense)
             gaps.setdefault(label, gap)
             shares = " | ".join(f"{gap / gaps[m]:.3f}" if m in gaps else "" for m in ("wanda", "sparsegpt"))
-            print(f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | {seconds:.0f} |", flush=True)
+            print(
+                f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | {seconds:.0f}{_cell(accuracy)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,17 +10,17 @@ from torch import Tensor
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.counts import true_per_row, zeros_of
 
-GROUPS = ((1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
+_WIDTHS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Zeros of one matrix as stored, and the N:M patterns it satisfies in every group ("2:4": at most 2 of 4 are not zero)."""
+    """Zeros of one matrix as stored, and per M the most weights that any group of M neighbouring inputs holds."""
 
     name: str
     shape: tuple[int, ...]
     zeros: int
-    patterns: tuple[str, ...]
+    most: Mapping[int, int]
 
     @property
     def sparsity(self) -> float:
@@ -27,10 +28,18 @@ class Count:
         return self.zeros / (self.shape[0] * self.shape[1])
 
 
-def satisfied(weight: Tensor) -> tuple[str, ...]:
-    """The N:M patterns a matrix [R, C] satisfies; none for a dense one."""
+def patterns(counts: Iterable[Count]) -> list[str]:
+    """The N:M patterns that every group of all these matrices satisfies, the tightest for each M ("2:4": at most 2 of 4 are not zero).
+
+    More than three quarters kept is no pattern worth a name.
+    """
+    widest = {m: max(c.most.get(m, m) for c in counts) for m in _WIDTHS} if (counts := list(counts)) else {}
+    return [f"{max(1, n)}:{m}" for m, n in widest.items() if 4 * n <= 3 * m]
+
+
+def _most(weight: Tensor) -> dict[int, int]:
     kept = weight != 0
-    return tuple(f"{n}:{m}" for n, m in GROUPS if weight.shape[1] % m == 0 and bool((true_per_row(kept.view(-1, m)) <= n).all()))
+    return {m: int(true_per_row(kept.view(-1, m)).max()) for m in _WIDTHS if weight.shape[1] % m == 0}
 
 
 def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) -> list[Count]:
@@ -39,5 +48,5 @@ def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) 
     for name in names:
         weight = source.load(name)
         weight = weight.T.contiguous() if name in transposed else weight
-        counts.append(Count(name, tuple(weight.shape), zeros_of(weight), satisfied(weight)))
+        counts.append(Count(name, tuple(weight.shape), zeros_of(weight), _most(weight)))
     return counts
