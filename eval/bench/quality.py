@@ -63,9 +63,8 @@ def main():
     parser.add_argument("--reference", type=Path, help="results.json with published gaps to divide by, for wanda and sparsegpt")
     arguments = parser.parse_args()
     dense, accuracy = scores_of(arguments.model, arguments)
-    print(
-        f"dense: {dense:.4f}{_cell(accuracy)}\n\n| amount | recipe | perplexity | gap | share of wanda | of sparsegpt | sparsity | seconds |"
-    )
+    print(f"dense: {dense:.4f}{_cell(accuracy)}\n")
+    print("| amount | recipe | perplexity | gap | share of wanda | of sparsegpt | sparsity | seconds |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     published = json.loads(arguments.reference.read_text())["results"] if arguments.reference else {}
     for amount in arguments.amounts:
