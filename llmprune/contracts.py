@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, ClassVar, TypeVar
@@ -253,8 +253,11 @@ class Allocator(Algorithm, ABC):
     trials: tuple[str, ...] = ()
     trial_pruner: str = ""
 
-    def measure(self, jobs: Sequence[Job]) -> float:
-        """One number for a block, from all its matrices on the dense model's inputs; asked of allocators with needs alone."""
+    def measure(self, jobs: Iterable[Job]) -> float:
+        """One number for a block, from all its matrices on the dense model's inputs; asked of allocators with needs alone.
+
+        `jobs` can be gone through several times, and reads each weight anew: at most one of them is in memory.
+        """
         return 0.0
 
     @abstractmethod

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from llmprune import patterns
 from llmprune.checkpoint.reader import WeightSource, read_ahead
-from llmprune.contracts import Allocator, Job
+from llmprune.contracts import Allocator, InputStats, Job
 from llmprune.matrix import seeded
 from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import find_targets
+from llmprune.model.targets import Target, find_targets
 from llmprune.observing import Observer
 from llmprune.processes import Team
 from llmprune.stats import sample_positions
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """The matrices of a block, each read when its turn comes."""
+
+    targets: list[Target]
+    stored: Mapping[str, Tensor]
+    stats: Mapping[str, InputStats]
+    seed: int
+
+    def __iter__(self) -> Iterator[Job]:
+        for t in self.targets:
+            yield Job(t.name, t.read(self.stored[t.name]), self.stats[t.name], patterns.Unstructured(), 0.0, seeded(self.seed, t.name))
 
 
 def measure(
@@ -35,11 +50,7 @@ def measure(
         skeleton.fill(parameters, shard)
         targets = find_targets(name, block)
         stats = observer.collect(number, targets, {})
-        jobs = [
-            Job(t.name, t.read(shard[skeleton.stored[t.weight_name]]), stats[t.name], patterns.Unstructured(), 0.0, seeded(seed, t.name))
-            for t in targets
-        ]
-        measures[number] = allocator.measure(jobs)
+        measures[number] = allocator.measure(_Jobs(targets, {t.name: shard[skeleton.stored[t.weight_name]] for t in targets}, stats, seed))
         inputs.forward(number)
         skeleton.free(parameters)
         block_done()

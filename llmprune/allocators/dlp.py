@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from llmprune.contracts import Allocator, Job, Need
 
@@ -25,10 +23,13 @@ class DLP(Allocator):
             if not self.limit > 0:
                 raise ValueError(f"limit must be above 0, got {self.limit}")
 
-    def measure(self, jobs: Sequence[Job]) -> float:
-        # ||x_j|| is sqrt(tokens) times this norm: a factor common to all blocks, which the shares cancel.
-        sums = torch.stack([(job.weight.abs() @ job.stats.second_moment.sqrt()).sum(dtype=torch.float64) for job in jobs])
-        return float(sums.sum()) / sum(job.weight.numel() for job in jobs)
+    def measure(self, jobs: Iterable[Job]) -> float:
+        total, count = 0.0, 0
+        for job in jobs:
+            # ||x_j|| is sqrt(tokens) times this norm: a factor common to all blocks, which the shares cancel.
+            total += float((job.weight.abs() @ job.stats.second_moment.sqrt()).double().sum())
+            count += job.weight.numel()
+        return total / count
 
     def allocate(
         self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float

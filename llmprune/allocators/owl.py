@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from llmprune.contracts import Allocator, Job, Need
 
@@ -27,11 +28,13 @@ class OWL(Allocator):
                 if not getattr(self, name) > 0:
                     raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
-    def measure(self, jobs: Sequence[Job]) -> float:
-        scores = [job.weight.abs() * job.stats.second_moment.sqrt() for job in jobs]
-        count = sum(score.numel() for score in scores)
-        mean = torch.stack([score.sum(dtype=torch.float64) for score in scores]).sum() / count
-        return float(torch.stack([(score > self.config.outlier * mean).sum() for score in scores]).sum()) / count
+    def measure(self, jobs: Iterable[Job]) -> float:
+        total, count, outlying = 0.0, 0, 0
+        for job in jobs:
+            total, count = total + float(_score(job).sum(dtype=torch.float64)), count + job.weight.numel()
+        for job in jobs:
+            outlying += int((_score(job) > self.config.outlier * total / count).sum())
+        return outlying / count
 
     def allocate(
         self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
@@ -41,3 +44,7 @@ class OWL(Allocator):
         scaled = {block: (value - low) * spread for block, value in measures.items()}
         mean = sum(scaled.values()) / len(scaled)
         return {name: sparsity - (scaled[blocks[name]] - mean) for name in shapes}
+
+
+def _score(job: Job) -> Tensor:
+    return job.weight.abs() * job.stats.second_moment.sqrt()
