@@ -155,7 +155,13 @@ class Pruned:
 
 
 class Algorithm:
-    """Shared by every room: a nested frozen `Config`, checked once at construction."""
+    """Shared by every room: a nested frozen `Config`, checked once at construction.
+
+    For the plan's estimate of memory: `copies` of a weight [R, C] in float32 at work at once, and `gram_copies` of a Gram matrix [C, C].
+    """
+
+    copies: ClassVar[int] = 4
+    gram_copies: ClassVar[int] = 3  # a factor and its making
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -194,6 +200,7 @@ class Step(Algorithm, ABC):
 
     needs: Need = Need.NONE
     changes: ClassVar[str]  # "mask" or "weights"
+    copies = 6
 
     @abstractmethod
     def apply(self, job: Job, pruned: Pruned) -> Pruned:

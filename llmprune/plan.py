@@ -214,7 +214,7 @@ def _statistics_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int
 def _pruning_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
     """What a pruner and its steps hold of the largest matrix [R, C]: weight, score, mask, result; Gram solvers some [C, C] more."""
     rows, columns = max((m.shape for m in matrices.values()), key=lambda shape: shape[0] * shape[1])
-    # A factor of the Gram matrix and its making; an eigendecomposition works in float64 on several copies.
-    copies = 12 if recipe.pruner.name == "alps" else 3
-    solver = 4 * max(m.shape[1] for m in matrices.values()) ** 2 * copies if Need.GRAM in needs_of(recipe) else 0
-    return rows * columns * 4 * (8 if recipe.pruner.name == "alps" else 6 if recipe.build_steps() else 4) + solver
+    algorithms = [recipe.build_pruner(), *(step for _, step in recipe.build_steps())]
+    grams = max(a.gram_copies for a in algorithms) if Need.GRAM in needs_of(recipe) else 0
+    widest = max(m.shape[1] for m in matrices.values())
+    return 4 * (rows * columns * max(a.copies for a in algorithms) + widest**2 * grams)

@@ -21,6 +21,7 @@ class ALPS(Pruner):
     """
 
     scope = "matrix"
+    copies, gram_copies = 8, 12  # the eigendecomposition works in float64 on several copies
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
