@@ -24,7 +24,7 @@ from llmprune.patterns import NM
 from llmprune.permutation import column_order, kept_score
 from llmprune.plan import Plan
 from llmprune.processes import Team
-from llmprune.stats import Enough
+from llmprune.stats import input_of
 
 _MOST_MAKERS = 4  # siblings that could make the channels, at most; with more of them nothing is tried
 # Squared errors that rounding explains, in two bytes a number and in four: of a matrix's inputs, and of what the block adds, whose sums run
@@ -176,20 +176,7 @@ class ChannelPermuter:
     @torch.no_grad()
     def _inputs_of(self, target: Target, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """What a matrix of block `number` reads of the first sequence, [1, T, C] in float32."""
-        seen: list[Tensor] = []
-
-        def see(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0].float())
-            raise Enough
-
-        handle = target.module.register_forward_pre_hook(see)
-        try:
-            self._inputs.run(number, slice(0, 1), weights)
-        except Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        return input_of(target.module, lambda: self._inputs.run(number, slice(0, 1), weights))
 
 
 def _subsets(names: list[str]) -> Iterator[tuple[str, ...]]:

@@ -252,8 +252,8 @@ class BlockStep(Algorithm, ABC):
 class Allocator(Algorithm, ABC):
     """Says how the model's sparsity should be shared out over its matrices; the plan shifts and rounds the wishes to the exact total.
 
-    One with `trials` (their labels) is asked to allocate for each of them, with `measures` of that trial alone; the model is pruned so by
-    `trial_pruner` (the recipe's own where empty) and its loss on held-out calibration rows is what `measures` holds by trial in the end.
+    One with `trials` (their labels) is asked to allocate for each of them; the model is pruned so by `trial_pruner` (the recipe's own where
+    empty), and the trial with the lowest loss on held-out calibration rows is the one that counts.
     """
 
     needs: Need = Need.NONE
@@ -269,9 +269,14 @@ class Allocator(Algorithm, ABC):
 
     @abstractmethod
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         """The sparsity wished for every matrix in `shapes` (R, C), given the number of its block and what was measured there.
 
-        `measures` is by block where the allocator has needs, by trial where it has trials, and else empty.
+        `trial`: the number of one of the `trials`.
         """

@@ -33,6 +33,7 @@ from llmprune.searching import search
 
 Source = str | Tensor | Iterable[str]
 Record = dict[str, Any]
+Measured = tuple[dict[int, float], dict[int, float]]  # of blocks, of trials
 
 
 class Reporter(Protocol):
@@ -81,7 +82,7 @@ class Options:
 
 def planned(
     model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter,
-    known: Callable[[Recipe, CalibrationSet], dict[int, float] | None] = lambda recipe, rows: None,
+    known: Callable[[Recipe, CalibrationSet], Measured | None] = lambda recipe, rows: None,
 ) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
     """The recipe with its calibration as it turned out, the calibration rows, and the plan.
 
@@ -94,29 +95,29 @@ def planned(
     sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
     spec = recipes.CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
     resolved = dataclasses.replace(recipe, calibration=spec)
-    measures, started = known(resolved, rows), time.monotonic()
-    if measures is None:
-        measures = _measured(model, resolved, rows, options, team, reporter)
-    seconds = time.monotonic() - started if measures else 0.0
+    started = time.monotonic()
+    measures, losses = known(resolved, rows) or _measured(model, resolved, rows, options, team, reporter)
+    seconds = time.monotonic() - started if measures or losses else 0.0
     available = team.on_first(devices.available_memory)
     plan = make_plan(
-        resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size, measures=measures
-    )
+        resolved, model.skeleton, model.source, n, t, offload=options.offload, available=available, processes=team.size, measures=measures,
+        losses=losses,
+    )  # fmt: skip
     plan = dataclasses.replace(plan, seconds=seconds)
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
 
 
-def _measured(model: Model, recipe: Recipe, rows: CalibrationSet, options: Options, team: Team, reporter: Reporter) -> dict[int, float]:
-    """What the allocator asks for before it can decide, by block or by trial."""
+def _measured(model: Model, recipe: Recipe, rows: CalibrationSet, options: Options, team: Team, reporter: Reporter) -> Measured:
+    """What the allocator asks for before it can decide: measures of the blocks, losses of its trials."""
     allocator, blocks = recipe.build_allocator(), len(model.skeleton.blocks)
-    if allocator.trials:
-        reporter.stage("trying allocations", blocks * len(allocator.trials))
-        folder = options.output.resolve().parent
-        return search(allocator, recipe, model, rows, folder, options.offload, team, reporter.step, reporter.note)
     if allocator.needs:
         reporter.stage("measuring blocks", blocks)
-    return measure(allocator, model.skeleton, model.source, rows.tokens, recipe.seed, team, reporter.step)
+    measures = measure(allocator, model.skeleton, model.source, rows.tokens, recipe.seed, team, reporter.step)
+    if allocator.trials:
+        reporter.stage("trying allocations", blocks * len(allocator.trials))
+    folder = options.output.resolve().parent
+    return measures, search(recipe, measures, model, rows, folder, options.offload, team, reporter.step, reporter.note)
 
 
 def build_calibration(model: Model, recipe: Recipe, given: Source | None, reporter: Reporter) -> CalibrationSet:
@@ -166,7 +167,7 @@ class Production:
             evaluation = team.in_turn(lambda: spec.prepare(model))
         recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter, self._known)
         team.on_first(lambda: check_space(self.options.output, plan.disk))
-        before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(recipe, plan.measures)
+        before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(recipe, plan.measures, plan.losses)
         record = team.on_first(lambda: self._made_before(before))
         if record is None:
             team.on_first(lambda: self._begin(before, plan))
@@ -190,14 +191,15 @@ class Production:
             self.reporter.step()
         return self._fingerprint
 
-    def _known(self, recipe: Recipe, rows: CalibrationSet) -> dict[int, float] | None:
+    def _known(self, recipe: Recipe, rows: CalibrationSet) -> Measured | None:
         """What the run that goes on has measured, from its journal: two measurements may differ in the last digit."""
         journal = self.writer.journal if self.writer else None
         if not self.team.tell(journal.find("measures") if journal else None):
             return None
         now = records.identity(records.opening(self.model, recipe, rows, self._digest(), self.team.size))
         same = journal is not None and not difference(journal.identity or {}, now)
-        return self.team.tell({int(k): v for k, v in journal.find("measures").items()} if journal and same else None)
+        found = [{int(k): v for k, v in values.items()} for values in journal.find("measures")] if journal and same else None
+        return self.team.tell((found[0], found[1]) if found else None)
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished run that `resume` found in the output folder."""
@@ -224,8 +226,8 @@ class Production:
         skeleton = self.model.skeleton
         shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
         self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes)
-        if plan.measures and not self.writer.journal.find("measures"):
-            self.writer.journal.add({"measures": plan.measures})
+        if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
+            self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 
     def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
         """The dense model's scores, from the journal where this run has measured them already."""

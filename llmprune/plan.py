@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmprune import registry
 from llmprune.allocation import balanced, rounded
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.contracts import Need, Pattern
@@ -37,7 +38,7 @@ class Plan:
     Attributes:
         memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
-        measures: what the allocator measured, in the form of `Allocator.allocate`. seconds: how long that took.
+        measures: what the allocator measured, by block. losses: of its trials, by their number. seconds: how long both took.
     """
 
     matrices: Mapping[str, MatrixPlan]
@@ -50,6 +51,7 @@ class Plan:
     available: int
     offload: str
     measures: Mapping[int, float]
+    losses: Mapping[int, float]
     seconds: float = 0.0
 
     @property
@@ -78,13 +80,14 @@ def needs_dense(recipe: Recipe) -> bool:
 
 def make_plan(
     recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int, *, offload: str = "auto",
-    available: int = 1 << 62, processes: int = 1, measures: Mapping[int, float] | None = None,
+    available: int = 1 << 62, processes: int = 1, measures: Mapping[int, float] | None = None, losses: Mapping[int, float] | None = None,
 ) -> Plan:  # fmt: skip
     """Assign a pattern and a sparsity to every matrix: rules first, the allocator for the rest.
 
     Args:
         offload: keep block inputs in `ram`, on `disk`, or `auto`: on disk where RAM would not be enough.
-        measures: what the allocator measured of each block. available: bytes of memory the machine has free.
+        measures: what the allocator measured of each block. losses: of its trials; the lowest decides.
+        available: bytes of memory the machine has free.
         processes: how many share samples and machine.
 
     Raises:
@@ -99,7 +102,7 @@ def make_plan(
     pruned = [t for t in targets if not ((rule := rules[t.name]) and rule.skip)]
     fixed = {t.name: s for t in pruned if (rule := rules[t.name]) and (s := rule_sparsity(recipe, rule)) is not None}
     blocks = {t.name: number for number, (name, block) in enumerate(skeleton.blocks.items()) for t in find_targets(name, block)}
-    allocated = _allocated(recipe, {t.name: t.shape for t in pruned if t.name not in fixed}, blocks, measures or {}, rules)
+    allocated = _allocated(recipe, {t.name: t.shape for t in pruned if t.name not in fixed}, blocks, measures or {}, losses or {}, rules)
     matrices = {}
     for target in pruned:
         rule = rules[target.name]
@@ -123,18 +126,21 @@ def make_plan(
         offload = "disk" if (host + share) * processes > available else "ram"
     disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
     memory = host + (share if offload == "ram" else 0)
-    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload, measures or {})
+    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload, measures or {}, losses or {})
 
 
 def _allocated(
     recipe: Recipe, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float],
-    rules: Mapping[str, Rule | None],
+    losses: Mapping[int, float], rules: Mapping[str, Rule | None],
 ) -> dict[str, tuple[Pattern, float]]:  # fmt: skip
     """Pattern and sparsity of the matrices no rule has fixed; their total is that of the recipe, to the weight where units allow it."""
     if not shapes:
         return {}
     asked = {n: recipe.pattern_for(rules[n]) for n in shapes}
-    wishes = recipe.build_allocator().allocate(shapes, blocks, measures, recipe.sparsity)
+    allocator, trial = recipe.build_allocator(), min(losses, key=lambda number: losses[number]) if losses else 0
+    if allocator.needs and not measures:  # an estimate before anything was measured
+        allocator = registry.build("allocators", "uniform", {})
+    wishes = allocator.allocate(shapes, blocks, measures, recipe.sparsity, trial)
     if all(wish == recipe.sparsity for wish in wishes.values()):
         return {n: (asked[n], recipe.sparsity) for n in shapes}
     sizes = {n: r * c for n, (r, c) in shapes.items()}

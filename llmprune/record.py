@@ -45,11 +45,14 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
     }
 
 
-def allocation(recipe: Recipe, measures: Mapping[int, float]) -> Record:
-    """What the allocator measured, by block, or by the label of its trial; nothing where it measured nothing."""
+def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[int, float]) -> Record:
+    """What the allocator measured, by block, and the loss of its trials, by their label; nothing where there is neither."""
     labels = recipe.build_allocator().trials
-    named = {labels[number] if labels else f"block {number + 1}": value for number, value in measures.items()}
-    return {"allocation": {"held-out loss" if labels else "measure": named}} if named else {}
+    found = {
+        "measure": {f"block {number + 1}": value for number, value in measures.items()},
+        "held-out loss": {labels[number]: value for number, value in losses.items()},
+    }
+    return {"allocation": {key: values for key, values in found.items() if values}} if measures or losses else {}
 
 
 def calibrated_on(calibration: Mapping[str, Any]) -> str:

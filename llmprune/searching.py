@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,17 +24,18 @@ _ONE_IN = 8  # calibration rows held out
 
 
 def search(
-    allocator: Allocator, recipe: Recipe, model: Model, rows: CalibrationSet, folder: Path, offload: str, team: Team,
+    recipe: Recipe, measures: Mapping[int, float], model: Model, rows: CalibrationSet, folder: Path, offload: str, team: Team,
     block_done: Callable[[], None], note: Callable[[str], None],
 ) -> dict[int, float]:  # fmt: skip
     """Mean loss per token of every trial, by its number, the same on every process; trials prune with one pruner and no further steps.
 
     Args:
-        folder: for block inputs that do not fit into RAM.
+        measures: what the allocator measured of each block. folder: for block inputs that do not fit into RAM.
 
     Raises:
         ValueError: fewer calibration rows than one to hold out and one to prune with per process.
     """
+    allocator = recipe.build_allocator()
     if not allocator.trials:
         return {}
     held = rows.tokens[_ONE_IN - 1 :: _ONE_IN] if len(rows.tokens) >= _ONE_IN else rows.tokens[-1:]
@@ -50,7 +51,7 @@ def search(
     light = _light(recipe, allocator)
     losses = {}
     for number, trial in enumerate(allocator.trials):
-        losses[number] = _loss(light, number, model, training, held, folder, offload, team, block_done, note)
+        losses[number] = _loss(light, measures, number, model, training, held, folder, offload, team, block_done, note)
         note(f"{trial}: held-out loss {losses[number]:.4f}")
     return losses
 
@@ -63,13 +64,13 @@ def _light(recipe: Recipe, allocator: Allocator) -> Recipe:
 
 
 def _loss(
-    recipe: Recipe, trial: int, model: Model, training: CalibrationSet, held: Tensor, folder: Path, offload: str, team: Team,
-    block_done: Callable[[], None], note: Callable[[str], None],
+    recipe: Recipe, measures: Mapping[int, float], trial: int, model: Model, training: CalibrationSet, held: Tensor, folder: Path,
+    offload: str, team: Team, block_done: Callable[[], None], note: Callable[[str], None],
 ) -> float:  # fmt: skip
     skeleton, (n, t) = model.skeleton, training.tokens.shape
     plan = make_plan(
         recipe, skeleton, model.source, n, t, offload=offload, available=team.on_first(available_memory), processes=team.size,
-        measures={trial: 0.0},
+        measures=measures, losses={trial: 0.0},
     )  # fmt: skip
     store: Store = on_disk(folder) if plan.offload == "disk" else in_memory
     mine = held[team.share(len(held))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,24 @@ class StatsSums:
 
 class Enough(Exception):
     """Ends a forward pass once every matrix observed has had its input."""
+
+
+def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    """What a module is fed first in a forward pass, in float32; the pass ends there."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].float())
+        raise Enough
+
+    handle = module.register_forward_pre_hook(see)
+    try:
+        forward()
+    except Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 class Collector:

@@ -65,11 +65,9 @@ def test_measured_allocators_equal_the_oracle(name):
 def test_atp_is_an_arithmetic_progression(sparsity):
     allocator = build("atp", slopes=[0.0, 0.5, -0.25])
     for trial, share in enumerate((0.0, 0.5, -0.25)):
-        shares = allocator.allocate(SHAPES, BLOCKS, {trial: 1.0}, sparsity)
+        shares = allocator.allocate(SHAPES, BLOCKS, {}, sparsity, trial)
         assert [shares[f"model.{b}.q"] for b in range(3)] == pytest.approx(oracles.atp(3, sparsity, share))
         assert total(shares) == pytest.approx(sparsity)
-    best = allocator.allocate(SHAPES, BLOCKS, {0: 2.0, 1: 3.0, 2: 1.5}, sparsity)
-    assert best == allocator.allocate(SHAPES, BLOCKS, {2: 0.0}, sparsity)
     assert allocator.trials == ("slope 0", "slope 0.5", "slope -0.25") and build("atp", slopes=0.5).trials == ()
     one_block = dict.fromkeys(list(SHAPES)[:2], 0)
     assert set(allocator.allocate({n: SHAPES[n] for n in one_block}, one_block, {}, sparsity).values()) == {sparsity}
@@ -169,6 +167,24 @@ def test_measuring_needs_no_whole_model_and_equals_the_oracle(tiny_llama, calibr
         here = [m for n, m in dry.plan.matrices.items() if f".layers.{number}." in n]
         mean = sum(m.sparsity * m.shape[0] * m.shape[1] for m in here) / sum(m.shape[0] * m.shape[1] for m in here)
         assert mean == pytest.approx(share, abs=0.02) and {m.reason for m in here} == {"dlp"}
+
+
+def test_a_limit_of_owl_is_chosen_by_trial(tiny_llama, calibration_tokens, tmp_path):
+    options = {"recipe": "wanda", "allocator": "owl", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options["settings"] = {"allocator.limit": [0.0, 0.1, 0.3], "allocator.trial": "magnitude"}
+    record = llmprune.prune(tiny_llama, **options).record
+    losses, measures = record["allocation"]["held-out loss"], record["allocation"]["measure"]
+    assert list(losses) == ["limit 0", "limit 0.1", "limit 0.3"] and list(measures) == ["block 1", "block 2"]
+    limit = float(min(losses, key=losses.get).split()[1])
+    shares = build("owl", limit=limit).allocate(
+        {m["name"]: tuple(m["shape"]) for m in record["matrices"]}, {m["name"]: int(m["name"].split(".")[2]) for m in record["matrices"]},
+        dict(enumerate(measures.values())), 0.6,
+    )  # fmt: skip
+    for m in record["matrices"]:
+        assert m["target_sparsity"] == pytest.approx(shares[m["name"]], abs=0.02)
+    assert record["totals"]["sparsity"] == pytest.approx(0.6, abs=0.005) and record["totals"]["seconds"]["allocate"] > 0
+    with pytest.raises(ValueError, match=r"limit must be in \[0, 0.5\)"):
+        build("owl", limit=0.6)
 
 
 def test_a_trial_s_loss_is_that_of_the_model_pruned_so(tiny_llama, calibration_tokens, tmp_path):

@@ -35,11 +35,15 @@ class ATP(Allocator):
         return str(self.config.trial)
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         numbers = sorted({blocks[name] for name in shapes})
-        chosen = min(measures, key=lambda trial: measures[trial]) if measures else 0
-        half = self.config.slopes[chosen] * min(sparsity, 1 - sparsity)  # from the middle block to the last
+        half = self.config.slopes[trial] * min(sparsity, 1 - sparsity)  # from the middle block to the last
         steps = (
             {number: 2 * i / max(1, len(numbers) - 1) - 1 for i, number in enumerate(numbers)} if len(numbers) > 1 else {numbers[0]: 0.0}
         )

@@ -32,7 +32,12 @@ class DLP(Allocator):
         return total / count
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         total = sum(measures.values())
         ratios = {block: 1 - value / total if total > 0 else 0.0 for block, value in measures.items()}

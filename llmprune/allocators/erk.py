@@ -11,7 +11,12 @@ class ERK(Allocator):
     """Density proportional to `(R + C) / (R * C)`, capped at 1, scaled to the budget."""
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         kept = (1 - sparsity) * sum(r * c for r, c in shapes.values())
         full: set[str] = set()

@@ -24,7 +24,12 @@ class Explicit(Allocator):
                     raise ValueError(f"sparsity of {pattern!r} must be a number in [0, 1), got {value!r}")
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         wished = {n: next((s for p, s in self.config.sparsity.items() if fnmatchcase(n, p)), None) for n in shapes}
         for pattern in self.config.sparsity:

@@ -18,15 +18,28 @@ class OWL(Allocator):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`outlier`: how many times the mean makes an outlier. `limit`: how far a block may be from the model's sparsity."""
+        """`outlier`: how many times the mean makes an outlier. `limit`: how far a block may be from the model's sparsity.
+
+        Of several limits that whose trial has the lowest held-out loss. `trial`: the pruner of the trials; empty: the recipe's own.
+        """
 
         outlier: float = 5.0
-        limit: float = 0.08
+        limit: tuple[float, ...] = (0.08,)
+        trial: str = ""
 
         def __post_init__(self) -> None:
-            for name in ("outlier", "limit"):
-                if not getattr(self, name) > 0:
-                    raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not self.outlier > 0:
+                raise ValueError(f"outlier must be above 0, got {self.outlier}")
+            if not self.limit or not all(0 <= limit < 0.5 for limit in self.limit):
+                raise ValueError(f"limit must be in [0, 0.5), got {list(self.limit)}")
+
+    @property
+    def trials(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"limit {limit:g}" for limit in self.config.limit) if len(self.config.limit) > 1 else ()
+
+    @property
+    def trial_pruner(self) -> str:  # type: ignore[override]
+        return str(self.config.trial)
 
     def measure(self, jobs: Iterable[Job]) -> float:
         total, count, outlying = 0.0, 0, 0
@@ -37,10 +50,15 @@ class OWL(Allocator):
         return outlying / count
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         low, high = min(measures.values()), max(measures.values())
-        spread = 2 * self.config.limit / (high - low) if high > low else 0.0
+        spread = 2 * self.config.limit[trial] / (high - low) if high > low else 0.0
         scaled = {block: (value - low) * spread for block, value in measures.items()}
         mean = sum(scaled.values()) / len(scaled)
         return {name: sparsity - (scaled[blocks[name]] - mean) for name in shapes}

@@ -11,6 +11,11 @@ class Uniform(Allocator):
     """The same sparsity for every matrix."""
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, int], measures: Mapping[int, float], sparsity: float
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        blocks: Mapping[str, int],
+        measures: Mapping[int, float],
+        sparsity: float,
+        trial: int = 0,
     ) -> dict[str, float]:
         return dict.fromkeys(shapes, sparsity)
