@@ -71,14 +71,16 @@ def seconds_of(recipe: Recipe, model: Model, samples: int, length: int) -> float
     width = skeleton.model.config.get_text_config().hidden_size
     tokens, total = samples * length, 0.0
     decompositions: dict[int, float] = {}
+    allocator = recipe.build_allocator()
     for name, block in skeleton.blocks.items():
         shapes = [t.shape for t in find_targets(name, block)]
         per_token = 2 * sum(r * c for r, c in shapes) + 4 * length * width
         trained = _trained_rows(recipe) * length
-        # Pruned and dense stream, each seen in parts for the statistics and once more as a whole; training costs three passes.
-        passes = tokens * 5 + trained * 3
+        # Pruned and dense stream, each seen in parts for the statistics and once more as a whole; training costs three passes. An
+        # allocator measures the dense stream once and prunes once per trial, with a cheap pruner.
+        passes = tokens * (5 + 2 * bool(allocator.needs) + 3 * len(allocator.trials)) + trained * 3
         inputs = sorted({c for _, c in shapes}) + [width] * 2
-        grams = 2 * 2 * tokens * sum(c * c for c in inputs)
+        grams = (2 + len(allocator.trials)) * 2 * tokens * sum(c * c for c in inputs)
         admm = _ITERATIONS * sum(4 * r * c * c for r, c in shapes) / exact + _ITERATIONS * sum(r * c for r, c in shapes) * 2e-8
         for c in inputs:
             decompositions.setdefault(c, devices.eigh_seconds(skeleton.device, c))
