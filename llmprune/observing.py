@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from llmprune.contracts import InputStats, Need
@@ -11,7 +12,7 @@ from llmprune.device import Stopwatch, exact_matmul
 from llmprune.model.activations import BlockInputs
 from llmprune.model.targets import Target
 from llmprune.processes import Team
-from llmprune.stats import Collector, Enough
+from llmprune.stats import Collector, Enough, Halted
 
 
 class Observer:
@@ -25,6 +26,8 @@ class Observer:
     def __init__(self, needs: Need, inputs: BlockInputs, dense: BlockInputs | None, positions: Tensor, share: slice, team: Team) -> None:
         self._needs, self._inputs, self._dense, self._positions, self._share, self._team = needs, inputs, dense, positions, share, team
         self.watch = Stopwatch(inputs.device)
+        self._halted: list[tuple[slice, Halted]] = []
+        self._groups = 0
 
     def collect(self, number: int, targets: list[Target], originals: Mapping[str, Tensor]) -> dict[str, InputStats]:
         """Statistics of the inputs of some matrices of block `number`; nothing after them is computed.
@@ -44,6 +47,60 @@ class Observer:
         with exact_matmul(), collector.attached({t.name: t.module for t in targets}):
             self._inputs.each(observe, collector.restart)
         return collector.results(self._team)
+
+    def grouped(
+        self, number: int, targets: list[Target], originals: Mapping[str, Tensor], pausing: bool
+    ) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:  # fmt: skip
+        """The matrices by the input they share, with its statistics: each group sees what those before it compute when its turn comes.
+
+        With `pausing` every micro-batch passes the block but once, halting before each group (`advance` lets it finish); without, what
+        comes before a group is computed again for it. Both give the same statistics.
+        """
+        groups = self.groups(number, targets)
+        if pausing:
+            modules = [[target.module for target in group] for group in groups]
+            parts = list(self._inputs.slices())
+            self._halted = [(part, Halted(lambda part=part: self._inputs.run(number, part, {}), modules)) for part in parts]  # type: ignore[misc]
+        for place, group in enumerate(groups):
+            stats = self._of_halted(place, len(groups), group)
+            yield group, self.collect(number, group, originals) if stats is None else stats
+
+    @torch.no_grad()
+    def _of_halted(self, place: int, groups: int, group: list[Target]) -> dict[str, InputStats] | None:
+        """Statistics of the group at a place, from halted passes; None where there are none, or no memory for them is left."""
+        if not self._halted:
+            return None
+        collector = Collector(self._needs, self._positions, self.watch)
+        self._groups = groups
+        try:
+            for part, passing in self._halted:
+                collector.batch(self._share.start + part.start, (part.stop - part.start, self._inputs.length))
+                x = passing.go_on(place)
+                for target in group:
+                    collector.take(target.name, x)
+        except (RuntimeError, MemoryError) as error:
+            self._halted.clear()
+            self._inputs.halve(error)
+            return None
+        return collector.results(self._team)
+
+    @torch.no_grad()
+    def advance(self, number: int) -> None:
+        """Move the inputs through block `number`; halted passes go on from where they are."""
+        halted, self._halted = self._halted, []
+        done = 0
+        try:
+            for part, passing in halted:
+                self._inputs.put(part, passing.go_on(self._groups))
+                done = part.stop
+        except (RuntimeError, MemoryError) as error:
+            self._inputs.halve(error)
+        halted.clear()
+        self._inputs.forward(number, done=done)
+
+    def drop(self) -> None:
+        """Forget halted passes."""
+        self._halted.clear()
 
     def groups(self, number: int, targets: list[Target]) -> list[list[Target]]:
         """The matrices by the input they share, in the order in which the block computes them."""

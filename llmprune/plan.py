@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmprune import device as devices
 from llmprune import registry
 from llmprune.allocation import balanced, rounded
 from llmprune.checkpoint.reader import WeightSource
@@ -38,6 +39,7 @@ class Plan:
     Attributes:
         memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
+        pausing: whether forward passes halt at each group of matrices (`order: group`); else what comes before it is computed again.
         measures: what the allocator measured, by block. losses: of its trials, by their number. seconds: how long both took.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     disk: int
     available: int
     offload: str
+    pausing: bool
     measures: Mapping[int, float]
     losses: Mapping[int, float]
     seconds: float = 0.0
@@ -124,9 +127,21 @@ def make_plan(
     share = -(-activations // processes)
     if offload == "auto":
         offload = "disk" if (host + share) * processes > available else "ram"
+    pausing = recipe.order == "group" and not needs_dense(recipe)
+    if pausing:
+        halted = _halted_bytes(skeleton, matrices, -(-samples // processes) * length)
+        free = (
+            available // processes - host - (share if offload == "ram" else 0)
+            if device is None
+            else devices.free_memory(skeleton.device) - device
+        )
+        pausing = halted <= free
+        host, device = host + halted * (pausing and device is None), device and device + halted * pausing
     disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
     memory = host + (share if offload == "ram" else 0)
-    return Plan(matrices, skipped, samples, length, memory, device, disk, available // processes, offload, measures or {}, losses or {})
+    return Plan(
+        matrices, skipped, samples, length, memory, device, disk, available // processes, offload, pausing, measures or {}, losses or {}
+    )
 
 
 def _allocated(
@@ -178,6 +193,12 @@ def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     """Bytes of the block inputs of all samples."""
     width: int = skeleton.model.config.get_text_config().hidden_size
     return samples * length * width * skeleton.dtype.itemsize
+
+
+def _halted_bytes(skeleton: Skeleton, matrices: Mapping[str, MatrixPlan], tokens: int) -> int:
+    """Bytes that forward passes hold which halted within a block: the input of the widest matrix, and the block's, twice."""
+    width: int = skeleton.model.config.get_text_config().hidden_size
+    return tokens * (max(m.shape[1] for m in matrices.values()) + 2 * width) * skeleton.dtype.itemsize
 
 
 def predict_memory(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -86,8 +86,12 @@ def prune_blocks(
             unpruned = dict(shard) if tuner.steps else {}
             originals: Tensors = dict(block.named_parameters()) if dense else {}
             stats: dict[str, InputStats] = {}
-            for group in observer.groups(number, targets) if recipe.order == "group" else [targets]:
-                found = observer.collect(number, group, originals)
+            grouped: Iterable[tuple[list[Target], dict[str, InputStats]]] = (
+                observer.grouped(number, targets, originals, plan.pausing)
+                if recipe.order == "group"
+                else [(targets, observer.collect(number, targets, originals))]
+            )
+            for group, found in grouped:
                 clock.lap("forward", ("statistics", observer.watch.take()))
                 more_masks, more_rows = _prune_block(group, found, shard, skeleton, plan, recipe, team)
                 masks, rows, stats = masks | more_masks, rows + more_rows, stats | found
@@ -103,7 +107,9 @@ def prune_blocks(
                 next(r for r in rows if r["name"] == skeleton.stored[target.weight_name]).update(notes.get(target.name, {}))
             del stats, targets, unpruned
         if number + 1 < len(skeleton.blocks):
-            inputs.forward(number)
+            observer.advance(number)
+        else:
+            observer.drop()
         if beside:
             beside.forward(number)
         skeleton.free(names)

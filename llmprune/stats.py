@@ -5,11 +5,12 @@ Everything is kept as sums, so batches and processes merge by addition. C input 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmprune.contracts import InputStats, Need
@@ -138,6 +139,38 @@ def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
     return seen[0]
 
 
+class Halted:
+    """A forward pass that stops before each of some groups of modules, so that what they compute with can still be changed.
+
+    The pass runs in a greenlet: it stands still where it is, with all that it holds, until it is told to go on.
+
+    Args:
+        forward: the pass. groups: modules by the input they share, in the order of the pass.
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], groups: Sequence[Sequence[nn.Module]]) -> None:
+        self._pass, self._groups = greenlet(forward), groups
+
+    def go_on(self, group: int) -> Tensor:
+        """Run to a group and return its input; after the last, where `group` is the number of groups, to the end, and return the output."""
+        last = group == len(self._groups)
+        handle = None if last else self._groups[group][0].register_forward_pre_hook(self._stop)
+        try:
+            result: Tensor = self._pass.switch()
+        finally:
+            if handle:
+                handle.remove()
+        if self._pass.dead != last:
+            raise ValueError(
+                "a block does not call its matrices in the same order for every micro-batch; this architecture is not supported"
+            )
+        return result
+
+    @staticmethod
+    def _stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        getcurrent().parent.switch(inputs[0])
+
+
 class Collector:
     """Hooks on the inputs of modules; modules fed the very same tensor (q, k, v; gate, up) share one accumulation."""
 
@@ -175,25 +208,29 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            _, leader = self._inputs.setdefault(id(x), (x, name))
-            if self._leader.setdefault(name, leader) != leader:
-                raise ValueError(f"{name} does not always read the same input as {self._leader[name]}; this architecture is not supported")
-            if leader == name:
-                if x.numel() != x.shape[-1] * self._shape[0] * self._shape[1]:
-                    raise ValueError(f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported")
-                if name not in self._sums:
-                    self._sums[name] = StatsSums(self.needs, self._positions)
-                with self._watch.running():
-                    if self._dense:
-                        self._sums[name].add_dense(x)
-                    else:
-                        self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+            self.take(name, inputs[0])
             self._seen += 1
             if self._seen == self._modules:
                 raise Enough
 
         return collect
+
+    def take(self, name: str, x: Tensor) -> None:
+        """Count what the module of this name is fed, of the micro-batch announced last."""
+        _, leader = self._inputs.setdefault(id(x), (x, name))
+        if self._leader.setdefault(name, leader) != leader:
+            raise ValueError(f"{name} does not always read the same input as {self._leader[name]}; this architecture is not supported")
+        if leader != name:
+            return
+        if x.numel() != x.shape[-1] * self._shape[0] * self._shape[1]:
+            raise ValueError(f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported")
+        if name not in self._sums:
+            self._sums[name] = StatsSums(self.needs, self._positions)
+        with self._watch.running():
+            if self._dense:
+                self._sums[name].add_dense(x)
+            else:
+                self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
 
     def groups(self) -> list[list[str]]:
         """Names of the modules that were fed the very same tensor, in the order of the forward pass."""

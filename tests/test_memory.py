@@ -104,6 +104,29 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(prune, little_memory, 
     assert tried == [f"out of memory with {n} sequences at once; going on with {n // 2}" for n in (8, 4)]
 
 
+def test_out_of_memory_in_a_halted_pass_computes_again(prune, little_memory, monkeypatch):
+    monkeypatch.setitem(activations._TOKENS, "cpu", 2 * 32)
+    order = {"settings": {"order": "group"}}
+    whole = prune("two", **order)
+    monkeypatch.setitem(activations._TOKENS, "cpu", 8 * 32)
+    little_memory(2)
+    reporter = Notes()
+    # What came before the failure was computed with larger micro-batches: rounding may differ, masks do not.
+    assert prune("halved", reporter=reporter, **order)["masks.safetensors"] == whole["masks.safetensors"]
+    assert reporter.made.pausing and [n for n in reporter.notes if "out of memory with 8" in n]
+
+
+def test_passes_halt_only_where_memory_is_left_for_them(prune, monkeypatch):
+    reporter = Notes()
+    prune("out", reporter=reporter, settings={"order": "group"})
+    needed, free = reporter.made.memory, reporter.made.available
+    monkeypatch.setattr(devices, "available_memory", lambda: needed - 1)
+    prune("less", reporter=reporter, settings={"order": "group"})
+    assert not reporter.made.pausing and reporter.made.memory < needed and free > needed
+    prune("block", reporter=reporter)
+    assert not reporter.made.pausing
+
+
 def test_memory_that_no_halving_helps_ends_the_run(prune, little_memory):
     little_memory(0)
     with pytest.raises(torch.cuda.OutOfMemoryError):

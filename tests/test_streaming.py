@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import llmprune
+from llmprune import plan
 from llmprune.checkpoint.masks import read_masks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
@@ -164,6 +165,33 @@ def test_other_architectures_stream_too(tmp_path, name):
         logits = torch.cat([model(input_ids=TOKENS[p], use_cache=False).logits for p in batches()])
     whole = [cross_entropy(row[:-1], tokens[1:]).item() for row, tokens in zip(logits, TOKENS, strict=True)]
     assert perplexity(opened.skeleton, TOKENS) == pytest.approx(math.exp(sum(whole) / 7), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "gptj"])
+def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name):
+    folder = save(llama() if name == "llama" else other_architectures()[name], tmp_path / "in")
+    options = {"recipe": "sparsegpt", "sparsity": 0.5, "calibration": TOKENS, "settings": {"order": "group"}}
+    calls, real = [], BlockInputs.run
+
+    def counted(self, number, part, weights):
+        calls.append(number)
+        return real(self, number, part, weights)
+
+    monkeypatch.setattr(BlockInputs, "run", counted)
+    passes = {}
+    for way, memory in (("halted", 0), ("again", 1 << 62)):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "_halted_bytes", lambda *args, memory=memory: memory)
+            llmprune.prune(folder, output=tmp_path / way, **options)
+        passes[way] = len(calls)
+        calls.clear()
+    blocks = json.loads((tmp_path / "in" / "config.json").read_text()).get("num_hidden_layers", 5 if name in ("bloom", "gptj") else 2)
+    assert passes["halted"] == 4 * blocks < passes["again"]  # three micro-batches, and one sequence to see the groups
+    one, two = (load_file(next((tmp_path / way).glob("model-00001*.safetensors"))) for way in ("halted", "again"))
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, two[key], atol=1e-6), key
+    one, two = (read_masks(tmp_path / way / "masks.safetensors") for way in ("halted", "again"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):

@@ -20,7 +20,7 @@ def plain(weight, keep, stats):
     kept = by_score[:, : int(keep.sum(dim=1)[0])]
     by_sign = torch.sort(d.gather(1, kept).sign(), dim=1, stable=True)
     prune, positives = kept.gather(1, by_sign.indices), (by_sign.values > 0).sum(dim=1, keepdim=True)
-    first = {"grow": [torch.zeros_like(positives), torch.full_like(positives, COLUMNS - 1)]}
+    first = {"grow": [torch.zeros_like(positives), torch.full_like(positives, weight.shape[1] - 1)]}
     first["prune"] = [torch.zeros_like(positives), kept.shape[1] - positives]
     keep, active = keep.clone(), torch.ones_like(error, dtype=torch.bool)
     for _ in range(CYCLES):

@@ -102,13 +102,14 @@ class BlockInputs:
         self._as_tuple = False  # what the model expects its blocks to return
         self._embed()
 
-    def _slices(self, start: int = 0) -> Iterator[slice]:
+    def slices(self, start: int = 0) -> Iterator[slice]:
+        """The micro-batches, from sequence `start` on."""
         return (slice(i, min(i + self.batch, len(self._tokens))) for i in range(start, len(self._tokens), self.batch))
 
     @torch.no_grad()
     def _embed(self) -> None:
         with self._outer():
-            for part in self._slices():
+            for part in self.slices():
                 calls = self._record(part, store=True)
                 # Arguments depend on the shape of the batch alone, so one record per size serves all.
                 known = self._calls.setdefault(part.stop - part.start, calls)
@@ -140,7 +141,7 @@ class BlockInputs:
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
             if number == 0 and store:
-                self._put(part, hidden)
+                self.put(part, hidden)
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
@@ -153,7 +154,8 @@ class BlockInputs:
                 pass
         return calls if len(shapes) == 1 else None
 
-    def _put(self, part: slice, hidden: Tensor) -> None:
+    def put(self, part: slice, hidden: Tensor) -> None:
+        """Store hidden states [n, T, D] of some sequences."""
         if self._hidden is None:
             self._hidden = self._make((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
         self._hidden[part] = hidden
@@ -162,7 +164,7 @@ class BlockInputs:
     def each(self, work: Callable[[slice], None], again: Callable[[], None]) -> None:
         """Do the work on every micro-batch. `again` is told when memory ran out: it all begins anew, with smaller ones."""
         try:
-            for part in self._slices():
+            for part in self.slices():
                 work(part)
         except (RuntimeError, MemoryError) as error:
             self.halve(error)
@@ -172,15 +174,12 @@ class BlockInputs:
         self.each(work, again)
 
     @torch.no_grad()
-    def forward(self, number: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Run every micro-batch through block `number`; its outputs become the next block's inputs."""
-        done = 0
+    def forward(self, number: int, weights: Mapping[str, Tensor] | None = None, done: int = 0) -> None:
+        """Run every micro-batch but the `done` first sequences through block `number`; its outputs become the next block's inputs."""
         while done < len(self._tokens):
             try:
-                for part in self._slices(done):
-                    out = self.run(number, part, weights or {})
-                    assert self._hidden is not None
-                    self._hidden[part] = out
+                for part in self.slices(done):
+                    self.put(part, self.run(number, part, weights or {}))
                     done = part.stop
             except (RuntimeError, MemoryError) as error:
                 self.halve(error)
@@ -219,7 +218,7 @@ class BlockInputs:
         """After the last block: the model's own last norm and output head, one micro-batch at a time, [n, T, V]."""
         outer = self._skeleton.outside_blocks()
         self._skeleton.load(outer)
-        for part in self._slices():
+        for part in self.slices():
 
             def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
                 assert self._hidden is not None
