@@ -93,6 +93,5 @@ def _trained_rows(recipe: Recipe) -> float:
     rows = 0.0
     for update in recipe.update:
         if update.name == "block-tune":
-            rates = len(update.options["rates"])
-            rows += update.options["steps"] * update.options["batch"] * (1 + (rates / 8 if rates > 1 else 0))
+            rows += update.options["steps"] * update.options["batch"] * (1 + (len(update.options["rates"]) - 1) / 8)
     return rows

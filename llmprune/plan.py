@@ -222,8 +222,9 @@ def predict_memory(
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     inner, width = max(m.shape[1] for m in matrices.values()), skeleton.model.config.get_text_config().hidden_size
     passing = batch * (6 * inner + 8 * width) * item
-    # Weights, gradients and AdamW's two moments in float32, the weights as computed with, and what the backward pass goes back over.
-    tuning = elements * (5 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
+    # In float32: weights, masks, a run of AdamW (weights, gradients, two moments) and another at rest, which waits for the comparison of
+    # their rates; the weights as computed with; and what the backward pass goes back over.
+    tuning = elements * (9 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
     work += max(_pruning_bytes(recipe, matrices), tuning)
     if on_gpu:
         return _INTERPRETER + max(3 * block, outside), max(work, outside, compute + passing)

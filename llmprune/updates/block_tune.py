@@ -15,13 +15,13 @@ from llmprune.contracts import BlockJob, BlockStep, Tuned
 class BlockTune(BlockStep):
     """Brings the pruned block, on inputs from the pruned blocks before it, near to what the dense model has at this place.
 
-    The loss is the squared error over the squared outputs, on calibration sequences alone. Some of them are held out: short runs choose
-    the learning rate by the held-out error, and unless the long run lowers that error, the weights stay as they were.
+    The loss is the squared error over the squared outputs, on calibration sequences alone. Some of them are held out: after an
+    eighth of the steps the run with the lowest error on those goes on, and unless it lowers that error, the weights stay as they were.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`steps` of AdamW on `batch` sequences each, the rate falling by a cosine; of several `rates` the best of runs an eighth as long.
+        """`steps` of AdamW on `batch` sequences each, the rate falling by a cosine. Of several `rates` the best after an eighth goes on.
 
         `held_out`: share of the sequences that are not trained on.
         """
@@ -47,39 +47,60 @@ class BlockTune(BlockStep):
         aside = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
         held, training = order[:aside], order[aside:]
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
-        rates = self.config.rates
-        if len(rates) > 1:
-            trial = max(1, self.config.steps // 8)
-            tried = {rate: self._error(job, self._descend(job, training, rate, trial, seed), held) for rate in rates}
-            rates = (min(rates, key=lambda rate: tried[rate]),)
-        tuned = self._descend(job, training, rates[0], self.config.steps, seed)
-        before, after = self._error(job, job.weights, held), self._error(job, tuned, held)
-        applied = after < before
-        notes = {"rate": rates[0], "held_out_before": before, "held_out_after": after, "applied": applied}
-        return Tuned(tuned if applied else job.weights, {"tune": notes})
-
-    def _descend(self, job: BlockJob, training: list[int], rate: float, steps: int, seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
-        optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
+        run, lowest = None, math.inf
         kept = {name: keep.float() for name, keep in job.keeps.items()}  # a product with bool is several times slower
-        queue: list[int] = []
-        for step in range(steps):
-            if len(queue) < self.config.batch:
-                queue = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-            batch, queue = queue[: self.config.batch], queue[self.config.batch :]
-            # A short warm-up, then half a cosine: the last steps are small and leave no noise in the weights.
-            warm, fall = min(1.0, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = rate * warm * fall
-            self._gradients(job, weights, batch)
-            optimizer.step()
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.mul_(kept[name])
-        return {name: weight.detach() for name, weight in weights.items()}
+        for rate in self.config.rates:
+            other = _Descent(self.config, job, kept, training, rate, seed)
+            other.go_on(max(1, self.config.steps // 8))
+            reached = _error(job, other.weights, held) if len(self.config.rates) > 1 else 0.0
+            if run is None or reached < lowest:
+                run, lowest = other, reached
+            del other
+        assert run is not None
+        run.go_on(self.config.steps)
+        before, after = _error(job, job.weights, held), _error(job, run.weights, held)
+        applied = after < before
+        notes = {"rate": run.rate, "held_out_before": before, "held_out_after": after, "applied": applied}
+        return Tuned({name: weight.detach() for name, weight in run.weights.items()} if applied else job.weights, {"tune": notes})
 
-    def _gradients(self, job: BlockJob, weights: Mapping[str, Tensor], batch: list[int]) -> None:
+
+class _Descent:
+    """One run of AdamW at one rate: it can stop after some steps and go on."""
+
+    def __init__(
+        self, config: BlockTune.Config, job: BlockJob, kept: Mapping[str, Tensor], training: list[int], rate: float, seed: int
+    ) -> None:
+        self._config, self._job, self._kept, self._training, self.rate = config, job, kept, training, rate
+        self._generator = torch.Generator().manual_seed(seed)
+        self.weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
+        self._optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
+        self._queue: list[int] = []
+        self._step = 0
+
+    def go_on(self, until: int) -> None:
+        """Steps up to number `until`."""
+        for step in range(self._step, until):
+            # A short warm-up, then half a cosine: the last steps are small and leave no noise in the weights.
+            warm, fall = min(1.0, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
+            self._optimizer.param_groups[0]["lr"] = self.rate * warm * fall
+            self._gradients(self._next())
+            self._optimizer.step()
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.mul_(self._kept[name])
+        self._step = until
+        for weight in self.weights.values():
+            weight.grad = None
+
+    def _next(self) -> list[int]:
+        if len(self._queue) < self._config.batch:
+            self._queue = [self._training[i] for i in torch.randperm(len(self._training), generator=self._generator).tolist()]
+        batch, self._queue = self._queue[: self._config.batch], self._queue[self._config.batch :]
+        return batch
+
+    def _gradients(self, batch: list[int]) -> None:
         """Gradients of the batch's loss, the same on every process. Those of pruned weights do no harm: they are reset after the step."""
+        job, weights = self._job, self.weights
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
         size = torch.zeros((), dtype=torch.float64)
@@ -94,16 +115,17 @@ class BlockTune(BlockStep):
             assert weight.grad is not None
             weight.grad.div_(float(size))
 
-    def _error(self, job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> float:
-        """Squared error over squared outputs on the held-out sequences."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad():
-            for part in _parts(job, held):
-                targets = job.targets(part).float()
-                sums[0] += (job.outputs(weights, part).float() - targets).square().sum().double().cpu()
-                sums[1] += targets.square().sum().double().cpu()
-        job.add(sums)
-        return float(sums[0] / sums[1])
+
+@torch.no_grad()
+def _error(job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> float:
+    """Squared error over squared outputs on some sequences."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in _parts(job, held):
+        targets = job.targets(part).float()
+        sums[0] += (job.outputs(weights, part).float() - targets).square().sum().double().cpu()
+        sums[1] += targets.square().sum().double().cpu()
+    job.add(sums)
+    return float(sums[0] / sums[1])
 
 
 def _parts(job: BlockJob, sequences: list[int]) -> list[list[int]]:
