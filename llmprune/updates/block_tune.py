@@ -26,7 +26,7 @@ class BlockTune(BlockStep):
         `held_out`: share of the sequences that are not trained on.
         """
 
-        steps: int = 200
+        steps: int = 220
         batch: int = 8
         rates: tuple[float, ...] = (3e-4, 1e-3)
         held_out: float = 0.125
