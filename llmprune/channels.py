@@ -71,9 +71,8 @@ class ChannelPermuter:
 
     def permute(self, number: int, shard: dict[str, Tensor]) -> dict[str, Row]:
         """Reorder block `number`, loaded and dense, in `shard` and in its modules; what the record says of its matrices, by full name."""
-        block = list(self._skeleton.blocks)[number]
-        targets = {t.name.removeprefix(f"{block}."): t for t in find_targets(block, self._skeleton.blocks[block])}
-        links = [link for link in self._links(number, targets) if self._wanted(link, targets[link.reader])]
+        targets = self._targets(number)
+        links = [link for link in self.learn(number) if self._wanted(link, targets)]
         if not links:
             return {}
         stats = self._observer.collect(number, [targets[link.reader] for link in links], {})
@@ -89,12 +88,15 @@ class ChannelPermuter:
                 notes.setdefault(targets[maker].name, {})["rows_permuted"] = True
         return notes
 
-    def _wanted(self, link: Link, reader: Target) -> bool:
-        """Whether a stretch holds several whole groups of the reader's pattern."""
-        plan = self._plan.matrices.get(reader.name)
-        return (
-            plan is not None and isinstance(plan.pattern, NM) and link.width % plan.pattern.width == 0 and link.width > plan.pattern.width
-        )
+    def _targets(self, number: int) -> Targets:
+        block = list(self._skeleton.blocks)[number]
+        return {t.name.removeprefix(f"{block}."): t for t in find_targets(block, self._skeleton.blocks[block])}
+
+    def _wanted(self, link: Link, targets: Targets) -> bool:
+        """Whether a stretch holds several whole groups of the reader's pattern; a matrix that is not pruned stays as it is."""
+        plans = [self._plan.matrices.get(targets[name].name) for name in (link.reader, *link.makers)]
+        pattern = plans[0].pattern if plans[0] else None
+        return all(plans) and isinstance(pattern, NM) and link.width % pattern.width == 0 and link.width > pattern.width
 
     def _orders(self, link: Link, reader: Target, stats: InputStats, shard: Mapping[str, Tensor]) -> tuple[Tensor, float, float]:
         """Orders [S, width] of the stretches, and the share of the score that the N:M groups keep without them and with them."""
@@ -124,8 +126,13 @@ class ChannelPermuter:
                 changed.append(bias)
         self._skeleton.fill(changed, shard)
 
-    def _links(self, number: int, targets: Targets) -> list[Link]:
-        """What can be reordered in a block; of blocks with the same matrices one is tried."""
+    def knows(self, number: int) -> bool:
+        """Whether a block with the same matrices was tried."""
+        return tuple((name, target.shape) for name, target in self._targets(number).items()) in self._known
+
+    def learn(self, number: int) -> list[Link]:
+        """What can be reordered in block `number`, loaded and dense; of blocks with the same matrices one is tried."""
+        targets = self._targets(number)
         key = tuple((name, target.shape) for name, target in targets.items())
         if key not in self._known:
             self._known[key] = self._team.on_first(lambda: [link for name in targets if (link := self._try(number, name, targets))])

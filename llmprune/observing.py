@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import InputStats, Need
-from llmprune.device import Stopwatch, exact_matmul
+from llmprune.device import Stopwatch, exact_matmul, free_cached_memory, out_of_memory
 from llmprune.model.activations import BlockInputs
 from llmprune.model.targets import Target
 from llmprune.processes import Team
@@ -23,11 +23,15 @@ class Observer:
         positions: the sampled tokens of `stats.sample_positions`.
     """
 
-    def __init__(self, needs: Need, inputs: BlockInputs, dense: BlockInputs | None, positions: Tensor, share: slice, team: Team) -> None:
+    def __init__(
+        self, needs: Need, inputs: BlockInputs, dense: BlockInputs | None, positions: Tensor, share: slice, team: Team,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self._note = note
         self._needs, self._inputs, self._dense, self._positions, self._share, self._team = needs, inputs, dense, positions, share, team
         self.watch = Stopwatch(inputs.device)
         self._halted: list[tuple[slice, Halted]] = []
-        self._groups = 0
+        self._groups, self._no_pausing = 0, False
 
     def collect(self, number: int, targets: list[Target], originals: Mapping[str, Tensor]) -> dict[str, InputStats]:
         """Statistics of the inputs of some matrices of block `number`; nothing after them is computed.
@@ -57,32 +61,40 @@ class Observer:
         comes before a group is computed again for it. Both give the same statistics.
         """
         groups = self.groups(number, targets)
-        if pausing:
+        self._groups = len(groups)
+        if pausing and groups and not self._no_pausing:
             modules = [[target.module for target in group] for group in groups]
             parts = list(self._inputs.slices())
             self._halted = [(part, Halted(lambda part=part: self._inputs.run(number, part, {}), modules)) for part in parts]  # type: ignore[misc]
         for place, group in enumerate(groups):
-            stats = self._of_halted(place, len(groups), group)
+            stats = self._of_halted(place, group)
             yield group, self.collect(number, group, originals) if stats is None else stats
 
     @torch.no_grad()
-    def _of_halted(self, place: int, groups: int, group: list[Target]) -> dict[str, InputStats] | None:
+    def _of_halted(self, place: int, group: list[Target]) -> dict[str, InputStats] | None:
         """Statistics of the group at a place, from halted passes; None where there are none, or no memory for them is left."""
         if not self._halted:
             return None
         collector = Collector(self._needs, self._positions, self.watch)
-        self._groups = groups
         try:
-            for part, passing in self._halted:
-                collector.batch(self._share.start + part.start, (part.stop - part.start, self._inputs.length))
-                x = passing.go_on(place)
-                for target in group:
-                    collector.take(target.name, x)
+            with exact_matmul():
+                for part, passing in self._halted:
+                    collector.batch(self._share.start + part.start, (part.stop - part.start, self._inputs.length))
+                    x = passing.go_on(place)
+                    for target in group:
+                        collector.take(target.name, x)
         except (RuntimeError, MemoryError) as error:
-            self._halted.clear()
-            self._inputs.halve(error)
+            self._give_up(error)
             return None
         return collector.results(self._team)
+
+    def _give_up(self, error: BaseException) -> None:
+        """No halted passes any more, if it is memory that they lack: smaller micro-batches would hold as much."""
+        if not out_of_memory(error):
+            raise error
+        self._halted, self._no_pausing = [], True
+        free_cached_memory(self._inputs.device)
+        self._note("out of memory with halted passes; computing again from now on")
 
     @torch.no_grad()
     def advance(self, number: int) -> None:
@@ -94,7 +106,7 @@ class Observer:
                 self._inputs.put(part, passing.go_on(self._groups))
                 done = part.stop
         except (RuntimeError, MemoryError) as error:
-            self._inputs.halve(error)
+            self._give_up(error)
         halted.clear()
         self._inputs.forward(number, done=done)
 

@@ -18,7 +18,7 @@ from llmprune import record as records
 from llmprune import report, run
 from llmprune.calibration.mixture import plain_sources
 from llmprune.calibration.sampling import Sampler
-from llmprune.checkpoint.journal import difference
+from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
 from llmprune.checkpoint.writer import RECORD, CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
@@ -116,7 +116,8 @@ def _measured(model: Model, recipe: Recipe, rows: CalibrationSet, options: Optio
     measures = measure(allocator, model.skeleton, model.source, rows.tokens, recipe.seed, team, reporter.step)
     if allocator.trials:
         reporter.stage("trying allocations", blocks * len(allocator.trials))
-    folder = options.output.resolve().parent
+    around = options.output.resolve()
+    folder = next(parent for parent in around.parents if parent.is_dir())
     return measures, search(recipe, measures, model, rows, folder, options.offload, team, reporter.step, reporter.note)
 
 
@@ -192,14 +193,24 @@ class Production:
         return self._fingerprint
 
     def _known(self, recipe: Recipe, rows: CalibrationSet) -> Measured | None:
-        """What the run that goes on has measured, from its journal: two measurements may differ in the last digit."""
-        journal = self.writer.journal if self.writer else None
-        if not self.team.tell(journal.find("measures") if journal else None):
+        """What the allocator has measured for this very run before: to measure again takes long, and may differ in the last digit."""
+        allocator = recipe.build_allocator()
+        if not allocator.needs and not allocator.trials:
             return None
         now = records.identity(records.opening(self.model, recipe, rows, self._digest(), self.team.size))
-        same = journal is not None and not difference(journal.identity or {}, now)
-        found = [{int(k): v for k, v in values.items()} for values in journal.find("measures")] if journal and same else None
-        return self.team.tell((found[0], found[1]) if found else None)
+        return self.team.on_first(lambda: self._measured_before(now))
+
+    def _measured_before(self, now: Identity) -> Measured | None:
+        assert self.writer is not None
+        if self.writer.reopened:
+            record = read_json(self.writer.output / RECORD)
+            return records.measured(record) if not _differs(record, now) else None
+        journal = self.writer.journal
+        if not journal.blocks:
+            return None
+        self.writer.check_identity(now)
+        found = journal.find("measures") or [{}, {}]
+        return {int(k): v for k, v in found[0].items()}, {int(k): v for k, v in found[1].items()}
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished run that `resume` found in the output folder."""
@@ -207,10 +218,7 @@ class Production:
         if not self.writer.reopened:
             return None
         record = read_json(self.writer.output / RECORD)
-        try:
-            differs = difference(records.identity(record), records.identity(before))
-        except (LookupError, TypeError, AttributeError):
-            differs = "its record is not of this program"
+        differs = _differs(record, records.identity(before))
         if not differs:
             self.reporter.note(f"{self.options.output} is pruned already")
             return record
@@ -329,6 +337,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _differs(record: Record, now: Identity) -> str | None:
+    """What differs between a finished run and this one, None when nothing does."""
+    try:
+        return difference(records.identity(record), now)
+    except (LookupError, TypeError, AttributeError):
+        return "its record is not of this program"
 
 
 def _scored(record: Record, evaluation: EvaluationSpec) -> bool:

@@ -127,7 +127,9 @@ def make_plan(
     share = -(-activations // processes)
     if offload == "auto":
         offload = "disk" if (host + share) * processes > available else "ram"
-    pausing = recipe.order == "group" and not needs_dense(recipe)
+    # Attention computed without a kernel of its own holds [heads, T, T] per sequence: too much to keep.
+    attention = getattr(skeleton.model.config, "_attn_implementation", "eager")
+    pausing = recipe.order == "group" and not needs_dense(recipe) and attention != "eager"
     if pausing:
         halted = _halted_bytes(skeleton, matrices, -(-samples // processes) * length)
         free = (
@@ -196,9 +198,9 @@ def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
 
 
 def _halted_bytes(skeleton: Skeleton, matrices: Mapping[str, MatrixPlan], tokens: int) -> int:
-    """Bytes that forward passes hold which halted within a block: the input of the widest matrix, and the block's, twice."""
+    """Bytes that forward passes hold which halted within a block: the widest input; q, k, v before and after their rotation."""
     width: int = skeleton.model.config.get_text_config().hidden_size
-    return tokens * (max(m.shape[1] for m in matrices.values()) + 2 * width) * skeleton.dtype.itemsize
+    return tokens * (max(m.shape[1] for m in matrices.values()) + 8 * width) * skeleton.dtype.itemsize
 
 
 def predict_memory(

@@ -314,6 +314,8 @@ def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
 
 
 def _check(recipe: Recipe) -> None:
+    if trial := recipe.build_allocator().trial_pruner:
+        registry.build("pruners", trial, {})
     if recipe.scope is not None:
         patterns.parse("unstructured", recipe.scope)
     if recipe.order not in ORDERS:

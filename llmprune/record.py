@@ -55,6 +55,12 @@ def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[in
     return {"allocation": {key: values for key, values in found.items() if values}} if measures or losses else {}
 
 
+def measured(record: Record) -> tuple[dict[int, float], dict[int, float]] | None:
+    """Measures and losses of `allocation`, read back from a record; None where it has none."""
+    found = record.get("allocation")
+    return found and tuple(dict(enumerate(found.get(key, {}).values())) for key in ("measure", "held-out loss"))
+
+
 def calibrated_on(calibration: Mapping[str, Any]) -> str:
     """The source of calibration rows in words, with what it leaves open of how they were made."""
     notes = [f"{rows} rows of {part}" for part, rows in calibration.get("parts", {}).items()]

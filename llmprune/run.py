@@ -61,18 +61,21 @@ def prune_blocks(
     # The dense model's stream runs beside the pruned one where an algorithm holds the one against the other.
     dense = BlockInputs(skeleton, calibration.tokens[share], skeleton.device, store) if needs_dense(recipe) else None
     permuter = ChannelPermuter(plan, skeleton, inputs, positions, share, team, recipe.seed) if recipe.permute else None
-    observer = Observer(needs_of(recipe), inputs, dense, positions, share, team)
+    observer = Observer(needs_of(recipe), inputs, dense, positions, share, team, note)
     tuner = BlockTuner(recipe, inputs, dense, skeleton, share, plan.samples, team)
     clock.lap("forward")
     tensors = read_ahead(source, skeleton.block_tensors())
     for number, block_name in enumerate(skeleton.blocks):
         shard, names = next(tensors), skeleton.parameters_of(block_name)
-        if dense and number < finished:
+        if number < finished and (dense or (permuter and not permuter.knows(number))):
             unpruned = {where: skeleton.source.load(where) for where in skeleton.block_tensors()[number]}
             skeleton.fill(names, unpruned)
-            if permuter:
+            if dense and permuter:
                 permuter.permute(number, unpruned)
-            dense.forward(number)
+            elif permuter:
+                permuter.learn(number)
+            if dense:
+                dense.forward(number)
             del unpruned
         skeleton.fill(names, shard)
         clock.lap("read")
@@ -97,6 +100,7 @@ def prune_blocks(
                 masks, rows, stats = masks | more_masks, rows + more_rows, stats | found
                 del found
                 clock.lap("prune")
+            del grouped  # it holds statistics
             if dense:
                 dense.forward(number, originals)
             del originals

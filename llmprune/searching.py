@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.contracts import Allocator, CalibrationSet
-from llmprune.device import available_memory
+from llmprune.counts import finite
+from llmprune.device import available_memory, exact_matmul
 from llmprune.evaluation.perplexity import losses_of
 from llmprune.model.activations import BlockInputs, Store, in_memory, on_disk
 from llmprune.model.opening import Model
@@ -21,6 +22,7 @@ from llmprune.recipe import AlgorithmSpec, Recipe
 from llmprune.run import Clock, prune_blocks
 
 _ONE_IN = 8  # calibration rows held out
+_WORST = 1e9  # stands for a loss that is no finite number, which JSON does not know
 
 
 def search(
@@ -51,8 +53,11 @@ def search(
     light = _light(recipe, allocator)
     losses = {}
     for number, trial in enumerate(allocator.trials):
-        losses[number] = _loss(light, measures, number, model, training, held, folder, offload, team, block_done, note)
+        loss = _loss(light, measures, number, model, training, held, folder, offload, team, block_done, note)
+        losses[number] = min(finite(loss), _WORST)
         note(f"{trial}: held-out loss {losses[number]:.4f}")
+    if min(losses.values()) == _WORST:
+        raise ValueError(f"no trial of allocator {recipe.allocator.name!r} ends with a finite loss; use another trial pruner or float32")
     return losses
 
 
@@ -69,15 +74,17 @@ def _loss(
 ) -> float:  # fmt: skip
     skeleton, (n, t) = model.skeleton, training.tokens.shape
     plan = make_plan(
-        recipe, skeleton, model.source, n, t, offload=offload, available=team.on_first(available_memory), processes=team.size,
+        recipe, skeleton, model.source, n + len(held), t, offload=offload, available=team.on_first(available_memory), processes=team.size,
         measures=measures, losses={trial: 0.0},
     )  # fmt: skip
+    plan = dataclasses.replace(plan, samples=n)  # the others are held out
     store: Store = on_disk(folder) if plan.offload == "disk" else in_memory
     mine = held[team.share(len(held))]
     beside = BlockInputs(skeleton, mine, skeleton.device, store, note) if len(mine) else None
     prune_blocks(
         recipe, plan, skeleton, model.source, training, 0, team, Clock(skeleton.device), store, note, lambda *block: block_done(), beside
     )
-    total = torch.tensor(sum(losses_of(beside, mine)) if beside else 0.0, dtype=torch.float64)
+    with exact_matmul():
+        total = torch.tensor(sum(losses_of(beside, mine)) if beside else 0.0, dtype=torch.float64)
     team.add(total)
     return total.item() / len(held)

@@ -219,6 +219,38 @@ def test_trials_may_use_a_cheaper_pruner_and_need_rows_to_hold_out(tiny_llama, c
         llmprune.prune(tiny_llama, calibration=calibration_tokens[:1], output=tmp_path / "few", **options)
 
 
+def test_a_trial_pruner_that_does_not_exist_is_told_at_once():
+    from llmprune import recipe as recipes
+
+    with pytest.raises(ValueError, match="unknown pruner 'sparsgpt'"):
+        recipes.load("wanda", {"allocator.name": "owl", "allocator.limit": [0, 0.04], "allocator.trial": "sparsgpt"})
+    with pytest.raises(ValueError, match="compares several limits, and there is one"):
+        recipes.load("wanda", {"allocator.name": "owl", "allocator.trial": "sparsegpt"})
+
+
+def test_a_finished_run_and_a_changed_one_try_nothing_again(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune import pipeline
+
+    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
+    whole = llmprune.prune(tiny_llama, **options).record
+    monkeypatch.setattr(pipeline, "search", None)
+    assert llmprune.prune(tiny_llama, resume=True, **options).record["allocation"] == whole["allocation"]
+
+
+def test_a_trial_without_a_finite_loss_is_never_taken(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune import searching
+
+    losses = iter([float("nan"), 5.0, float("nan"), float("nan")])
+    monkeypatch.setattr(searching, "_loss", lambda *args: next(losses))
+    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "calibration": calibration_tokens}
+    options |= {"settings": {"allocator.slopes": [0.9, 0.0]}}
+    record = llmprune.prune(tiny_llama, output=tmp_path / "out", **options).record
+    assert len({m["target_sparsity"] for m in record["matrices"]}) == 1
+    with pytest.raises(ValueError, match="no trial of allocator 'atp' ends with a finite loss"):
+        llmprune.prune(tiny_llama, output=tmp_path / "none", **options)
+
+
 def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
     from llmprune import pipeline
     from llmprune.run import prune_blocks

@@ -14,6 +14,7 @@ from llmprune import device as devices
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
 from llmprune.model.opening import open_model
+from llmprune.stats import Halted
 
 
 class Notes:
@@ -114,6 +115,23 @@ def test_out_of_memory_in_a_halted_pass_computes_again(prune, little_memory, mon
     # What came before the failure was computed with larger micro-batches: rounding may differ, masks do not.
     assert prune("halved", reporter=reporter, **order)["masks.safetensors"] == whole["masks.safetensors"]
     assert reporter.made.pausing and [n for n in reporter.notes if "out of memory with 8" in n]
+
+
+def test_halted_passes_that_do_not_fit_are_given_up_for_the_run(prune, monkeypatch):
+    monkeypatch.setitem(activations._TOKENS, "cpu", 32)  # one sequence at a time: no smaller micro-batch is left
+    order = {"settings": {"order": "group"}}
+    whole, real, asked = prune("whole", **order), Halted.go_on, []
+
+    def go_on(self, group):
+        asked.append(group)
+        if len(asked) == 12:  # in the second group of the first block
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(self, group)
+
+    monkeypatch.setattr(Halted, "go_on", go_on)
+    reporter = Notes()
+    assert prune("given up", reporter=reporter, **order) == whole
+    assert len(asked) == 12 and [n for n in reporter.notes if "halted passes" in n] != []
 
 
 def test_passes_halt_only_where_memory_is_left_for_them(prune, monkeypatch):

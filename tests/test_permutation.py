@@ -151,11 +151,12 @@ def test_a_permuted_model_loses_less_and_says_so(make_llama, calibration_tokens,
     assert "permute" in record["totals"]["seconds"]
 
 
-def test_a_permuted_and_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("update", [None, "block-tune"])
+def test_a_permuted_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, tmp_path, monkeypatch, update):
     from llmprune.checkpoint.writer import CheckpointWriter
 
-    chosen = {"update.steps": 20, "update.batch": 4, "order": "group"}
-    given = options(calibration_tokens, recipe="wanda", update="block-tune", settings=chosen)
+    chosen = {"order": "group"} | ({"update.steps": 20, "update.batch": 4} if update else {})
+    given = options(calibration_tokens, recipe="wanda", update=update, settings=chosen)
     whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
     real = CheckpointWriter.block
 
@@ -172,6 +173,36 @@ def test_a_permuted_and_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibrat
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
     first = next(m for m in whole["matrices"] if "down_proj" in m["name"])
     assert first["relative_error"] < 1 and "columns_permuted" in first
+
+
+def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    """Links are tried on the dense first block, though a resumed run finds it pruned: here a guess holds in no other block."""
+    from llmprune.checkpoint.writer import CheckpointWriter
+
+    given, real, holds = options(calibration_tokens, recipe="wanda"), CheckpointWriter.block, ChannelPermuter._holds
+    monkeypatch.setattr(ChannelPermuter, "_holds", lambda self, link, number, targets: number == 0 and holds(self, link, number, targets))
+    whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
+
+    def cut(self, number, *args):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointWriter, "block", cut)
+        llmprune.prune(tiny_llama, output=tmp_path / "cut", **given)
+    resumed = llmprune.prune(tiny_llama, output=tmp_path / "cut", resume=True, **given).record
+    for a, b in zip(whole["matrices"], resumed["matrices"], strict=True):
+        assert a.get("columns_permuted") == b.get("columns_permuted")
+    assert [m for m in resumed["matrices"] if ".1." in m["name"] and "columns_permuted" in m]
+
+
+def test_a_matrix_that_is_not_pruned_is_not_reordered(tiny_llama, calibration_tokens, tmp_path):
+    rules = {"rules": [{"match": "*.v_proj", "skip": True}]}
+    record = llmprune.prune(tiny_llama, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens, settings=rules)).record
+    assert {m["name"].split(".")[4] for m in record["matrices"] if "columns_permuted" in m} == {"down_proj"}
+    dense, pruned = (llmprune.load(folder).state_dict() for folder in (tiny_llama, tmp_path / "out"))
+    assert all(torch.equal(dense[n], pruned[n]) for n in dense if "v_proj" in n)
 
 
 def test_permuting_without_groups_is_refused(tiny_llama, calibration_tokens, tmp_path):

@@ -59,15 +59,17 @@ def test_rules_are_ordered_and_the_first_match_wins(tiny_llama, calibration_toke
     assert all(torch.equal(dense[n], pruned[n]) for n in dense if ".layers.0." in n)
 
 
+@pytest.mark.parametrize("update", [None, "block-tune"])
 @pytest.mark.parametrize("order", ["block", "group"])
-def test_a_whole_block_may_stay_dense(order, tiny_llama, calibration_tokens, tmp_path):
+def test_a_whole_block_may_stay_dense(order, update, make_llama, calibration_tokens, tmp_path):
+    model, settings = make_llama(layers=3), {"order": order, "rules": [{"match": "*.layers.1.*", "skip": True}]}
+    settings |= {"update.steps": 4} if update else {}
     record = llmprune.prune(
-        tiny_llama, recipe="wanda", calibration=calibration_tokens, output=tmp_path / "out",
-        update="block-tune", settings={"order": order, "update.steps": 4, "rules": [{"match": "*.layers.0.*", "skip": True}]},
-    ).record  # fmt: skip
-    assert {m["name"].split(".")[2] for m in record["matrices"]} == {"1"}
-    dense, pruned = (llmprune.load(folder).state_dict() for folder in (tiny_llama, tmp_path / "out"))
-    assert all(torch.equal(dense[n], pruned[n]) for n in dense if ".layers.0." in n)
+        model, recipe="sparsegpt", calibration=calibration_tokens, output=tmp_path / "out", update=update, settings=settings
+    ).record
+    assert {m["name"].split(".")[2] for m in record["matrices"]} == {"0", "2"}
+    dense, pruned = (llmprune.load(folder).state_dict() for folder in (model, tmp_path / "out"))
+    assert all(torch.equal(dense[n], pruned[n]) for n in dense if ".layers.1." in n)
 
 
 def test_overrides_reach_every_field():

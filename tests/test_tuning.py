@@ -120,6 +120,16 @@ def test_a_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, t
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
 
 
+def test_a_rate_that_diverges_loses(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune.updates import block_tune
+
+    real = block_tune._error
+    monkeypatch.setattr(block_tune, "_error", lambda job, weights, held: next(first, None) or real(job, weights, held))
+    first = iter([float("nan")])
+    record = run(tiny_llama, calibration_tokens, tmp_path / "out", update="block-tune", settings=small(**{"update.rates": [0.9, 1e-3]}))
+    assert record["matrices"][0]["tune"]["rate"] == 1e-3
+
+
 def test_group_order_sees_what_the_pruned_matrices_before_it_make(tiny_llama, calibration_tokens, tmp_path):
     """Wanda by groups equals Wanda by hand: prune q, k, v; run; prune o on what it now sees; run; and so on."""
     run(tiny_llama, calibration_tokens, tmp_path / "out", settings={"order": "group"})

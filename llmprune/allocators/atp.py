@@ -24,6 +24,8 @@ class ATP(Allocator):
         def __post_init__(self) -> None:
             if not self.slopes or not all(-1 <= slope <= 1 for slope in self.slopes):
                 raise ValueError(f"slopes must be shares in [-1, 1], got {list(self.slopes)}")
+            if self.trial and len(self.slopes) < 2:
+                raise ValueError("trial is the pruner that compares several slopes, and there is one; leave it out")
 
     @property
     def trials(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -89,16 +89,20 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             self.journal.begin(identity)
-        differs = difference(self.journal.identity or {}, identity)
-        if differs:
-            raise ValueError(
-                f"the unfinished run into {self._given} is another one: {differs}; give its options, or begin anew with --restart"
-            )
+        self.check_identity(identity)
         for entry in self.journal.blocks:
             path = self.folder / entry["file"]
             if not path.is_file() or sha256_of(path) != entry["sha256"]:
                 raise ValueError(f"{path} was removed or changed since it was finished; begin anew with --restart")
         self._masks = MaskFile(self.folder / "masks.safetensors", masks)
+
+    def check_identity(self, identity: Identity) -> None:
+        """Raise `ValueError` where the unfinished run is another one."""
+        differs = difference(self.journal.identity or {}, identity)
+        if differs:
+            raise ValueError(
+                f"the unfinished run into {self._given} is another one: {differs}; give its options, or begin anew with --restart"
+            )
 
     @property
     def finished(self) -> list[Path]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
+from llmprune.counts import finite
 
 
 class BlockTune(BlockStep):
@@ -52,7 +53,7 @@ class BlockTune(BlockStep):
         for rate in self.config.rates:
             other = _Descent(self.config, job, kept, training, rate, seed)
             other.go_on(max(1, self.config.steps // 8))
-            reached = _error(job, other.weights, held) if len(self.config.rates) > 1 else 0.0
+            reached = finite(_error(job, other.weights, held)) if len(self.config.rates) > 1 else 0.0
             if run is None or reached < lowest:
                 run, lowest = other, reached
             del other
