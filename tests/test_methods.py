@@ -7,7 +7,7 @@ import torch
 from jobs import array, job
 
 from llmprune import registry
-from llmprune.contracts import Job
+from llmprune.contracts import Job, Pruned
 from llmprune.patterns import NM, Unstructured
 
 PATTERNS = {"row": Unstructured("row"), "matrix": Unstructured("matrix"), "2:4": NM(2, 4)}
@@ -88,6 +88,23 @@ def test_swaps_equal_the_oracle_and_lower_every_row(pattern, pruner):
     moved = np.where(wanted, np.where(start.keep.numpy() & wanted, array(start.weight), w), 0.0)
     assert after.sum() == pytest.approx(oracles.row_loss(w, moved, gram).sum(), rel=0.02)
     assert np.array_equal(out.keep.sum(1), start.keep.sum(1))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_swaps_that_look_up_seldom_end_the_same(pattern, monkeypatch):
+    """On a GPU rows that have no swap left stay among the others for a while; one row has nothing pruned, one nothing kept."""
+    from llmprune.refiners import swaps
+
+    work = task(pattern)
+    start = build("pruners", "wanda").prune(work)
+    if pattern == "matrix":
+        keep = start.keep.clone()
+        keep[0], keep[1] = True, False
+        start = Pruned(work.weight * keep, keep, start.score)
+    often = build("refiners", "swaps").apply(work, start)
+    monkeypatch.setitem(swaps._LOOK, "cpu", 16)
+    seldom = build("refiners", "swaps").apply(work, start)
+    assert torch.equal(often.keep, seldom.keep) and torch.equal(often.weight, seldom.weight)
 
 
 def test_one_input_group_is_factored_once():

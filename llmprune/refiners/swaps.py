@@ -12,6 +12,8 @@ from llmprune.numerics import aim
 
 # Legend: R rows, C columns, m columns of a group (N:M), d = w - v the error of a row's weights, c = G d, loss = d^T G d.
 _CHUNK = 1 << 18  # rows are worked off in slices of about this many weights, which stay in the processor's cache
+# Rows without a swap are left out after so many swaps: to know them, the host must wait for a GPU.
+_LOOK = {"cpu": 1, "cuda": 16}
 
 
 class Swaps(Step):
@@ -62,17 +64,22 @@ class Swaps(Step):
         first = dense - weight
         least = self.config.tolerance * torch.linalg.vecdot(first, first @ gram).clamp_min(torch.finfo(pull.dtype).tiny)
         active = torch.arange(len(keep), device=keep.device)
-        for _ in range(self.config.max_swaps):
+        look = _LOOK[keep.device.type]
+        for swap in range(self.config.max_swaps):
             rows = _State(dense[active], weight[active], keep[active], pull[active], gram, width)
             gain, grown, dropped = rows.best_pair()
             better = gain < -least[active]
-            active, grown, dropped = active[better], grown[better], dropped[better]
-            if not len(active):
-                break
-            come, gone = dense[active, grown], weight[active, dropped]
+            if swap % look == look - 1:
+                active, grown, dropped, better = active[better], grown[better], dropped[better], better[better]
+                if not len(active):
+                    break
+            come, gone = dense[active, grown] * better, weight[active, dropped] * better
             pull[active] += gone[:, None] * gram[dropped] - come[:, None] * gram[grown]
-            keep[active, grown], keep[active, dropped] = True, False
-            weight[active, grown], weight[active, dropped] = come, 0.0
+            # A row without a swap has come and gone 0, and may name any two columns.
+            keep[active, grown] |= better
+            keep[active, dropped] &= ~better
+            weight[active, grown] += come
+            weight[active, dropped] -= gone
 
 
 class _State:
