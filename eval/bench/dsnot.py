@@ -26,8 +26,9 @@ def plain(weight, keep, stats):
     for _ in range(CYCLES):
         active &= error.abs() > 0.1
         up = error > 0
-        grown = grow.gather(1, torch.where(up, first["grow"][1], first["grow"][0]))
-        dropped = prune.gather(1, torch.where(up, first["prune"][0], first["prune"][1]))
+        # Narrow matrices run out of candidates; the last one is then taken again.
+        grown = grow.gather(1, torch.where(up, first["grow"][1], first["grow"][0]).clamp(0, grow.shape[1] - 1))
+        dropped = prune.gather(1, torch.where(up, first["prune"][0], first["prune"][1]).clamp(0, prune.shape[1] - 1))
         first["grow"] = [first["grow"][0] + ~up, first["grow"][1] - up.long()]
         first["prune"] = [first["prune"][0] + up, first["prune"][1] + ~up]
         keep.scatter_(1, grown, keep.gather(1, grown) | active)

@@ -109,11 +109,12 @@ def main():
     parser.add_argument("tokens")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "dsnot", "sparsegpt"])
     arguments = parser.parse_args()
     tokens = load_file(arguments.tokens)["tokens"]
     print("| | published flow, float32 | " + " | ".join(f"ours, {label}" for label, *_ in SIDES) + " |", flush=True)
     print("|---" * (len(SIDES) + 2) + "|", flush=True)
-    for method in ("wanda", "dsnot", "sparsegpt"):
+    for method in arguments.methods:
         theirs, cells, fastest = [], [], [float("inf")] * len(SIDES)
         agreed = [0.0] * len(SIDES)
         for _ in range(arguments.repeats):
