@@ -13,7 +13,7 @@ ROWS, COLUMNS, SPARSITY, CYCLES, LENGTH = 4096, 11008, 0.6, 50, 2048
 
 def plain(weight, keep, stats):
     """Three sorts of whole rows: candidates to grow, kept weights by score, and those by sign."""
-    d = weight * (stats.mean * LENGTH)
+    d = weight * (stats.mean * stats.sequence_length)
     error = (d * ~keep).sum(dim=1, keepdim=True)
     grow = torch.sort((d / stats.within_variance).masked_fill(keep, 0), dim=1, stable=True).indices
     by_score = torch.sort((weight.abs() * stats.second_moment.sqrt()).masked_fill(~keep, float("inf")), dim=1, stable=True).indices
