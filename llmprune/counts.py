@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,8 +26,3 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or Inf."""
     # A sum is NaN or Inf as soon as one element is; only a suspicious sum (it may overflow) is looked at closely.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
-
-
-def finite(loss: float) -> float:
-    """A loss to compare by: NaN, which wins and loses against nothing, counts as infinite."""
-    return loss if math.isfinite(loss) else math.inf

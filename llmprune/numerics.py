@@ -6,6 +6,7 @@ tenfold, and the caller is told what it took. Dead inputs (`G_jj = 0`) get a uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -144,3 +145,8 @@ def _sweep_block(weight: Tensor, keep: Tensor, factor: Tensor, start: int, group
             errors[:, j] = error
     weight.copy_(columns.T)
     return errors
+
+
+def finite(loss: float) -> float:
+    """A loss to compare by: NaN, which wins and loses against nothing, counts as infinite."""
+    return loss if math.isfinite(loss) else math.inf

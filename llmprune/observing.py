@@ -53,13 +53,16 @@ class Observer:
         return collector.results(self._team)
 
     def grouped(
-        self, number: int, targets: list[Target], originals: Mapping[str, Tensor], pausing: bool
+        self, number: int, targets: list[Target], originals: Mapping[str, Tensor], order: str, pausing: bool
     ) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:  # fmt: skip
-        """The matrices by the input they share, with its statistics: each group sees what those before it compute when its turn comes.
+        """Matrices and their statistics: all at once, or by the input they share, each group as those before it are when its turn comes.
 
         With `pausing` every micro-batch passes the block but once, halting before each group (`advance` lets it finish); without, what
         comes before a group is computed again for it. Both give the same statistics.
         """
+        if order == "block":
+            yield targets, self.collect(number, targets, originals)
+            return
         groups = self.groups(number, targets)
         self._groups = len(groups)
         if pausing and groups and not self._no_pausing:
@@ -67,8 +70,7 @@ class Observer:
             parts = list(self._inputs.slices())
             self._halted = [(part, Halted(lambda part=part: self._inputs.run(number, part, {}), modules)) for part in parts]  # type: ignore[misc]
         for place, group in enumerate(groups):
-            stats = self._of_halted(place, group)
-            yield group, self.collect(number, group, originals) if stats is None else stats
+            yield group, self._of_halted(place, group) or self.collect(number, group, originals)
 
     @torch.no_grad()
     def _of_halted(self, place: int, group: list[Target]) -> dict[str, InputStats] | None:

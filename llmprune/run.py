@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -70,10 +70,8 @@ def prune_blocks(
         if number < finished and (dense or (permuter and not permuter.knows(number))):
             unpruned = {where: skeleton.source.load(where) for where in skeleton.block_tensors()[number]}
             skeleton.fill(names, unpruned)
-            if dense and permuter:
+            if permuter:
                 permuter.permute(number, unpruned)
-            elif permuter:
-                permuter.learn(number)
             if dense:
                 dense.forward(number)
             del unpruned
@@ -89,26 +87,18 @@ def prune_blocks(
             unpruned = dict(shard) if tuner.steps else {}
             originals: Tensors = dict(block.named_parameters()) if dense else {}
             stats: dict[str, InputStats] = {}
-            grouped: Iterable[tuple[list[Target], dict[str, InputStats]]] = (
-                observer.grouped(number, targets, originals, plan.pausing)
-                if recipe.order == "group"
-                else [(targets, observer.collect(number, targets, originals))]
-            )
-            for group, found in grouped:
+            for group, found in observer.grouped(number, targets, originals, recipe.order, plan.pausing):
                 clock.lap("forward", ("statistics", observer.watch.take()))
-                more_masks, more_rows = _prune_block(group, found, shard, skeleton, plan, recipe, team)
+                more_masks, more_rows = _prune_block(group, found, notes, shard, skeleton, plan, recipe, team)
                 masks, rows, stats = masks | more_masks, rows + more_rows, stats | found
                 del found
                 clock.lap("prune")
-            del grouped  # it holds statistics
             if dense:
                 dense.forward(number, originals)
             del originals
             clock.lap("forward")
             tuner.tune(number, targets, shard, unpruned, masks, rows, stats)
             clock.lap("tune" if tuner.steps else "prune")
-            for target in targets:
-                next(r for r in rows if r["name"] == skeleton.stored[target.weight_name]).update(notes.get(target.name, {}))
             del stats, targets, unpruned
         if number + 1 < len(skeleton.blocks):
             observer.advance(number)
@@ -125,7 +115,8 @@ def prune_blocks(
 
 
 def _prune_block(
-    targets: list[Target], stats: Mapping[str, InputStats], shard: Tensors, skeleton: Skeleton, plan: Plan, recipe: Recipe, team: Team
+    targets: list[Target], stats: Mapping[str, InputStats], notes: Mapping[str, Row], shard: Tensors, skeleton: Skeleton, plan: Plan,
+    recipe: Recipe, team: Team,
 ) -> tuple[Tensors, list[Row]]:  # fmt: skip
     """Every matrix of a block, shared out among the processes; all end with the same weights in module and shard, masks and rows."""
     pruner, steps = recipe.build_pruner(), recipe.build_steps()
@@ -139,7 +130,11 @@ def _prune_block(
                 weight, keep, row = prune_matrix(
                     target, plan.matrices[target.name], stats[target.name], pruner, steps, recipe, shard[stored]
                 )
-            shard[stored], masks[stored], rows[stored] = target.stored(weight), pack(keep), {"name": stored, **row}
+            shard[stored], masks[stored], rows[stored] = (
+                target.stored(weight),
+                pack(keep),
+                {"name": stored, **row, **notes.get(target.name, {})},
+            )
             target.assign(shard[stored])
         else:
             shard[stored] = torch.empty_like(shard[stored])

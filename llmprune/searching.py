@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.contracts import Allocator, CalibrationSet
-from llmprune.counts import finite
 from llmprune.device import available_memory, exact_matmul
 from llmprune.evaluation.perplexity import losses_of
 from llmprune.model.activations import BlockInputs, Store, in_memory, on_disk
 from llmprune.model.opening import Model
+from llmprune.numerics import finite
 from llmprune.plan import make_plan
 from llmprune.processes import Team
 from llmprune.recipe import AlgorithmSpec, Recipe

@@ -186,7 +186,10 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
         passes[way] = len(calls)
         calls.clear()
     blocks = json.loads((tmp_path / "in" / "config.json").read_text()).get("num_hidden_layers", 5 if name in ("bloom", "gptj") else 2)
-    assert passes["halted"] == 4 * blocks < passes["again"]  # three micro-batches, and one sequence to see the groups
+    if name in ("bloom", "gptj"):  # their attention would keep all its weights
+        assert passes["halted"] == passes["again"]
+    else:
+        assert passes["halted"] == 4 * blocks < passes["again"]  # three micro-batches, and one sequence to see the groups
     one, two = (load_file(next((tmp_path / way).glob("model-00001*.safetensors"))) for way in ("halted", "again"))
     for key, tensor in one.items():
         assert torch.allclose(tensor, two[key], atol=1e-6), key

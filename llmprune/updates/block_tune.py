@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
-from llmprune.counts import finite
+from llmprune.numerics import finite
 
 
 class BlockTune(BlockStep):
