@@ -6,6 +6,7 @@ K processes (ranks). The only file that talks to torch.distributed; alone, every
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -104,6 +105,8 @@ def current() -> Team:
     if not torch.distributed.is_available():
         raise ValueError(f"WORLD_SIZE is {size}, but this build of torch has no torch.distributed; start a single process")
     if not torch.distributed.is_initialized():
+        # Imported later (transformers does), its default arguments would hold the group, and `_leave` would not end its threads.
+        importlib.import_module("torch.distributed.nn")
         from llmprune.device import use_local_device
 
         backend = use_local_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -113,6 +116,7 @@ def current() -> Team:
 
 
 def _leave() -> None:
+    # A thread of the group that outlives the interpreter aborts the finished process now and then.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -122,6 +122,26 @@ def test_two_processes_measure_as_one_does(launch, make_llama, tmp_path):
     assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
 
 
+LEAVING = """
+import atexit, os, sys
+def threads():
+    return [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+atexit.register(lambda: print("left", *threads()))  # runs after what is registered later
+from llmprune import processes
+team = processes.current()
+import transformers.modeling_utils
+assert team.tell(team.rank) == 0 and any("gloo" in name for name in threads())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the names of threads from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    # One that does aborts a finished process now and then: `terminate called without an active exception`.
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    out = subprocess.run([*TORCHRUN, "2", tmp_path / "leaving.py"], check=True, capture_output=True, text=True).stdout
+    assert out.count("left") == 2 and "gloo" not in out
+
+
 def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
     # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or without.
     launcher = (
