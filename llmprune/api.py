@@ -105,7 +105,10 @@ def prune(
     target = Path(output) if output is not None else default_output(opened, chosen, own)
     options = Options(target, overwrite, resume, restart, offload, trust_remote_code)
     if dry_run:
-        planned_recipe, _, plan = planned(opened, chosen, calibration, options, team, reporter)
+        if evaluation is not None:
+            spec = evaluation
+            evaluation = team.in_turn(lambda: spec.prepare(opened))
+        planned_recipe, _, plan = planned(opened, chosen, calibration, options, team, reporter, evaluation)
         return DryRun(plan, planned_recipe, target)
     production = Production(opened, options, team, reporter)
     try:
@@ -270,6 +273,7 @@ def plan_summary(dry: DryRun) -> dict[str, Any]:
     return {
         "output": str(dry.output), "recipe": dry.recipe.as_dict(), "matrices": matrices, "skipped": list(plan.skipped),
         "weights": plan.weights, "sparsity": plan.sparsity, "memory_bytes": plan.memory,
-        "device_memory_bytes": plan.device_memory, "available_memory_bytes": plan.available, "offload": plan.offload,
+        "device_memory_bytes": plan.device_memory, "scoring_memory_bytes": plan.scoring,
+        "device_scoring_memory_bytes": plan.device_scoring, "available_memory_bytes": plan.available, "offload": plan.offload,
         "disk_bytes": plan.disk,
     }  # fmt: skip

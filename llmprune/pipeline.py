@@ -26,7 +26,7 @@ from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.measuring import measure
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
-from llmprune.plan import Plan, make_plan
+from llmprune.plan import Plan, make_plan, with_scoring
 from llmprune.processes import Team
 from llmprune.recipe import Recipe
 from llmprune.searching import search
@@ -82,11 +82,11 @@ class Options:
 
 def planned(
     model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter,
-    known: Callable[[Recipe, CalibrationSet], Measured | None] = lambda recipe, rows: None,
+    evaluation: EvaluationSpec | None = None, known: Callable[[Recipe, CalibrationSet], Measured | None] = lambda recipe, rows: None,
 ) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
     """The recipe with its calibration as it turned out, the calibration rows, and the plan.
 
-    `known`: what the allocator has measured for this recipe and these rows before, if it has.
+    `evaluation`: what will be scored, prepared. `known`: what the allocator has measured for this recipe and these rows before, if it has.
     """
     rows = team.on_first(lambda: build_calibration(model, recipe, calibration, reporter))
     n, t = rows.tokens.shape
@@ -104,6 +104,10 @@ def planned(
         losses=losses,
     )  # fmt: skip
     plan = dataclasses.replace(plan, seconds=seconds)
+    if evaluation is not None:
+        plan = with_scoring(
+            plan, model.skeleton, model.source, [(len(r), r.shape[1]) for r in evaluation.rows.values()], bool(evaluation.tasks)
+        )
     reporter.plan(model, resolved, plan, rows, options.output)
     return resolved, rows, plan
 
@@ -166,7 +170,7 @@ class Production:
         if evaluation is not None:
             spec = evaluation
             evaluation = team.in_turn(lambda: spec.prepare(model))
-        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter, self._known)
+        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter, evaluation, self._known)
         team.on_first(lambda: check_space(self.options.output, plan.disk))
         before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(recipe, plan.measures, plan.losses)
         record = team.on_first(lambda: self._made_before(before))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from llmprune import device as devices
 from llmprune import registry
 from llmprune.allocation import balanced, rounded
 from llmprune.checkpoint.reader import WeightSource
-from llmprune.contracts import Need, Pattern
-from llmprune.model.activations import micro_batch
+from llmprune.contracts import Pattern
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import find_targets
+from llmprune.needs import LM_EVAL, activation_bytes, halted_bytes, needs_dense, predict_disk, predict_memory, predict_scoring
 from llmprune.patterns import NM
 from llmprune.recipe import Recipe, Rule, rule_sparsity
-from llmprune.stats import SAMPLE_TOKENS
 
-_INTERPRETER = 450_000_000  # private memory of Python, torch and transformers once imported
 OFFLOADS = ("auto", "ram", "disk")
 
 
@@ -38,6 +36,7 @@ class Plan:
 
     Attributes:
         memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
+        scoring, device_scoring: the same while the model is scored; 0 where it is not.
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
         pausing: whether forward passes halt at each group of matrices (`order: group`); else what comes before it is computed again.
         measures: what the allocator measured, by block. losses: of its trials, by their number. seconds: how long both took.
@@ -56,6 +55,8 @@ class Plan:
     measures: Mapping[int, float]
     losses: Mapping[int, float]
     seconds: float = 0.0
+    scoring: int = 0
+    device_scoring: int | None = None
 
     @property
     def weights(self) -> int:
@@ -66,19 +67,6 @@ class Plan:
     def sparsity(self) -> float:
         """Size-weighted target over the matrices to be pruned."""
         return sum(m.sparsity * m.shape[0] * m.shape[1] for m in self.matrices.values()) / max(1, self.weights)
-
-
-def needs_of(recipe: Recipe) -> Need:
-    """The statistics a run collects: the algorithms' needs, and a sample for the relative error where there is no Gram matrix."""
-    needs = recipe.build_pruner().needs
-    for _, step in recipe.build_steps():
-        needs |= step.needs
-    return needs if Need.GRAM in needs else needs | Need.SAMPLE
-
-
-def needs_dense(recipe: Recipe) -> bool:
-    """Whether the dense model's stream of block inputs must run beside the pruned one."""
-    return bool(recipe.build_block_steps()) or Need.CROSS in needs_of(recipe)
 
 
 def make_plan(
@@ -122,7 +110,8 @@ def make_plan(
     if recipe.permute and not any(isinstance(m.pattern, NM) for m in matrices.values()):
         raise ValueError(f"permute reorders channels for N:M patterns, and the pattern is {recipe.pattern}; leave it out or choose N:M")
     skipped = tuple(t.name for t in targets if t.name not in matrices)
-    host, device = predict_memory(recipe, skeleton, source, matrices, samples, length, processes)
+    shapes = {name: m.shape for name, m in matrices.items()}
+    host, device = predict_memory(recipe, skeleton, source, shapes, samples, length, processes)
     activations = activation_bytes(skeleton, samples, length) * (2 if needs_dense(recipe) else 1)
     share = -(-activations // processes)
     if offload == "auto":
@@ -131,7 +120,7 @@ def make_plan(
     attention = getattr(skeleton.model.config, "_attn_implementation", "eager")
     pausing = recipe.order == "group" and not needs_dense(recipe) and attention != "eager"
     if pausing:
-        halted = _halted_bytes(skeleton, matrices, -(-samples // processes) * length)
+        halted = halted_bytes(skeleton, shapes, -(-samples // processes) * length)
         free = (
             available // processes - host - (share if offload == "ram" else 0)
             if device is None
@@ -139,11 +128,17 @@ def make_plan(
         )
         pausing = halted <= free
         host, device = host + halted * (pausing and device is None), device and device + halted * pausing
-    disk = predict_disk(source, matrices) + (activations if offload == "disk" else 0)
+    disk = predict_disk(source, shapes) + (activations if offload == "disk" else 0)
     memory = host + (share if offload == "ram" else 0)
     return Plan(
         matrices, skipped, samples, length, memory, device, disk, available // processes, offload, pausing, measures or {}, losses or {}
     )
+
+
+def with_scoring(plan: Plan, skeleton: Skeleton, source: WeightSource, texts: Sequence[tuple[int, int]], tasks: bool) -> Plan:
+    """The plan of a run that scores the model too: texts as (windows, tokens), and whether tasks are among them."""
+    host, device = predict_scoring(skeleton, source, texts, tasks)
+    return replace(plan, memory=plan.memory + tasks * LM_EVAL, scoring=host, device_scoring=device)
 
 
 def _allocated(
@@ -183,68 +178,3 @@ def _check_widths(matrices: list[MatrixPlan]) -> None:
             f"{first.name}{others} has in_features {first.shape[1]}, not divisible by {first.pattern.width} as pattern {first.pattern} "
             f"requires; choose another M, or add rules to the recipe such as {{match: '*.{first.name.rpartition('.')[2]}', skip: true}}"
         )
-
-
-def predict_disk(source: WeightSource, matrices: Mapping[str, MatrixPlan]) -> int:
-    """Bytes the output needs: every tensor in its stored dtype, one bit per pruned matrix entry, and small files."""
-    masks = sum(m.shape[0] * -(-m.shape[1] // 8) for m in matrices.values())
-    return sum(t.bytes for t in source.tensors.values()) + masks + 10_000_000
-
-
-def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
-    """Bytes of the block inputs of all samples."""
-    width: int = skeleton.model.config.get_text_config().hidden_size
-    return samples * length * width * skeleton.dtype.itemsize
-
-
-def _halted_bytes(skeleton: Skeleton, matrices: Mapping[str, MatrixPlan], tokens: int) -> int:
-    """Bytes that forward passes hold which halted within a block: the widest input; q, k, v before and after their rotation."""
-    width: int = skeleton.model.config.get_text_config().hidden_size
-    return tokens * (max(m.shape[1] for m in matrices.values()) + 8 * width) * skeleton.dtype.itemsize
-
-
-def predict_memory(
-    recipe: Recipe, skeleton: Skeleton, source: WeightSource, matrices: Mapping[str, MatrixPlan], samples: int, length: int, processes: int
-) -> tuple[int, int | None]:  # fmt: skip
-    """Peak private bytes of a process on the host and on the GPU (None: there is none), without the block inputs of all samples.
-
-    At work on a matrix there are: one block as stored, the next one read ahead, a copy in the compute dtype where that is another, the
-    statistics, and what the pruner needs for the largest matrix. Before that, embeddings and one micro-batch.
-    """
-    item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
-    stored = {name: source.tensors[where] for name, where in skeleton.stored.items()}
-    blocks = {b: skeleton.parameters_of(b) for b in skeleton.blocks}
-    block = max(sum(stored[n].bytes for n in names) for names in blocks.values())
-    kept_twice = on_gpu or any(stored[n].dtype != skeleton.dtype for names in blocks.values() for n in names)
-    compute = max(sum(stored[n].elements for n in names) for names in blocks.values()) * item if kept_twice else 0
-    outside = sum(stored[n].elements * item + stored[n].bytes * kept_twice for n in skeleton.outside_blocks())
-    elements = max(sum(stored[n].elements for n in names) for names in blocks.values())
-    originals = elements * item if needs_dense(recipe) else 0  # the dense block stays beside the one being pruned
-    work = compute + originals + _statistics_bytes(recipe, matrices)
-    batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
-    inner, width = max(m.shape[1] for m in matrices.values()), skeleton.model.config.get_text_config().hidden_size
-    passing = batch * (6 * inner + 8 * width) * item
-    # In float32: weights, masks, a run of AdamW (weights, gradients, two moments) and another at rest, which waits for the comparison of
-    # their rates; the weights as computed with; and what the backward pass goes back over.
-    tuning = elements * (9 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
-    work += max(_pruning_bytes(recipe, matrices), tuning)
-    if on_gpu:
-        return _INTERPRETER + max(3 * block, outside), max(work, outside, compute + passing)
-    return _INTERPRETER + max(2 * block + work, 3 * block + compute + passing, outside), None
-
-
-def _statistics_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
-    """All statistics of one block: as many distinct inputs as its matrices have input groups."""
-    needs, widths = needs_of(recipe), {name.rpartition(".")[2]: m.shape[1] for name, m in matrices.items()}
-    groups = sorted(widths.values(), reverse=True)[: max(1, -(-len(widths) * 4 // 7))]  # q, k, v and gate, up share theirs
-    squares = (Need.GRAM in needs) + (Need.CROSS in needs)
-    return sum(4 * c * c * squares if squares else SAMPLE_TOKENS * 4 * c for c in groups)
-
-
-def _pruning_bytes(recipe: Recipe, matrices: Mapping[str, MatrixPlan]) -> int:
-    """What a pruner and its steps hold of the largest matrix [R, C]: weight, score, mask, result; Gram solvers some [C, C] more."""
-    rows, columns = max((m.shape for m in matrices.values()), key=lambda shape: shape[0] * shape[1])
-    algorithms = [recipe.build_pruner(), *(step for _, step in recipe.build_steps())]
-    grams = max(a.gram_copies for a in algorithms) if Need.GRAM in needs_of(recipe) else 0
-    widest = max(m.shape[1] for m in matrices.values())
-    return 4 * (rows * columns * max(a.copies for a in algorithms) + widest**2 * grams)

@@ -17,8 +17,9 @@ from llmprune.matrix import Row, prune_matrix
 from llmprune.model.activations import BlockInputs, Store
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target, find_targets
+from llmprune.needs import needs_dense, needs_of
 from llmprune.observing import Observer
-from llmprune.plan import Plan, needs_dense, needs_of
+from llmprune.plan import Plan
 from llmprune.processes import Team, share_out
 from llmprune.recipe import Recipe
 from llmprune.stats import sample_positions

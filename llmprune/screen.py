@@ -73,11 +73,15 @@ class Terminal:
         ):
             table.add_row(*row)
         self.console.print(table)
-        if plan.memory > plan.available:
-            self.console.print(
-                f"THIS MAY NOT FIT: {gigabytes(plan.available)} of memory are free; use fewer --samples, another recipe, or more memory",
-                style="bold", soft_wrap=True,
-            )  # fmt: skip
+        for needed, remedy in (
+            (plan.memory, "use fewer --samples, another recipe, or more memory"),
+            (plan.scoring, "tasks need the whole model, texts (--perplexity) one block: leave tasks out, or use prune and score elsewhere"),
+        ):
+            if needed > plan.available:
+                self.console.print(
+                    f"THIS MAY NOT FIT: {gigabytes(plan.available)} of memory are free; {remedy}", style="bold", soft_wrap=True
+                )
+                break
         if calibration.source == "builtin" and model.label != "demo":
             self.console.print("calibration is Python's own library text; for an English model, --calibration c4 follows the papers")
         self.console.print()
@@ -105,9 +109,15 @@ class Terminal:
 
 
 def _memory(plan: Plan) -> str:
-    device = f", {gigabytes(plan.device_memory)} on the GPU" if plan.device_memory is not None else ""
+    def on_gpu(needed: int | None) -> str:
+        return f" ({gigabytes(needed)} on the GPU)" if needed is not None else ""
+
     where = "in RAM" if plan.offload == "ram" else "in a file beside the output"
-    return f"about {gigabytes(plan.memory)} at the peak of pruning{device}; {gigabytes(plan.available)} free; block inputs {where}"
+    scoring = f", {gigabytes(plan.scoring)} while scoring{on_gpu(plan.device_scoring)}" if plan.scoring else ""
+    return (
+        f"about {gigabytes(plan.memory)} at the peak of pruning{on_gpu(plan.device_memory)}{scoring}; {gigabytes(plan.available)} free; "
+        f"block inputs {where}"
+    )
 
 
 def print_matrices(console: Console, plan: Plan) -> None:
@@ -134,7 +144,9 @@ def print_result(console: Console, record: Mapping[str, Any], output: Path) -> N
     seconds = totals["seconds"]
     phases = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
     table.add_row("seconds", "", f"{seconds['total']:.1f}", phases)
-    table.add_row("peak memory", "", gigabytes(totals["peak_memory_bytes"]), "")
+    private = totals.get("peak_private_memory_bytes")
+    shared = f"{gigabytes(private)} while pruning, shared file pages left out" if private else ""
+    table.add_row("peak memory", "", gigabytes(totals["peak_memory_bytes"]), shared)
     table.add_row("output", "", str(output), "open report.html for every matrix")
     console.print()
     console.print(table)

@@ -1,5 +1,6 @@
 """Memory: where block inputs lie, what happens when it runs out, what is planned and measured."""
 
+import json
 import os
 import re
 
@@ -169,6 +170,22 @@ def test_the_plan_says_what_the_run_will_need(tiny_llama, calibration_tokens, ty
     assert re.search(r"disk +\d+\.\d MB in", out)
     assert re.search(r"model\.layers\.1\.mlp\.down_proj +64 x 96 +unstructured +0\.5 +uniform", out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_says_what_scoring_will_need(tiny_llama, typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("run", tiny_llama, "--samples", "4", "--seqlen", "32", "--perplexity", "builtin", "--limit", "2", "--dry-run")
+    planned = {}
+    for tasks in ((), ("--tasks", "demo_continuation")):
+        code, out, err = typed(*options, *tasks, "--json")
+        assert code == 0, err
+        planned[bool(tasks)] = json.loads(out)["scoring_memory_bytes"]
+    assert planned[True] > planned[False] > 0
+    monkeypatch.setattr(devices, "available_memory", lambda: (planned[True] + planned[False]) // 2)
+    code, out, _ = typed(*options, "--tasks", "demo_continuation")
+    assert code == 0
+    assert re.search(r"at the peak of pruning, \d+\.\d MB while scoring; ", out)
+    assert "THIS MAY NOT FIT" in out and "--perplexity" in out
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell private pages apart")

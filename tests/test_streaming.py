@@ -181,7 +181,7 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
     passes = {}
     for way, memory in (("halted", 0), ("again", 1 << 62)):
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "_halted_bytes", lambda *args, memory=memory: memory)
+            patch.setattr(plan, "halted_bytes", lambda *args, memory=memory: memory)
             llmprune.prune(folder, output=tmp_path / way, **options)
         passes[way] = len(calls)
         calls.clear()

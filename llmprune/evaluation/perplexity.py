@@ -20,7 +20,7 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
 from llmprune.processes import ALONE, Team
 
-_STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
+STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
 
 
 def windows(text: str, tokenizer: Any, length: int, limit: int | None, name: str) -> Tensor:
@@ -51,7 +51,7 @@ def perplexity(
 ) -> float:  # fmt: skip
     """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory; the processes share the windows."""
     width = skeleton.model.config.get_text_config().hidden_size * torch.empty(0, dtype=skeleton.dtype).element_size()
-    chunk = max(1, _STORE_BYTES // (rows.shape[1] * width))
+    chunk = max(1, STORE_BYTES // (rows.shape[1] * width))
     losses: list[float] = []
     with exact_matmul():
         for part in rows[team.share(len(rows))].split(chunk):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.calibration import default_length
 from llmprune.data import read_yaml, shipped, shipped_names
+from llmprune.device import free_cached_memory
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
 from llmprune.model.opening import whole
@@ -131,4 +132,5 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
         tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit))
         reporter.step()
+    free_cached_memory(model.skeleton.device)
     return Scores(values, tasks, time.monotonic() - started)
