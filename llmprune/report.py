@@ -72,6 +72,14 @@ def _steps_of(matrix: Record) -> str:
     return told
 
 
+def _legend(record: Record) -> str:
+    """What the numbers of the table of matrices are."""
+    error = "Relative error: of a matrix's outputs on calibration inputs, the squared change over the squared outputs of the dense matrix."
+    if any("tune" in m for m in record["matrices"]):
+        error += " In brackets: the same of the whole block's outputs on calibration rows held out from its tuning, before and after it."
+    return error
+
+
 def protocol_lines(record: Record) -> list[str]:
     """How the scores were measured, a line per protocol that differs."""
     versions, lines = record["environment"]["versions"], []
@@ -213,6 +221,7 @@ def html_report(record: Record) -> str:
         f"<p>{html.escape(HONEST)}</p>",
         "<h2>Matrices</h2>",
         f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{_plot(record["matrices"])}">',
+        f"<p>{_legend(record)}</p>",
         _table(("matrix", "shape", "pattern", "sparsity", "relative error", "steps"), matrices),
     ]
     return f"""<!doctype html>
