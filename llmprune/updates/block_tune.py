@@ -28,7 +28,7 @@ class BlockTune(BlockStep):
         """
 
         steps: int = 220
-        batch: int = 8
+        batch: int = 4
         rates: tuple[float, ...] = (3e-4, 1e-3)
         held_out: float = 0.125
 
