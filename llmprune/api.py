@@ -105,10 +105,7 @@ def prune(
     target = Path(output) if output is not None else default_output(opened, chosen, own)
     options = Options(target, overwrite, resume, restart, offload, trust_remote_code)
     if dry_run:
-        if evaluation is not None:
-            spec = evaluation
-            evaluation = team.in_turn(lambda: spec.prepare(opened))
-        planned_recipe, _, plan = planned(opened, chosen, calibration, options, team, reporter, evaluation)
+        planned_recipe, _, _, plan = planned(opened, chosen, calibration, options, team, reporter, evaluation)
         return DryRun(plan, planned_recipe, target)
     production = Production(opened, options, team, reporter)
     try:

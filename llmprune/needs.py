@@ -104,14 +104,13 @@ def predict_scoring(skeleton: Skeleton, source: WeightSource, texts: Iterable[tu
     logits of a batch of requests.
     """
     item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
-    config = skeleton.model.config.get_text_config()
-    width, vocabulary = config.hidden_size, config.vocab_size
+    vocabulary = skeleton.model.config.get_text_config().vocab_size
     stored = {name: source.tensors[where] for name, where in skeleton.stored.items()}
     block = max(sum(stored[n].bytes for n in skeleton.parameters_of(b)) for b in skeleton.blocks)
     outside = sum(stored[n].elements * item for n in skeleton.outside_blocks())
     host = compute = 0
     for windows, tokens in texts:
-        inputs = min(STORE_BYTES, windows * tokens * width * item)
+        inputs = min(STORE_BYTES, activation_bytes(skeleton, windows, tokens))
         logits = outside + vocabulary * (min(windows, micro_batch(tokens, skeleton.device)) * tokens * item + 2 * tokens * 4)
         host = max(host, 3 * block + inputs, (outside if on_gpu else logits) + inputs)
         compute = max(compute, 2 * block, logits)

@@ -83,11 +83,12 @@ class Options:
 def planned(
     model: Model, recipe: Recipe, calibration: Source | None, options: Options, team: Team, reporter: Reporter,
     evaluation: EvaluationSpec | None = None, known: Callable[[Recipe, CalibrationSet], Measured | None] = lambda recipe, rows: None,
-) -> tuple[Recipe, CalibrationSet, Plan]:  # fmt: skip
-    """The recipe with its calibration as it turned out, the calibration rows, and the plan.
+) -> tuple[Recipe, CalibrationSet, EvaluationSpec | None, Plan]:  # fmt: skip
+    """The recipe with its calibration as it turned out, the calibration rows, what will be scored, prepared, and the plan.
 
-    `evaluation`: what will be scored, prepared. `known`: what the allocator has measured for this recipe and these rows before, if it has.
+    `known`: what the allocator has measured for this recipe and these rows before, if it has.
     """
+    prepared = team.in_turn(lambda: evaluation.prepare(model)) if evaluation is not None else None
     rows = team.on_first(lambda: build_calibration(model, recipe, calibration, reporter))
     n, t = rows.tokens.shape
     if n < team.size:
@@ -104,12 +105,11 @@ def planned(
         losses=losses,
     )  # fmt: skip
     plan = dataclasses.replace(plan, seconds=seconds)
-    if evaluation is not None:
-        plan = with_scoring(
-            plan, model.skeleton, model.source, [(len(r), r.shape[1]) for r in evaluation.rows.values()], bool(evaluation.tasks)
-        )
+    if prepared is not None:
+        texts = [(len(r), r.shape[1]) for r in prepared.rows.values()]
+        plan = with_scoring(plan, model.skeleton, model.source, texts, bool(prepared.tasks))
     reporter.plan(model, resolved, plan, rows, options.output)
-    return resolved, rows, plan
+    return resolved, rows, prepared, plan
 
 
 def _measured(model: Model, recipe: Recipe, rows: CalibrationSet, options: Options, team: Team, reporter: Reporter) -> Measured:
@@ -167,10 +167,7 @@ class Production:
     ) -> Record:  # fmt: skip
         """Prune, save and, with `evaluation`, score dense and pruned; returns the record."""
         model, team, reporter = self.model, self.team, self.reporter
-        if evaluation is not None:
-            spec = evaluation
-            evaluation = team.in_turn(lambda: spec.prepare(model))
-        recipe, rows, plan = planned(model, recipe, calibration, self.options, team, reporter, evaluation, self._known)
+        recipe, rows, evaluation, plan = planned(model, recipe, calibration, self.options, team, reporter, evaluation, self._known)
         team.on_first(lambda: check_space(self.options.output, plan.disk))
         before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(recipe, plan.measures, plan.losses)
         record = team.on_first(lambda: self._made_before(before))

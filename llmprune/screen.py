@@ -73,15 +73,13 @@ class Terminal:
         ):
             table.add_row(*row)
         self.console.print(table)
-        for needed, remedy in (
-            (plan.memory, "use fewer --samples, another recipe, or more memory"),
-            (plan.scoring, "tasks need the whole model, texts (--perplexity) one block: leave tasks out, or use prune and score elsewhere"),
+        for work, needed, remedy in (
+            ("pruning", plan.memory, "use fewer --samples, another recipe, or more memory"),
+            ("scoring", plan.scoring, "tasks need the whole model, texts one block: leave tasks out, or use prune and score elsewhere"),
         ):
             if needed > plan.available:
-                self.console.print(
-                    f"THIS MAY NOT FIT: {gigabytes(plan.available)} of memory are free; {remedy}", style="bold", soft_wrap=True
-                )
-                break
+                told = f"THIS MAY NOT FIT: {work} needs about {gigabytes(needed)}, {gigabytes(plan.available)} of memory are free; {remedy}"
+                self.console.print(told, style="bold", soft_wrap=True)
         if calibration.source == "builtin" and model.label != "demo":
             self.console.print("calibration is Python's own library text; for an English model, --calibration c4 follows the papers")
         self.console.print()
@@ -144,9 +142,9 @@ def print_result(console: Console, record: Mapping[str, Any], output: Path) -> N
     seconds = totals["seconds"]
     phases = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
     table.add_row("seconds", "", f"{seconds['total']:.1f}", phases)
-    private = totals.get("peak_private_memory_bytes")
-    shared = f"{gigabytes(private)} while pruning, shared file pages left out" if private else ""
-    table.add_row("peak memory", "", gigabytes(totals["peak_memory_bytes"]), shared)
+    private = totals["peak_private_memory_bytes"]
+    pruning = f"{gigabytes(private)} while pruning, shared file pages left out" if private else ""
+    table.add_row("peak memory", "", gigabytes(totals["peak_memory_bytes"]), pruning)
     table.add_row("output", "", str(output), "open report.html for every matrix")
     console.print()
     console.print(table)

@@ -138,7 +138,7 @@ assert team.tell(team.rank) == 0 and any("gloo" in name for name in threads())
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     # One that does aborts a finished process now and then: `terminate called without an active exception`.
     (tmp_path / "leaving.py").write_text(LEAVING)
-    out = subprocess.run([*TORCHRUN, "2", tmp_path / "leaving.py"], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([*TORCHRUN, "2", tmp_path / "leaving.py"], check=True, capture_output=True, text=True, timeout=240).stdout
     assert out.count("left") == 2 and "gloo" not in out
 
 

@@ -46,11 +46,11 @@ def main():
         phases = {k: v for k, v in totals["seconds"].items() if k != "total"}
         print("  " + ", ".join(f"{k} {v:.1f} s ({v / totals['seconds']['total']:.0%})" for k, v in phases.items()), flush=True)
         text = ("--perplexity", "builtin", "--eval-seqlen", "512", "--limit", "16")
-        planned, _ = program("run", *options, *text, "--overwrite", "--restart", "--dry-run")
+        scoring, _ = program("run", *options, *text, "--dry-run")
         scores, seconds = program("eval", output, *text)
         print(
             f"  perplexity of 16 windows of 512: {seconds:.0f} s; peak {scores['peak_private_memory_bytes'] / 1e9:.2f} GB private, "
-            f"{scores['peak_memory_bytes'] / 1e9:.2f} GB with file pages; planned {planned['scoring_memory_bytes'] / 1e9:.2f} GB",
+            f"{scores['peak_memory_bytes'] / 1e9:.2f} GB with file pages; planned {scoring['scoring_memory_bytes'] / 1e9:.2f} GB",
             flush=True,
         )
         if not arguments.keep:
