@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# Read by torch when it first allocates: large tensors in huge pages, which the system hands out many times faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from llmprune.machine.threads import settle
+
+# Both are read by torch when it is imported, so they are set now, and only where the user has not chosen.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages, which the system hands out many times faster
+settle(os.environ)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "inspect", "load", "prune", "push", "run_model"]

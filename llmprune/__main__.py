@@ -1,6 +1,24 @@
-"""`python -m llmprune` is the same program as `llmprune`."""
+"""The program: `llmprune`, and `python -m llmprune`. Signals are watched before anything that takes time is imported."""
 
-from llmprune.cli import main
+from llmprune import ending
+
+
+def main() -> None:
+    """Run the command line; its errors and interrupts end in one line and an exit code."""
+    with ending.INTERRUPTS.watched():
+        ending.guarded(_run, debug=True)
+
+
+def _run() -> None:
+    from llmprune.cli import app
+
+    try:
+        app()
+    except SystemExit:
+        if ending.INTERRUPTS.came and not ending.INTERRUPTS.told:  # the command line library ends on it without a word
+            raise KeyboardInterrupt from None
+        raise
+
 
 if __name__ == "__main__":
     main()

@@ -306,7 +306,3 @@ def _print_lists(console: Console, found: dict[str, dict[str, dict[str, Any]]]) 
             options = ", ".join(f"{k}={v}" for k, v in entry.get("options", {}).items())
             console.print(f"  {name:<14} {entry['summary']}" + (f"  ({options})" if options else ""), soft_wrap=True)
 
-
-def main() -> None:
-    """The program."""
-    app()

@@ -6,10 +6,56 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import typer
+_AGAIN = 2.0  # seconds in which a repeated signal is the first one still: process managers send several
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FAILURES = (ValueError, RuntimeError, OSError, MemoryError, LookupError)
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt and remembers that one came.
+
+    A library that is being imported may turn the KeyboardInterrupt into an error of its own, or lose it.
+    """
+
+    def __init__(self) -> None:
+        self.came = self.told = False
+        self._last = 0.0
+        self._watching = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch for the two signals inside the `with`; afterwards they do what they did before."""
+        if self._watching:  # the program's start watches already
+            yield
+            return
+        self.came, self.told, self._last = False, False, 0.0
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        # A shell starts background jobs with SIGINT ignored: that stays.
+        mine = [n for n in _SIGNALS if n == signal.SIGTERM or before[n] is not signal.SIG_IGN]
+        for number in mine:
+            signal.signal(number, self._interrupt)
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+            for number in mine:
+                signal.signal(number, before[number])
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        repeated, self._last = self.came and now - self._last < _AGAIN, now
+        self.came = True
+        if not repeated:  # the way out is under way
+            raise KeyboardInterrupt
+
+
+INTERRUPTS = Interrupts()  # signal handlers belong to the process, and so does what they saw
 
 
 def follows() -> bool:
@@ -19,26 +65,28 @@ def follows() -> bool:
 
 def guarded(work: Callable[[], Any], debug: bool) -> None:
     """Run a command; a failure becomes one line on stderr (a traceback with `debug`) and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        work()
-    except KeyboardInterrupt as interrupt:
-        if _speaks():
-            print(f"llmprune: interrupted; {_next_step(interrupt)}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError, MemoryError, LookupError) as error:
-        if debug:
-            raise
-        if _speaks():
-            line = " ".join(str(error).split()) or type(error).__name__
-            kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
-            print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    with INTERRUPTS.watched():
+        try:
+            work()
+        except KeyboardInterrupt as interrupt:
+            _end_interrupted(interrupt)
+        except Exception as error:
+            if INTERRUPTS.came:
+                _end_interrupted(error)
+            if debug or not isinstance(error, _FAILURES):
+                raise
+            if _speaks():
+                line = " ".join(str(error).split()) or type(error).__name__
+                kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
+                print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
-def _terminated(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the way out is under way
-    raise KeyboardInterrupt
+def _end_interrupted(error: BaseException) -> None:
+    INTERRUPTS.told = True
+    if _speaks():
+        print(f"llmprune: interrupted; {_next_step(error)}", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def _next_step(error: BaseException) -> str:
@@ -47,6 +95,8 @@ def _next_step(error: BaseException) -> str:
     if kept is None:
         own = str(error) if isinstance(error, KeyboardInterrupt) else ""
         return own or "nothing was changed in the output folder, run the same command again"
+    if isinstance(error, ValueError) and not INTERRUPTS.came:  # the same command would end the same way
+        return str(kept)
     if "WORLD_SIZE" in os.environ:
         return f"{kept}; continue with the same command and --resume"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]

@@ -39,6 +39,7 @@ os.environ.update(ENVIRONMENT, HF_HOME=str(_HOME / "hf"), LLMPRUNE_CACHE=str(_HO
 for _name in UNSET:
     os.environ.pop(_name, None)
 
+import llmprune  # noqa: E402, F401  before torch: threads that wait then sleep
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -168,13 +169,13 @@ def cli(tmp_path):
 @pytest.fixture
 def typed(monkeypatch, capfd):
     """The program in this process: (exit code, stdout, stderr)."""
-    from llmprune import cli
+    from llmprune.__main__ import main
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         out, err = capfd.readouterr()
         return ended.value.code or 0, out, err
 

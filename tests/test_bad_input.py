@@ -19,7 +19,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import cli as program
+from llmprune import __main__ as program
+from llmprune import cli
 from llmprune import hub, recipe, run, text
 from llmprune.checkpoint import writer
 from llmprune.checkpoint.reader import fingerprint
@@ -942,7 +943,7 @@ def test_the_program_survives_failures_of_any_kind(typed, monkeypatch, error):
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    monkeypatch.setattr(program, "_debug", False)
+    monkeypatch.setattr(cli, "_debug", False)
     monkeypatch.setattr(sys, "argv", ["llmprune", "--debug", "inspect", "demoo"])
     with pytest.raises(ValueError, match="demoo"):
         program.main()

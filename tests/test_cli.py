@@ -540,3 +540,26 @@ def wait_for(condition, seconds):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers", "llmprune.pipeline"])
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_still_an_interrupt(tmp_path, module):
+    """SIGTERM in the middle of an import, which ends in another error, as lazy imports make of it."""
+    code = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise ValueError("cannot use the config")
+sys.argv = ["llmprune", "prune", "demo", "--samples", "1", "--seqlen", "16", "--output", "out"]
+from llmprune.__main__ import main
+sys.meta_path.insert(0, Finder())
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, list(tmp_path.iterdir())) == (130, []), done.stderr
+    assert done.stderr == "llmprune: interrupted; nothing was changed in the output folder, run the same command again\n"
