@@ -15,6 +15,7 @@ from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune.calibration import mixture
 from llmprune.checkpoint.reader import Checkpoint, read_json
+from llmprune.checkpoint.replacement import check_output, input_files
 from llmprune.data import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
@@ -26,6 +27,7 @@ from llmprune.pipeline import Options, Production, Reporter, Silent, Source, pla
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.record import environment
+from llmprune.text import file_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,8 +105,10 @@ def prune(
         chosen = team.on_first(lambda: choice.choose(overrides, opened, calibration, limit, team.size))
     own = recipes.load(recipe or chosen.name)
     target = Path(output) if output is not None else default_output(opened, chosen, own)
-    options = Options(target, overwrite, resume, restart, offload, trust_remote_code)
+    inputs = _inputs(opened, recipe, chosen, evaluation)
+    options = Options(target, inputs, overwrite, resume, restart, offload, trust_remote_code)
     if dry_run:
+        check_output(target, overwrite or resume, inputs)
         planned_recipe, _, _, plan = planned(opened, chosen, calibration, options, team, reporter, evaluation)
         return DryRun(plan, planned_recipe, target)
     production = Production(opened, options, team, reporter)
@@ -115,6 +119,18 @@ def prune(
         raise
     production.close(None)
     return Result(target, record)
+
+
+def _inputs(
+    model: Model, recipe: str | None, chosen: Recipe, evaluation: EvaluationSpec | None
+) -> dict[str, Path]:
+    """The files and folders that a run reads, by their name in words: its output may not take their place."""
+    named: list[tuple[str, object]] = [("the model", model.folder)]
+    if recipe is not None and recipe.endswith((".yaml", ".yml")):
+        named.append(("the recipe", recipe))
+    parts = mixture.plain_sources(chosen.calibration.source)
+    named += [("the calibration file", file_path(part)) for part in parts if mixture.is_file(part)]
+    return input_files([*named, *(evaluation.inputs if evaluation else ())])
 
 
 def _overrides(calibration: Source | None, settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:

@@ -38,3 +38,8 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

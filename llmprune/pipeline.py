@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ from llmprune.calibration.mixture import plain_sources
 from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
-from llmprune.checkpoint.writer import RECORD, CheckpointWriter, check_space
+from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.measuring import measure
@@ -70,9 +71,13 @@ class Silent:
 
 @dataclass(frozen=True)
 class Options:
-    """Where a run writes and how; nothing here changes a mask."""
+    """Where a run writes and how; nothing here changes a mask.
+
+    `inputs`: the files and folders the run reads, by their name in words: the output may not take their place.
+    """
 
     output: Path
+    inputs: Mapping[str, Path] = field(default_factory=dict)
     overwrite: bool = False
     resume: bool = False
     restart: bool = False
@@ -159,8 +164,10 @@ class Production:
         team.on_first(self._open)
 
     def _open(self) -> None:
-        o, source = self.options, self.model.located.folder if self.model.located else None
-        self.writer = CheckpointWriter(o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, source=source)
+        o = self.options
+        self.writer = CheckpointWriter(
+            o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, inputs=o.inputs
+        )
 
     def make(
         self, recipe: Recipe, calibration: Source | None, evaluation: EvaluationSpec | None, reopen: Callable[[Path], Model]
@@ -293,7 +300,7 @@ class Production:
             _save_companions(model, writer.folder)
         writer.index()
         clock.lap("write")
-        record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer.folder)
+        record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer.folder) | {"files": writer.files}
         report.write(writer.folder, record)
         writer.finish()
         return record

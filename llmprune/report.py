@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from llmprune.calibration.mixture import is_file, plain_sources
+from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.record import calibrated_on
 
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 
 def write(folder: Path, record: Record) -> None:
     """Write record, model card and report into a folder, each whole or not at all."""
-    texts = {"README.md": model_card(record), "report.html": html_report(record), "llmprune.json": json.dumps(record, indent=1) + "\n"}
+    texts = {CARD: model_card(record), REPORT: html_report(record), RECORD: json.dumps(record, indent=1) + "\n"}
     for name, text in texts.items():
         write_durably(folder / name, [text.encode()])
 

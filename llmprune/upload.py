@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune import __version__
-from llmprune.checkpoint.reader import INDEX, Checkpoint, read_json
-from llmprune.checkpoint.writer import COMPANIONS
+from llmprune.checkpoint.contents import CARD, INDEX, MASKS, RECORD, REPORT, is_companion
+from llmprune.checkpoint.reader import Checkpoint, read_json
 from llmprune.hub import offline, one_line, retrying, status_of
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from llmprune.pipeline import Reporter
 
-RECORD, CARD = "llmprune.json", "README.md"
-_MADE = (RECORD, CARD, INDEX, "masks.safetensors", "report.html")
+_MADE = (RECORD, CARD, INDEX, MASKS, REPORT)
 
 
 def check_destination(repository: str, token: str | None) -> str:
@@ -50,8 +49,8 @@ def belonging_files(folder: Path) -> list[str]:
     for name in (INDEX, "config.json", RECORD):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, so it is no finished output folder; push takes one that llmprune run or prune wrote")
-    patterns = [*COMPANIONS, *(["*.py"] if "auto_map" in read_json(folder / "config.json") else [])]
-    companions = {p.name for p in folder.iterdir() if any(p.match(pattern) for pattern in patterns)}
+    code = "auto_map" in read_json(folder / "config.json")
+    companions = {p.name for p in folder.iterdir() if is_companion(p.name, code)}
     names = Checkpoint(folder).files | companions | set(_MADE)
     return sorted(name for name in names if (folder / name).is_file())
 

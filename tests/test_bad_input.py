@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from outputs import old_output
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -623,6 +624,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(refused, llama_copy):
 
 @pytest.fixture
 def occupied(work):
+    """A folder with what is not ours."""
     folder = work / "out"
     (folder / "below").mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
@@ -630,9 +632,116 @@ def occupied(work):
     return folder
 
 
-def test_an_output_folder_that_is_not_empty_is_refused(refused, occupied, monkeypatch):
+@pytest.fixture
+def old(work):
+    """The output of an earlier run."""
+    return old_output(work / "out")
+
+
+def test_an_output_folder_that_is_not_empty_is_refused(refused, old, monkeypatch):
     monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
     refused(r"output folder out is not empty.*--output.*--overwrite")
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"restart": True}, {"resume": True}, {"overwrite": True, "resume": True}])
+def test_a_folder_with_anything_else_is_refused_whatever_the_flags(refused, occupied, monkeypatch, flags):
+    monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
+    refused(r"output folder out holds 'below' and 1 more, which llmprune has not written.*choose another --output", **flags)
+    refused(r"output folder out holds 'below' and 1 more", dry_run=True, **flags)
+
+
+@pytest.mark.parametrize("made", ["dense model", "record of something else", "more beside it", "a folder beside it", "an unlisted file"])
+def test_what_only_resembles_an_output_is_refused(refused, tiny_llama, old, made):
+    if made == "dense model":
+        shutil.rmtree(old)
+        shutil.copytree(tiny_llama, old)
+    elif made == "record of something else":
+        (old / "llmprune.json").write_text('{"theme": "dark"}')
+    elif made == "more beside it":
+        (old / "notes.md").write_text("mine")
+    elif made == "a folder beside it":
+        (old / "tokenizer_data").mkdir()
+    else:
+        (old / "tokenizer.model").write_text("not listed in the record")
+    refused(r"output folder out holds '.*which llmprune has not written", overwrite=True)
+
+
+def test_a_link_to_a_folder_is_looked_through(refused, tiny_llama, calibration_tokens, occupied, work, tmp_path):
+    (work / "link").symlink_to(occupied, target_is_directory=True)
+    refused(r"output folder link holds 'below'", output="link", overwrite=True)
+    home = tmp_path / "elsewhere"
+    (work / "other").symlink_to(old_output(home), target_is_directory=True)
+    llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="other", overwrite=True)
+    assert (work / "other").is_symlink() and (home / "model.safetensors.index.json").is_file()
+
+
+def never(tmp_path, work, source):
+    """Folders that no output may take, and what the refusal names."""
+    (tmp_path / "link").symlink_to(source.parent, target_is_directory=True)
+    return {
+        "the model": (source, "holds the model"),
+        "above the model": (source.parent, "holds the model"),
+        "above it, through a link": (tmp_path / "link", "holds the model"),
+        "in the model": (source / "pruned", "lies in the folder of the model"),
+        "root": ("/", "is the root"),
+        "home": (Path.home(), "(holds a home folder|is a folder of the system)"),
+        "current": (".", "holds the working directory"),
+        "above the current": (tmp_path / "work", "holds the working directory"),
+        "system": ("/usr", "is a folder of the system"),
+        "below a system folder": ("/etc/llmprune-output", "is a folder of the system"),
+        "home folders": ("/home", "(is a folder of the system|holds)"),
+        "mount point": ("/dev/shm", "(is a folder of the system|mount point)"),
+    }
+
+
+def test_some_folders_are_never_an_output(tiny_llama, calibration_tokens, work, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "models" / "source"))
+    (work / "below").mkdir()
+    monkeypatch.chdir(work / "below")
+    before = contents(tmp_path)
+    for what, (folder, said) in never(tmp_path, work, source).items():
+        for flags in ({}, {"overwrite": True}, {"resume": True}, {"restart": True}):
+            with pytest.raises(ValueError, match=rf"output folder .*{said}.*never replaced; choose another") as raised:
+                llmprune.prune(source, calibration=calibration_tokens, output=folder, **flags)
+            assert one_line(raised.value), what
+    (tmp_path / "link").unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "options"),
+    [
+        ("the recipe", "recipe.yaml", {"recipe": "FILE"}),
+        ("the calibration file", "text.txt", {"calibration": "FILE"}),
+        ("the calibration file", "tokens.safetensors", {"calibration": "builtin=0.5+FILE=0.5"}),
+        ("the calibration file", "calibrated.yaml", {"recipe": "elsewhere.yaml"}),
+        ("the perplexity text", "text.txt", {"perplexity": ["FILE"]}),
+        ("the suite", "suite.yaml", {"suite": "FILE"}),
+        ("the tasks", "tasks", {"include_tasks": "FILE", "perplexity": ["builtin"]}),
+        ("the task data", "tasks", {"task_data": "FILE", "perplexity": ["builtin"]}),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_that_holds_an_input_is_never_replaced(tiny_llama, work, what, name, options, linked):
+    folder = old_output(work / "out")
+    texts = {"recipe.yaml": "pruner: magnitude", "suite.yaml": "perplexity: [builtin]", "calibrated.yaml": ""}
+    place = work / name if linked else folder / name
+    if name == "tasks":
+        place.mkdir()
+    elif name == "tokens.safetensors":
+        save_file({"tokens": torch.zeros(4, 16, dtype=torch.int64)}, place)
+    else:
+        place.write_text(texts.get(name, "words and words " * 500))
+    if linked:  # the input lies elsewhere, and the link to it would be lost
+        (folder / name).symlink_to(place)
+    if name == "calibrated.yaml":
+        (work / "elsewhere.yaml").write_text(f"pruner: magnitude\ncalibration: {{source: '{folder / 'text.txt'}'}}\n")
+        (folder / "text.txt").write_text("words")
+    said = json.dumps(options).replace("FILE", str(folder / name))
+    before = contents(work)
+    with pytest.raises(ValueError, match=rf"output folder .* holds {what}, which is never replaced"):
+        llmprune.run_model(tiny_llama, output=folder, overwrite=True, limit=2, **json.loads(said))
+    assert contents(work) == before
 
 
 def test_an_empty_output_folder_is_used(tiny_llama, calibration_tokens, work):
@@ -641,10 +750,12 @@ def test_an_empty_output_folder_is_used(tiny_llama, calibration_tokens, work):
     assert (work / "out" / "llmprune.json").is_file()
 
 
-def test_overwrite_replaces_the_whole_folder(tiny_llama, calibration_tokens, occupied, work):
+def test_overwrite_replaces_the_whole_folder(tiny_llama, calibration_tokens, old, work):
+    (old / "README.md.tmp").write_text("of a run that was killed")
+    (old / "config.json").write_text("{}")
     llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
-    assert (occupied / "llmprune.json").is_file()
-    assert not (occupied / "thesis.txt").exists()
+    record = json.loads((old / "llmprune.json").read_text())
+    assert record["files"] == sorted(p.name for p in old.iterdir())
     assert [p.name for p in work.iterdir()] == ["out"]
 
 
@@ -664,13 +775,8 @@ def test_an_output_below_a_file_is_refused_before_work(refused, work, monkeypatc
 def test_the_source_is_never_overwritten(refused, tiny_llama, tmp_path, above):
     source = Path(shutil.copytree(tiny_llama, tmp_path / "models" / "source"))
     before = contents(source)
-    refused(r"source", source, output=source.parent if above else source, overwrite=True)
+    refused(r"holds the model", source, output=source.parent if above else source, overwrite=True)
     assert contents(source) == before
-
-
-def test_the_current_directory_is_an_output(tiny_llama, calibration_tokens, work):
-    llmprune.prune(tiny_llama.resolve(), calibration=calibration_tokens, recipe="magnitude", output=".")
-    assert (work / "llmprune.json").is_file()
 
 
 def test_an_output_that_is_a_link_is_written_through(tiny_llama, calibration_tokens, work, tmp_path):
@@ -684,7 +790,7 @@ def test_an_output_that_is_a_link_is_written_through(tiny_llama, calibration_tok
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("where", ["second matrix", "first masks"])
 def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(
-    tiny_llama, calibration_tokens, occupied, work, monkeypatch, where, failure
+    tiny_llama, calibration_tokens, old, work, monkeypatch, where, failure
 ):
     from llmprune.checkpoint.masks import MaskFile
 
@@ -704,11 +810,11 @@ def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(
     assert contents(work) == before
 
 
-def test_the_old_output_stands_until_the_new_one_is_whole(tiny_llama, calibration_tokens, occupied, monkeypatch):
+def test_the_old_output_stands_until_the_new_one_is_whole(tiny_llama, calibration_tokens, old, monkeypatch):
     real, seen = writer.CheckpointWriter.finish, []
 
     def finish(self):
-        seen.append((self.folder / INDEX).is_file() and (self.folder / "llmprune.json").is_file() and (occupied / "thesis.txt").is_file())
+        seen.append((self.folder / INDEX).is_file() and (self.folder / "llmprune.json").is_file() and (old / "README.md").read_text() == "years of work")
         real(self)
 
     monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)
@@ -716,7 +822,7 @@ def test_the_old_output_stands_until_the_new_one_is_whole(tiny_llama, calibratio
     assert seen == [True]
 
 
-def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(tiny_llama, calibration_tokens, occupied, monkeypatch):
+def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(tiny_llama, calibration_tokens, old, monkeypatch):
     real = os.replace
 
     def replace(source, target):
@@ -725,16 +831,48 @@ def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(tiny_
         real(source, target)
 
     monkeypatch.setattr(writer.os, "replace", replace)
-    before = contents(occupied)
+    before = contents(old)
     with pytest.raises(RuntimeError, match=r"cannot be moved to .*Input/output.*it lies whole in"):
         llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
-    assert contents(occupied) == before
-    assert llmprune.inspect(occupied.with_name(".out.partial"))["record_agrees"] is True, "the finished work is not thrown away"
+    assert contents(old) == before
+    assert llmprune.inspect(old.with_name(".out.partial"))["record_agrees"] is True, "the finished work is not thrown away"
+
+
+def test_what_is_put_into_the_output_during_the_run_is_not_replaced(tiny_llama, calibration_tokens, old, monkeypatch):
+    real = writer.CheckpointWriter.finish
+
+    def finish(self):
+        (old / "thesis.txt").write_text("written meanwhile")
+        real(self)
+
+    monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)
+    with pytest.raises(RuntimeError, match=r"cannot be moved to .*holds 'thesis.txt'.*it lies whole in"):
+        llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
+    assert (old / "thesis.txt").read_text() == "written meanwhile" and (old / "README.md").read_text() == "years of work"
+    assert llmprune.inspect(old.with_name(".out.partial"))["record_agrees"] is True
+
+
+@pytest.mark.parametrize("flags", [{}, {"restart": True}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def test_folders_beside_the_output_are_not_thrown_away_either(refused, work, name, flags):
+    (work / name).mkdir()
+    (work / name / "thesis.txt").write_text("years of work")
+    refused(rf"{name} holds 'thesis.txt', which llmprune has not written", **flags)
+    shutil.rmtree(work / name)
+    (work / "notes").mkdir()
+    (work / name).symlink_to(work / "notes", target_is_directory=True)
+    refused(rf"{name} is no folder of llmprune's", **flags)
+
+
+def test_a_file_in_place_of_the_lock_is_not_emptied(refused, work):
+    (work / ".out.lock").write_text("years of work")
+    refused(r"\.out\.lock is no lock of llmprune.*move it away")
 
 
 def test_a_partial_folder_of_a_killed_run_is_replaced(tiny_llama, calibration_tokens, work):
     (work / ".out.partial").mkdir()
-    (work / ".out.partial" / "model-00001-of-00003.safetensors").write_bytes(b"half")
+    (work / ".out.partial" / "journal.jsonl").write_text('{"identity": {}}\n')
+    (work / ".out.partial" / "model-00001-of-00003.safetensors.tmp").write_bytes(b"half")
     llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out")
     assert [p.name for p in work.iterdir()] == ["out"]
 
@@ -742,7 +880,7 @@ def test_a_partial_folder_of_a_killed_run_is_replaced(tiny_llama, calibration_to
 def test_a_full_disk_is_noticed_before_work(refused, monkeypatch):
     monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    refused(r"the output needs 0\.\d\d GB and .* has 0\.00 GB free; make room or choose another --output")
+    refused(r"the output needs \d+\.\d MB and .* has 0\.0 MB free; make room or choose another --output")
 
 
 # Calibration
@@ -970,11 +1108,10 @@ def test_no_network_ends_the_program_in_one_line_soon(cli, tiny_llama, tmp_path)
 
 
 def test_an_occupied_output_ends_the_program_in_one_line(cli, tiny_llama, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    before = contents(old_output(tmp_path / "out"))
     done = cli("run", tiny_llama, "--output", "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
         "llmprune: output folder out is not empty; choose another with --output or replace it with --overwrite"
     ]
-    assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
+    assert contents(tmp_path / "out") == before

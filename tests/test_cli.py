@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outputs import contents, old_output
 from safetensors.torch import load_file, safe_open
 
 import llmprune
@@ -515,8 +516,7 @@ def test_run_demo_works_out_of_the_box(cli, tmp_path):
 def test_ctrl_c_ends_with_130_one_line_and_no_partial_folder(tiny_llama, tmp_path):
     # Many rows: the blocks take long enough to be interrupted.
     options = ("--samples", 2000, "--seqlen", 64, "--pruner", "sparsegpt", "--output", "out", "--overwrite")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
+    before = contents(old_output(tmp_path / "out"))
     command = [sys.executable, "-m", "llmprune", "prune", tiny_llama, *options]
     with subprocess.Popen(
         list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -532,7 +532,7 @@ def test_ctrl_c_ends_with_130_one_line_and_no_partial_folder(tiny_llama, tmp_pat
     assert len(err.splitlines()) == 1, err
     assert "interrupted" in err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "old.txt").read_text() == "old"
+    assert contents(tmp_path / "out") == before
 
 
 def wait_for(condition, seconds):

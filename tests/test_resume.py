@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outputs import contents
+from outputs import contents, old_output
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -72,8 +72,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_with_the_same_bytes(start, unfi
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("where", ["record", "masks", "last shard"])
 def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(start, tmp_path, monkeypatch, where, failure):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    old = contents(old_output(tmp_path / "out"))
     place = {"record": (report, "write_durably"), "masks": (MaskFile, "write"), "last shard": (files, "save_tensors")}[where]
     real, calls = getattr(*place), []
 
@@ -90,7 +89,7 @@ def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(start, tmp_path
         with pytest.raises(type(failure)) as raised:
             start(overwrite=True)
     assert re.fullmatch(r"[234] of 4 blocks are finished and kept", raised.value.kept)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert contents(tmp_path / "out") == old
     start(overwrite=True, resume=True)
     assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -133,6 +132,33 @@ def test_another_run_does_not_continue_it(start, unfinished, make_llama, tmp_pat
         start(resume=True, **change(make_llama))
     assert sorted(p.name for p in (tmp_path / ".out.partial").iterdir()) == before
     start(resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"--sparsity": 0.5}, {"--recipe": "wanda"}, {"--seed": 3}, {"--dtype": "bfloat16"}, {"--calibration": "builtin"}, "damage"]
+)
+def test_a_refused_resume_does_not_offer_itself(unfinished, make_llama, calibration_tokens, tmp_path, typed, monkeypatch, change):
+    unfinished()
+    monkeypatch.chdir(tmp_path)
+    save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
+    options = {"--recipe": "dsnot", "--sparsity": 0.6, "--calibration": "tokens.safetensors", "--output": "out"}
+    if change == "damage":
+        shard = tmp_path / ".out.partial" / "model-00001-of-00005.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        change = {}
+    code, _, err = typed("prune", make_llama(layers=4), *(x for pair in {**options, **change}.items() for x in pair), "--resume")
+    assert code == 1 and len(err.splitlines()) == 1, err
+    assert "continue with" not in err and re.search(r"--restart$", err.strip()), err
+
+
+def test_a_restart_that_cannot_begin_throws_nothing_away(start, unfinished, tmp_path):
+    unfinished()
+    before = contents(tmp_path / ".out.partial")
+    with pytest.raises(ValueError, match="got samples 16"):
+        start(restart=True, samples=16)
+    assert contents(tmp_path / ".out.partial") == before
+    (tmp_path / ".out.partial" / "journal.jsonl").write_bytes(b"\0damaged\n")
+    start(restart=True)
 
 
 def test_other_software_does_not_continue_it(start, unfinished, monkeypatch):

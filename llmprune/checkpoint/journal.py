@@ -13,12 +13,15 @@ Identity = dict[str, Any]  # part of the run -> what must be the same for its re
 
 
 class Journal:
-    """Lines of a file: the identity first, then entries. A line torn by a crash was never finished and is cut off."""
+    """Lines of a file: the identity first, then entries. A line torn by a crash was never finished and is cut off.
 
-    def __init__(self, path: Path) -> None:
+    `anew`: what the file holds is not read, since `begin` will replace it.
+    """
+
+    def __init__(self, path: Path, anew: bool = False) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() and not anew else b""
         try:
             lines = [json.loads(line) for line in whole.split(b"\n") if line]
             self.identity: Identity | None = lines[0]["identity"] if lines else None

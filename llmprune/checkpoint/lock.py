@@ -32,6 +32,11 @@ class Lock:
             if path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
                 break
             self._file.close()  # the holder before us removed the file between our opening and our locking it
+        self._file.seek(0)
+        # Torn by a crash it may be, but not something else.
+        if (note := self._file.read(1000).strip("\0")) and not note.startswith('{"pid"'):
+            self._file.close()
+            raise ValueError(f"{path} is no lock of llmprune and would have to be replaced; move it away, or choose another --output")
         self._file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file)
         self._file.flush()

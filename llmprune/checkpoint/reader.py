@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.contents import INDEX, SINGLE
 from llmprune.checkpoint.files import DTYPES, Entry, raw, read_header, read_tensor
 from llmprune.counts import all_finite
 from llmprune.data import shown
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -12,19 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.checkpoint import replacement
+from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MASKS, RECORD, REPORT, is_companion, shard_name
 from llmprune.checkpoint.files import read_header, save_tensors, sha256_of, sync_folder, write_durably
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
-from llmprune.checkpoint.reader import INDEX, WeightSource
-
-# What a loader or a reader of the licence needs; anything else in the source folder is not ours to publish.
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-RECORD = "llmprune.json"
-_JOURNAL = "journal.jsonl"
+from llmprune.checkpoint.reader import WeightSource
+from llmprune.data import size_text
 
 
 class CheckpointWriter:
@@ -41,39 +36,61 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, output: Path, *, overwrite: bool = False, resume: bool = False, restart: bool = False, source: Path | None = None
+        self,
+        output: Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        restart: bool = False,
+        inputs: Mapping[str, Path] | None = None,
     ) -> None:
         if resume and restart:
             raise ValueError("resume continues an unfinished run and restart throws it away; give one of the two")
         self._given, self.overwrite = output, overwrite
-        self.output = output.resolve()  # through links, and "." gets a name
-        self.folder = self.output.with_name(f".{self.output.name}.partial")
+        self.output = output.resolve()  # through links
         whole = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
-        check_output(output, overwrite or whole, source)
+        replacement.check_output(output, overwrite or whole, inputs or {})
+        self.folder = self.output.with_name(f".{self.output.name}.partial")
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
         try:
-            self.journal = Journal(self.folder / _JOURNAL)
-            if self.journal.blocks and not resume and not restart:
-                raise ValueError(
-                    f"an unfinished run into {self._given} holds {len(self.journal.blocks)} finished blocks; "
-                    "continue it with --resume or throw it away with --restart"
-                )
-            if not resume:
-                self._clear()
+            self.journal = self._unfinished(resume, restart)
+            self.reopened = whole and not self.journal.blocks
+            if whole and not self.reopened:  # it ends with replacing what stands there
+                replacement.check_output(output, overwrite, inputs or {})
         except BaseException:
             self._lock.release()
             raise
-        self.reopened = whole and not self.journal.blocks
         if self.reopened:
-            self.journal = Journal(self.output / _JOURNAL)
+            self.journal = Journal(self.output / JOURNAL)
         self._behind = ThreadPoolExecutor(1, "write-behind")
         self._pending: Future[None] | None = None
         self._masks: MaskFile | None = None
+        self._begun = False
+
+    def _unfinished(self, resume: bool, restart: bool) -> Journal:
+        """The journal of what an earlier run left here, to go on with; an empty one where nothing is gone on with."""
+        for folder in (self.folder, self._replaced):
+            if os.path.lexists(folder):
+                replacement.check_ours(folder, str(folder))
+        if restart:  # thrown away when the new run begins, not before it is known to be possible
+            return Journal(self.folder / JOURNAL, anew=True)
+        journal = Journal(self.folder / JOURNAL)
+        if journal.blocks and not resume:
+            raise ValueError(
+                f"an unfinished run into {self._given} holds {len(journal.blocks)} finished blocks; "
+                "continue it with --resume or throw it away with --restart"
+            )
+        return journal if resume else Journal(self.folder / JOURNAL, anew=True)
+
+    @property
+    def _replaced(self) -> Path:
+        """Where what stood in the output waits until the new one is in place."""
+        return self.output.with_name(f".{self.output.name}.replaced")
 
     def _clear(self) -> None:
         if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.journal = Journal(self.folder / _JOURNAL)
+            _remove(self.folder)
+        self.journal = Journal(self.folder / JOURNAL, anew=True)
 
     def begin(self, identity: Identity, shards: int, masks: Mapping[str, tuple[int, int]]) -> None:
         """Start writing, or go on where the run with this identity stopped. `masks`: weight name -> (R, C).
@@ -83,9 +100,10 @@ class CheckpointWriter:
         """
         self.shards = shards
         if self.reopened:  # what stands there is another run, and may be replaced
-            self.reopened, self.journal = False, Journal(self.folder / _JOURNAL)
+            self.reopened, self.journal = False, Journal(self.folder / JOURNAL)
         if not self.journal.blocks and self.journal.identity != json.loads(json.dumps(identity)):
             self._clear()
+            self._begun = True
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             self.journal.begin(identity)
@@ -94,7 +112,8 @@ class CheckpointWriter:
             path = self.folder / entry["file"]
             if not path.is_file() or sha256_of(path) != entry["sha256"]:
                 raise ValueError(f"{path} was removed or changed since it was finished; begin anew with --restart")
-        self._masks = MaskFile(self.folder / "masks.safetensors", masks)
+        self._begun = True
+        self._masks = MaskFile(self.folder / MASKS, masks)
 
     def check_identity(self, identity: Identity) -> None:
         """Raise `ValueError` where the unfinished run is another one."""
@@ -127,9 +146,9 @@ class CheckpointWriter:
         self, number: int, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], rows: list[dict[str, Any]], seconds: dict[str, float]
     ) -> None:  # fmt: skip
         assert self._masks is not None
-        size, digest = save_tensors(self.folder / self._name(number), tensors)
+        size, digest = save_tensors(self.folder / shard_name(number, self.shards), tensors)
         self._masks.write(masks)
-        entry = {"block": number, "file": self._name(number), "bytes": size, "sha256": digest, "rows": rows, "seconds": seconds}
+        entry = {"block": number, "file": shard_name(number, self.shards), "bytes": size, "sha256": digest, "rows": rows, "seconds": seconds}
         self.journal.add(entry)
 
     def _wait(self) -> None:
@@ -137,40 +156,48 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _name(self, number: int) -> str:
-        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
-
     def rest(self, source: WeightSource) -> None:
         """The last shard: every tensor that no block wrote, byte for byte."""
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
         outside = [name for name in source.tensors if name not in written]
-        save_tensors(self.folder / self._name(self.shards), {name: source.load(name) for name in outside})
+        save_tensors(self.folder / shard_name(self.shards, self.shards), {name: source.load(name) for name in outside})
 
     def copy_companions(self, source: Path, code: bool) -> None:
         """Config and tokenizer files as they are in the source folder; Python files only when its code was asked for."""
         for path in sorted(source.iterdir()):
-            wanted = any(path.match(pattern) for pattern in COMPANIONS) or (code and path.suffix == ".py")
-            if path.is_file() and wanted:
+            if path.is_file() and is_companion(path.name, code):
                 write_durably(self.folder / path.name, [path.read_bytes()])
 
     def index(self) -> None:
         """The index: its presence means every weight is there."""
-        shards = {self._name(n): read_header(self.folder / self._name(n)) for n in range(1, self.shards + 1)}
+        shards = {shard_name(n, self.shards): read_header(self.folder / shard_name(n, self.shards)) for n in range(1, self.shards + 1)}
         where = {name: file for file, entries in shards.items() for name in entries}
         total = sum(e.end - e.start for entries in shards.values() for e in entries.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2)
         write_durably(self.folder / INDEX, [text.encode() + b"\n"])
 
+    @property
+    def files(self) -> list[str]:
+        """The names of all files of the output, also of those that are written last."""
+        names = {entry.name for entry in os.scandir(self.folder)} | {RECORD, CARD, REPORT}
+        return sorted(names - {JOURNAL})
+
     def finish(self) -> None:
-        """Move the finished folder into place; what stood there is removed only afterwards."""
-        old = self.output.with_name(f".{self.output.name}.replaced")
-        if old.exists():
-            shutil.rmtree(old)
+        """Move the finished folder into place; what stood there is removed only afterwards.
+
+        Raises:
+            RuntimeError: it cannot be moved, or something was put there during the run that is not replaced.
+        """
+        old = self._replaced
         try:
             if self.output.exists():
+                if any(self.output.iterdir()):  # hours may have passed since it was looked at
+                    replacement.check_output(self.output, self.overwrite, {})
+                if old.exists():
+                    _remove(old)
                 os.replace(self.output, old)
-        except OSError as error:  # a mount point, for one, cannot be renamed
+        except (OSError, ValueError) as error:  # a mount point, for one, cannot be renamed
             raise self._not_moved(error) from error
         try:
             os.replace(self.folder, self.output)
@@ -179,20 +206,22 @@ class CheckpointWriter:
                 os.replace(old, self.output)
             raise self._not_moved(error) from error
         sync_folder(self.output.parent)
-        self.journal.path = self.output / _JOURNAL  # stays until the run has nothing left to do
+        self.journal.path = self.output / JOURNAL  # stays until the run has nothing left to do
         if old.exists():
-            shutil.rmtree(old)
+            _remove(old)
 
     def complete(self) -> None:
         """Nothing is left to do: the journal goes, and what a run that was killed while moving had replaced."""
-        old = self.output.with_name(f".{self.output.name}.replaced")
-        if old.exists() and self.output.exists():
-            shutil.rmtree(old)
+        if self._replaced.exists() and self.output.exists():
+            _remove(self._replaced)
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)
 
-    def _not_moved(self, error: OSError) -> RuntimeError:
-        return RuntimeError(f"the finished checkpoint cannot be moved to {self.output} ({error.strerror}); it lies whole in {self.folder}")
+    def _not_moved(self, error: Exception) -> RuntimeError:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return RuntimeError(
+            f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}"
+        )
 
     def close(self) -> int:
         """Wait for what is being written and release the lock; returns how many blocks an unfinished run has finished.
@@ -202,30 +231,16 @@ class CheckpointWriter:
         self._behind.shutdown()
         if self._masks is not None:
             self._masks.close()
-        if self.folder.exists() and not self.journal.entries:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._begun and self.folder.exists() and not self.journal.entries:
+            replacement.remove(self.folder)
         self._lock.release()
-        return len(self.journal.blocks) if self.folder.exists() else 0
+        return len(self.journal.blocks) if self._begun and self.folder.exists() else 0
 
 
-def check_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Raise `ValueError` where the output cannot be used.
-
-    That is a file, a folder that is not empty and may not be replaced, or one whose replacement would take the model, the working
-    directory or the user's home with it.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; name a folder")
-    above = next(p for p in (output, *output.resolve().parents) if p.exists())
-    if not above.is_dir():
-        raise ValueError(f"output {output} cannot be made: {above} is a file; choose another --output")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    for kept, what in ((source, "the source model"), (Path.cwd(), "the working directory"), (Path.home(), "the home folder")):
-        if kept is not None and output.resolve() in (kept.resolve(), *kept.resolve().parents):
-            raise ValueError(f"output folder {output} holds {what}, which is never replaced; choose another with --output")
-    if not overwrite:
-        raise ValueError(f"output folder {output} is not empty; choose another with --output or replace it with --overwrite")
+def _remove(folder: Path) -> None:
+    foreign = replacement.remove(folder)
+    if foreign:  # put there a moment ago
+        raise ValueError(f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away")
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -234,5 +249,6 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"the output needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; make room or choose another --output"
+            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; "
+            "make room or choose another --output"
         )

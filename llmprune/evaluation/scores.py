@@ -19,7 +19,7 @@ from llmprune.evaluation.zeroshot import load_tasks, zero_shot
 from llmprune.model.opening import whole
 from llmprune.processes import ALONE, Team
 from llmprune.registry import nearest
-from llmprune.text import evaluation_text, is_file
+from llmprune.text import evaluation_text, file_path, is_file
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,14 @@ class EvaluationSpec:
     limit: int | None
     rows: dict[str, Tensor] = field(default_factory=dict)
     loaded: Any = None
+    suite: Path | None = None  # the file of a suite of the user's own
+
+    @property
+    def inputs(self) -> list[tuple[str, object]]:
+        """The files and folders that scoring reads, by their name in words."""
+        texts = [("the perplexity text", file_path(text)) for text in self.perplexity if is_file(text)]
+        others = (("the suite", self.suite), ("the tasks", self.include_tasks), ("the task data", self.task_data))
+        return [*texts, *others]
 
     def prepare(self, model: Model) -> EvaluationSpec:
         """The same with windows of the model's tokens.
@@ -95,7 +103,9 @@ def evaluation_spec(
         more = read_suite(suite)
         texts, names = (*texts, *more[0]), (*names, *more[1])
     unique = tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(names))
-    return EvaluationSpec(*unique, window, Path(include_tasks) if include_tasks else None, Path(task_data) if task_data else None, limit)
+    own_suite = Path(suite) if suite and suite.endswith((".yaml", ".yml")) else None
+    folders = Path(include_tasks) if include_tasks else None, Path(task_data) if task_data else None
+    return EvaluationSpec(*unique, window, *folders, limit, suite=own_suite)
 
 
 def read_suite(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

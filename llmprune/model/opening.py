@@ -37,6 +37,14 @@ class Model:
         return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def folder(self) -> Path | None:
+        """Where its files are: of a model in memory the folder it was loaded from, None where there is none."""
+        if self.located is not None:
+            return self.located.folder
+        named = getattr(self.instance.config, "name_or_path", "")
+        return Path(named) if named and Path(named).is_dir() else None
+
+    @property
     def remote(self) -> bool:
         """Whether it came from the hub."""
         return bool(self.located and self.located.remote)
