@@ -20,6 +20,7 @@ from llmprune.data import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
 from llmprune.hub import locate
+from llmprune.machine.state import libraries
 from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import find_targets
@@ -208,6 +209,7 @@ def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_
     targets = [t for name, block in skeleton.blocks.items() for t in find_targets(name, block)]
     stored = {skeleton.stored[t.weight_name]: t for t in targets}
     counts = audit.recount(source, frozenset(n for n, t in stored.items() if t.transposed), list(stored))
+    source.check()
     weights, zeros = sum(c.shape[0] * c.shape[1] for c in counts), sum(c.zeros for c in counts)
     summary: dict[str, Any] = {
         "model": located.label,
@@ -271,9 +273,12 @@ def load(path: str | os.PathLike[str], *, revision: str | None = None, trust_rem
     from transformers import AutoModelForCausalLM
 
     located = locate(str(path), revision, trust_remote_code)
-    Checkpoint(located.folder)  # refuses what is damaged or not safetensors
+    source = Checkpoint(located.folder)  # refuses what is damaged or not safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
-    return AutoModelForCausalLM.from_pretrained(located.folder, **chosen)
+    with libraries():
+        model = AutoModelForCausalLM.from_pretrained(located.folder, **chosen)
+    source.check()
+    return model
 
 
 def plan_summary(dry: DryRun) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from llmprune.machine.state import Setting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,15 +80,16 @@ def free_cached_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextmanager
-def exact_matmul() -> Iterator[None]:
+def _set_tf32(allowed: object) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = bool(allowed)
+
+
+_EXACT = Setting(lambda: torch.backends.cuda.matmul.allow_tf32, _set_tf32, False)
+
+
+def exact_matmul() -> AbstractContextManager[None]:
     """Full float32 products inside the `with`: TF32 would move masks."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    return _EXACT.held()
 
 
 def describe(device: torch.device) -> str:

@@ -23,11 +23,11 @@ def column_order(score: Tensor, n: int, m: int, generator: torch.Generator) -> T
     columns = torch.arange(score.shape[1], device=score.device)
     if score.shape[1] <= m or n >= m:
         return columns
-    sampled = score[torch.linspace(0, len(score) - 1, min(len(score), _ROWS)).long()]
+    sampled = score[torch.linspace(0, len(score) - 1, min(len(score), _ROWS), dtype=torch.float32).long()]
     groups = _dealt(sampled.sum(0), m)
     for _ in range(_ROUNDS):
         # Columns at the same place of their groups change places: mixed anew, any two may meet.
-        groups = groups.gather(1, torch.rand(groups.shape, generator=generator).argsort(1).to(groups.device))
+        groups = groups.gather(1, torch.rand(groups.shape, generator=generator, dtype=torch.float32).argsort(1).to(groups.device))
         for place in range(m):
             for part in torch.randperm(len(groups), generator=generator).to(groups.device).split(_GROUPS):
                 groups[part, place] = _assigned(sampled, groups[part], place, n)

@@ -294,10 +294,11 @@ class Production:
         writer, model = self.writer, self.model
         assert writer is not None
         writer.rest(model.source)
-        if model.located:
-            writer.copy_companions(model.located.folder, self.options.trust_remote_code)
+        if model.files:
+            writer.copy_companions(model.files, self.options.trust_remote_code)
         else:
             _save_companions(model, writer.folder)
+        model.check()
         writer.index()
         clock.lap("write")
         record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer.folder) | {"files": writer.files}

@@ -61,7 +61,7 @@ class StatsSums:
             self._plus("squares", flat.square().sum(dim=0).double())
         if self.needs & Need.GRAM:
             if "gram" not in self._sums:
-                self._sums["gram"] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+                self._sums["gram"] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
             self._sums["gram"].addmm_(flat.T, flat)
         if self.needs & Need.CROSS:
             self._beside = flat
@@ -75,7 +75,9 @@ class StatsSums:
         assert self._beside is not None
         flat = inputs.detach().float().reshape(-1, inputs.shape[-1])
         if "cross" not in self._sums:
-            self._sums["cross"] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
+            self._sums["cross"] = torch.zeros(
+                flat.shape[-1], flat.shape[-1], dtype=torch.float32, device=flat.device
+            )
         self._sums["cross"].addmm_(flat.T, self._beside)
         self._beside = None
 

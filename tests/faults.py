@@ -24,7 +24,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from outputs import contents  # noqa: E402
+from outputs import contents, old_output  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import llmprune  # noqa: E402
@@ -169,8 +169,7 @@ class Campaign:
         recipe, struck, resume = self.random.choice(("dsnot", "sparsegpt")), 0, False
         output = self.root / "out"
         if self.random.random() < 0.5:  # something to replace
-            output.mkdir()
-            (output / "old.txt").write_text("old")
+            old_output(output)
         while True:
             arguments = (self.model, self.tokens, output, recipe, resume)
             if strike or self.random.random() < 0.5:

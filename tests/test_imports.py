@@ -77,3 +77,15 @@ def test_importing_the_package_and_the_command_line_is_light():
     code = f"import sys, llmprune, llmprune.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+MAKERS = {"zeros", "ones", "empty", "full", "rand", "randn", "randn_like", "linspace", "eye", "logspace"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "train.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_tensors_are_made_in_a_dtype_that_is_named(path):
+    """torch's default dtype belongs to the whole process: another thread, or the user, may have set another one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+            whole_numbers = ast.unparse(node.func) == "torch.full"  # takes the dtype of its value where that is whole
+            assert whole_numbers or any(k.arg in ("dtype", "out") for k in node.keywords), ast.unparse(node)

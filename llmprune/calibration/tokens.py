@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.files import read_header, read_tensor
+from llmprune.checkpoint.files import WeightFile
 
 
 def read_tokens(path: Path) -> Tensor:
     """The tensor `tokens` of a file. Raises `ValueError` when it is missing, damaged or of another type."""
     if not path.is_file():
         raise ValueError(f"no such token file: {path}")
-    entries = read_header(path)
-    if "tokens" not in entries:
-        raise ValueError(f"{path} has no tensor 'tokens' (it has: {', '.join(sorted(entries))[:120] or 'none'})")
-    return check_tokens(read_tensor(path, "tokens", entries["tokens"]), str(path))
+    file = WeightFile(path)
+    if "tokens" not in file.entries:
+        raise ValueError(f"{path} has no tensor 'tokens' (it has: {', '.join(sorted(file.entries))[:120] or 'none'})")
+    return check_tokens(file.load("tokens"), str(path))
 
 
 def check_tokens(tokens: Tensor, where: str) -> Tensor:

@@ -53,23 +53,81 @@ def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
-    """One tensor, copied into memory of its own: a mapping would die with the process when the file shrinks under it."""
-    if entry.dtype not in DTYPES:
-        raise ValueError(f"{name!r} in {path} is stored as {entry.dtype}, which is not supported; use a checkpoint in plain dtypes")
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    buffer = _bytes(tensor) if tensor.numel() else memoryview(bytearray())
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            while len(buffer):
-                read = file.readinto(buffer)
-                if not read:
-                    raise ValueError(f"{path} ended while {name!r} was read; it changed during the run")
-                buffer = buffer[read:]
-    except OSError as error:
-        raise ValueError(f"cannot read {name!r} from {path}: {_line(error)}") from None
-    return tensor
+class Stamp(NamedTuple):
+    """What tells one state of a file from another without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """The stamp in what the system says of a file."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def changed(path: Path) -> ValueError:
+    """The error for a file that is not what it was when the run began."""
+    return ValueError(
+        f"{path} changed during the run, so what was read before and after does not belong together; "
+        "begin anew (--restart) once nothing writes to it"
+    )
+
+
+class WeightFile:
+    """A safetensors file whose header is read once. Whenever it is opened again it must be the file it was then.
+
+    Raises:
+        ValueError: the file is damaged, something else, or changes while it is in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._stamp = Stamp.of(path.stat())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {_line(error)}") from None
+        self.entries = read_header(path)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` where the file is not what it was."""
+        try:
+            now = Stamp.of(self.path.stat())
+        except OSError:
+            raise changed(self.path) from None
+        if now != self._stamp:
+            raise changed(self.path)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, copied into memory of its own: a mapping would die with the process when the file shrinks under it."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{name!r} in {self.path} is stored as {entry.dtype}, which is not supported; use a checkpoint in plain dtypes"
+            )
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        buffer = _bytes(tensor) if tensor.numel() else memoryview(bytearray())
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                self._check_opened(file.fileno())
+                file.seek(entry.start)
+                while len(buffer):
+                    read = file.readinto(buffer)
+                    if not read:
+                        raise changed(self.path)
+                    buffer = buffer[read:]
+                self._check_opened(file.fileno())  # it may have been written to while it was read
+        except FileNotFoundError:
+            raise changed(self.path) from None
+        except OSError as error:
+            raise ValueError(f"cannot read {name!r} from {self.path}: {_line(error)}") from None
+        return tensor
+
+    def _check_opened(self, handle: int) -> None:
+        if Stamp.of(os.fstat(handle)) != self._stamp:
+            raise changed(self.path)
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.contents import INDEX, SINGLE
-from llmprune.checkpoint.files import DTYPES, Entry, raw, read_header, read_tensor
+from llmprune.checkpoint.files import DTYPES, WeightFile, raw
 from llmprune.counts import all_finite
 from llmprune.data import shown
 
@@ -43,12 +43,16 @@ class WeightSource(Protocol):
         ...
 
     def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, as stored."""
+        """One tensor on the CPU, as stored. Raises `ValueError` where the source is not what it was when it was opened."""
+        ...
+
+    def check(self) -> None:
+        """Raise `ValueError` where the source is not what it was when it was opened."""
         ...
 
 
 class Checkpoint:
-    """The safetensors files of one folder, checked before anything is loaded.
+    """The safetensors files of one folder, checked before anything is loaded, and each time one of them is opened again.
 
     Raises:
         ValueError: no safetensors, a damaged header, an index naming a missing file or one outside the folder.
@@ -56,7 +60,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[str, tuple[str, Entry]] = {}
+        self._where: dict[str, WeightFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file, wanted in self._listing().items():
             found = self._open(file)
@@ -100,24 +104,29 @@ class Checkpoint:
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing; download the checkpoint again")
-        entries = read_header(path)
-        for name, entry in entries.items():
+        weights = WeightFile(path)
+        for name, entry in weights.entries.items():
             if name in self._where:
-                raise ValueError(f"tensor {shown(name)} stands in both {self._where[name][0]} and {file}; the checkpoint is inconsistent")
-            self._where[name] = file, entry
+                other = self._where[name].path.name
+                raise ValueError(f"tensor {shown(name)} stands in both {other} and {file}; the checkpoint is inconsistent")
+            self._where[name] = weights
             dtype = DTYPES.get(entry.dtype)
             self.tensors[name] = TensorInfo(entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start)
-        return set(entries)
+        return set(weights.entries)
 
     @property
     def files(self) -> frozenset[str]:
         """The names of its weight files."""
-        return frozenset(file for file, _ in self._where.values())
+        return frozenset(file.path.name for file in self._where.values())
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
-        file, entry = self._where[name]
-        return read_tensor(self.folder / file, name, entry)
+        return self._where[name].load(name)
+
+    def check(self) -> None:
+        """Raise `ValueError` where a weight file is not what it was."""
+        for file in dict.fromkeys(self._where.values()):
+            file.check()
 
 
 class MemoryCheckpoint:
@@ -134,11 +143,31 @@ class MemoryCheckpoint:
             if tensor.data_ptr() not in seen or tensor.numel() == 0:
                 self._state[name] = tensor
                 seen.add(tensor.data_ptr())
-        self.tensors = {n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes) for n, t in self._state.items()}
+        self._versions = {name: _version(tensor) for name, tensor in self._state.items()}
+        self.tensors = {
+            n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes)
+            for n, t in self._state.items()
+        }
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; a copy, so that the model is never written to."""
-        return self._state[name].detach().cpu().clone().contiguous()
+        tensor = self._state[name].detach().cpu().clone().contiguous()
+        self._check(name)
+        return tensor
+
+    def check(self) -> None:
+        """Raise `ValueError` where a weight was written to."""
+        for name in self._state:
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        if _version(self._state[name]) != self._versions[name]:
+            raise ValueError(f"{name} of the model in memory changed during the run; begin anew once nothing writes to it")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; always 0 for one made in inference mode, which is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Overlay:
@@ -146,7 +175,7 @@ class Overlay:
 
     def __init__(self, source: WeightSource, files: Sequence[Path]) -> None:
         self._source = source
-        self._where: dict[str, tuple[Path, Entry]] = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+        self._where = {name: file for file in map(WeightFile, files) for name in file.entries}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -155,10 +184,13 @@ class Overlay:
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
-        if name not in self._where:
-            return self._source.load(name)
-        file, entry = self._where[name]
-        return read_tensor(file, name, entry)
+        return self._where[name].load(name) if name in self._where else self._source.load(name)
+
+    def check(self) -> None:
+        """Raise `ValueError` where something is not what it was."""
+        self._source.check()
+        for file in dict.fromkeys(self._where.values()):
+            file.check()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.checkpoint import replacement
-from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MASKS, RECORD, REPORT, is_companion, shard_name
+from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MASKS, RECORD, REPORT, shard_name
 from llmprune.checkpoint.files import read_header, save_tensors, sha256_of, sync_folder, write_durably
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
 from llmprune.checkpoint.reader import WeightSource
+from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.data import size_text
 
 
@@ -163,11 +164,10 @@ class CheckpointWriter:
         outside = [name for name in source.tensors if name not in written]
         save_tensors(self.folder / shard_name(self.shards, self.shards), {name: source.load(name) for name in outside})
 
-    def copy_companions(self, source: Path, code: bool) -> None:
+    def copy_companions(self, source: Snapshot, code: bool) -> None:
         """Config and tokenizer files as they are in the source folder; Python files only when its code was asked for."""
-        for path in sorted(source.iterdir()):
-            if path.is_file() and is_companion(path.name, code):
-                write_durably(self.folder / path.name, [path.read_bytes()])
+        for name in source.companions(code):
+            write_durably(self.folder / name, [source.read(name)])
 
     def index(self) -> None:
         """The index: its presence means every weight is there."""
@@ -180,8 +180,8 @@ class CheckpointWriter:
     @property
     def files(self) -> list[str]:
         """The names of all files of the output, also of those that are written last."""
-        names = {entry.name for entry in os.scandir(self.folder)} | {RECORD, CARD, REPORT}
-        return sorted(names - {JOURNAL})
+        names = {entry.name for entry in os.scandir(self.folder) if not entry.name.endswith(".tmp")}
+        return sorted((names | {RECORD, CARD, REPORT}) - {JOURNAL})
 
     def finish(self) -> None:
         """Move the finished folder into place; what stood there is removed only afterwards.

@@ -16,6 +16,7 @@ from llmprune.data import read_yaml, shipped, shipped_names
 from llmprune.device import free_cached_memory
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
+from llmprune.machine.state import libraries
 from llmprune.model.opening import whole
 from llmprune.processes import ALONE, Team
 from llmprune.registry import nearest
@@ -66,7 +67,8 @@ class EvaluationSpec:
             raise ValueError(
                 f"evaluation window {window} is over the model's limit of {model.limit}; use --eval-seqlen {model.limit} or less"
             )
-        loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data) if spec.tasks else None
+        with libraries():
+            loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data) if spec.tasks else None
         names = [_name(t) for t in spec.perplexity]
         if len(set(names)) < len(names):
             raise ValueError(f"texts to score need different file names, got {', '.join(names)}; rename one")
@@ -140,7 +142,9 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     tasks: dict[str, dict[str, Any]] = {}
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
-        tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit))
+        with libraries():
+            tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit))
         reporter.step()
+    model.check()
     free_cached_memory(model.skeleton.device)
     return Scores(values, tasks, time.monotonic() - started)

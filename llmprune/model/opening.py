@@ -12,7 +12,9 @@ import torch
 
 from llmprune import device as devices
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource
+from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub import Located, locate
+from llmprune.machine.state import libraries
 from llmprune.model.skeleton import Skeleton, check_dense, read_config
 
 if TYPE_CHECKING:
@@ -21,9 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: where its weights are, its empty skeleton, its tokenizer (None: it has none)."""
+    """An opened model: where its weights are, its empty skeleton, its tokenizer (None: it has none).
 
-    located: Located | None  # None: in memory
+    `located` and `files` (its small files as they were when it was opened) are None for a model in memory.
+    """
+
+    located: Located | None
+    files: Snapshot | None
     label: str
     source: WeightSource
     skeleton: Skeleton
@@ -35,6 +41,12 @@ class Model:
     def limit(self) -> int | None:
         """The longest sequence the model was made for, if its config says."""
         return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def check(self) -> None:
+        """Raise `ValueError` where the model's files, or its weights in memory, changed since it was opened."""
+        self.source.check()
+        if self.files is not None:
+            self.files.check()
 
     @property
     def folder(self) -> Path | None:
@@ -66,15 +78,16 @@ def open_model(
         compute = devices.choose_dtype(dtype, chosen, model.dtype)
         skeleton = Skeleton(model.config, source, compute, chosen)
         label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
-        return Model(None, label, source, skeleton, tokenizer, model)
+        return Model(None, None, label, source, skeleton, tokenizer, model)
     located = locate(str(model), revision, trust_remote_code)
+    files = Snapshot(located.folder)
     config = read_config(located.folder, trust_remote_code)
     source = Checkpoint(located.folder)
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
     tokenizer = tokenizer or _tokenizer(located.folder, trust_remote_code)
-    return Model(located, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
+    return Model(located, files, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
 
 
 def whole(model: Model) -> Any:
@@ -84,9 +97,14 @@ def whole(model: Model) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert model.located is not None
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
-    )
+    with libraries():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.located.folder,
+            dtype=model.skeleton.dtype,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+    model.check()  # it was read past our own reader
     return loaded.to(model.skeleton.device).eval()
 
 

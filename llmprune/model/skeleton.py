@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.data import shown
+from llmprune.model.empty import build_empty
 
 _COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 
@@ -65,16 +65,10 @@ class Skeleton:
     def __init__(
         self, config: Any, source: WeightSource, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
     ) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.source, self.dtype, self.device = source, dtype, device
-        # Buffers stay real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
         _check_sizes(config, source)
         try:
-            with init_empty_weights(include_buffers=False):
-                # A copy: transformers writes the dtype into the config it is given.
-                self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype)
+            self.model = build_empty(config, dtype, trust_remote_code)
         except Exception as error:  # a config may be wrong in as many ways as there are models
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ValueError(

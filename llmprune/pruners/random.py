@@ -12,4 +12,4 @@ class Random(ScorePruner):
     """Uniform noise, seeded per matrix name, so a run is the same in any order and on any device."""
 
     def score(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor:
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
