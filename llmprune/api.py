@@ -259,13 +259,22 @@ def push(
     """
     reporter, path = reporter or Silent(), Path(folder).expanduser()
     token = upload.check_destination(repository, token)
-    files = upload.belonging_files(path)
+    files, source = upload.belonging_files(path), Checkpoint(path)
     reporter.stage("recounting zeros", 1)
     counts = inspect(path.resolve(), trust_remote_code=trust_remote_code)  # a name such as "demo" is a folder here
     if not counts["record_agrees"]:
         raise ValueError(f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune inspect {path}")
     reporter.step()
-    return upload.upload(path, repository, files, private=private, revision=revision, token=token, reporter=reporter)
+    return upload.upload(
+        path,
+        repository,
+        files,
+        private=private,
+        revision=revision,
+        token=token,
+        check=source.check,
+        reporter=reporter,
+    )
 
 
 def load(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:

@@ -105,7 +105,7 @@ class Observer:
         done = 0
         try:
             for part, passing in halted:
-                self._inputs.put(part, passing.go_on(self._groups))
+                self._inputs.put(part, passing.go_on(self._groups), number)
                 done = part.stop
         except (RuntimeError, MemoryError) as error:
             self._give_up(error)

@@ -14,6 +14,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmprune.contracts import InputStats, Need
+from llmprune.counts import all_finite
 from llmprune.device import Stopwatch
 from llmprune.processes import Team
 
@@ -96,6 +97,11 @@ class StatsSums:
         self.count = int(total)
         if self._samples:
             self._samples = [team.join_rows(torch.cat(self._samples), counts)]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is: one input that is not finite makes them so."""
+        return all(all_finite(tensor) for tensor in (*self._sums.values(), *self._samples))
 
     def result(self) -> InputStats:
         """The statistics per token."""
@@ -239,13 +245,23 @@ class Collector:
         return [[name for name, of in self._leader.items() if of == leader] for leader in dict.fromkeys(self._leader.values())]
 
     def results(self, team: Team) -> dict[str, InputStats]:
-        """Statistics over all processes by module name; members of a group share one object."""
+        """Statistics over all processes by module name; members of a group share one object.
+
+        Raises:
+            ValueError: inputs that are not finite, with the first module in the order of the pass that has them.
+        """
         self._inputs.clear()
         sequences = int(self._positions[:, 0].max()) + 1
         shares = [Team(rank, team.size).share(sequences) for rank in range(team.size)]
         counts = [int(((self._positions[:, 0] >= s.start) & (self._positions[:, 0] < s.stop)).sum()) for s in shares]
         for name in sorted(self._sums):
             self._sums[name].merge(team, counts)
+        broken = next((name for name, sums in self._sums.items() if not sums.finite), None)
+        if broken is not None:
+            raise ValueError(
+                f"the inputs of {broken} hold the first NaN or Inf, or numbers too large to square; try --dtype float32, else "
+                "the checkpoint is broken in this block (huge weights, a norm's epsilon in config.json)"
+            )
         finished = {name: sums.result() for name, sums in self._sums.items()}
         self._sums.clear()
         return {name: finished[leader] for name, leader in self._leader.items()}

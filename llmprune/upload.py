@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +56,20 @@ def belonging_files(folder: Path) -> list[str]:
 
 
 def upload(
-    folder: Path, repository: str, files: list[str], *, private: bool, revision: str | None, token: str, reporter: Reporter
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    repository: str,
+    files: list[str],
+    *,
+    private: bool,
+    revision: str | None,
+    token: str,
+    check: Callable[[], None],
+    reporter: Reporter,
+) -> dict[str, Any]:
     """Publish the files of a folder in one commit; what the hub already has is not sent again.
+
+    Args:
+        check: raises `ValueError` where the weights are not what they were when they were counted.
 
     Raises:
         ValueError: the hub refuses or cannot be reached, in one line with the way out.
@@ -73,6 +84,7 @@ def upload(
         _check_card(client, card)
         contents = {name: card.encode() if name == CARD else folder / name for name in [*files, *({CARD} - set(files))]}
         additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        check()  # each file's hash is known from here on, and the hub takes nothing else
         commit = _send(client, repository, revision, additions, removals, _title(folder), reporter)
         _check_arrived(client, repository, commit, additions)
     return {

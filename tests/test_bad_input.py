@@ -1115,3 +1115,33 @@ def test_an_occupied_output_ends_the_program_in_one_line(cli, tiny_llama, tmp_pa
         "llmprune: output folder out is not empty; choose another with --output or replace it with --overwrite"
     ]
     assert contents(tmp_path / "out") == before
+
+
+def spoilt(folder, where):
+    """The tiny model with a number in it that makes NaN or Inf come up."""
+    if where == "epsilon":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": math.nan}))
+    else:
+        names = [f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("up", "gate")]
+        rewrite(folder, **{name: torch.full((96, 64), 1e30) for name in names})
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda", "sparsegpt", "dsnot", "best"])
+def test_the_first_matrix_that_reads_numbers_that_are_not_finite_is_named(refused, llama_copy, recipe):
+    spoilt(llama_copy, "epsilon")
+    refused(r"inputs of model\.layers\.0\.self_attn\.q_proj hold the first NaN or Inf.*epsilon", llama_copy, recipe=recipe)
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_the_first_number_that_is_not_finite_is_named(llama_copy, calibration_tokens, work, recipe):
+    spoilt(llama_copy, "weights")
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.mlp\.down_proj hold the first NaN or Inf") as raised:
+        llmprune.prune(llama_copy, calibration=calibration_tokens, output="out", recipe=recipe)
+    assert one_line(raised.value) and raised.value.kept == "1 of 2 blocks are finished and kept"
+
+
+def test_scoring_names_the_block_that_is_not_finite_too(llama_copy):
+    spoilt(llama_copy, "weights")
+    with pytest.raises(ValueError, match=r"block 2 of 2 \(model\.layers\.1\) put out the first NaN or Inf, in float32; most likely"):
+        llmprune.evaluate(llama_copy, perplexity=["builtin"], limit=2)

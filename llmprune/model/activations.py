@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmprune import device as devices
+from llmprune.counts import all_finite
 from llmprune.model.skeleton import Skeleton
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -141,7 +142,7 @@ class BlockInputs:
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
             if number == 0 and store:
-                self.put(part, hidden)
+                self.put(part, hidden, None)
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
@@ -154,11 +155,26 @@ class BlockInputs:
                 pass
         return calls if len(shapes) == 1 else None
 
-    def put(self, part: slice, hidden: Tensor) -> None:
-        """Store hidden states [n, T, D] of some sequences."""
+    def put(self, part: slice, hidden: Tensor, block: int | None) -> None:
+        """Store hidden states [n, T, D] of some sequences, the outputs of a block (None: of the embeddings).
+
+        Raises:
+            ValueError: a number that is not finite, with the block where it appears.
+        """
         if self._hidden is None:
             self._hidden = self._make((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
         self._hidden[part] = hidden
+        if not all_finite(self._hidden[part]):
+            raise ValueError(self._not_finite(block))
+
+    def _not_finite(self, block: int | None) -> str:
+        names, dtype = list(self._skeleton.blocks), str(self._skeleton.dtype).removeprefix("torch.")
+        where = "the embeddings" if block is None else f"block {block + 1} of {len(names)} ({names[block]})"
+        remedy = "try --dtype float32; else" if dtype != "float32" else "most likely"
+        return (
+            f"{where} put out the first NaN or Inf, in {dtype}; {remedy} the checkpoint is broken there or before "
+            "(huge weights, a norm's epsilon in config.json)"
+        )
 
     @torch.no_grad()
     def each(self, work: Callable[[slice], None], again: Callable[[], None]) -> None:
@@ -179,7 +195,7 @@ class BlockInputs:
         while done < len(self._tokens):
             try:
                 for part in self.slices(done):
-                    self.put(part, self.run(number, part, weights or {}))
+                    self.put(part, self.run(number, part, weights or {}), number)
                     done = part.stop
             except (RuntimeError, MemoryError) as error:
                 self.halve(error)
