@@ -14,7 +14,8 @@ from llmprune import choice, processes, upload
 from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune.calibration import mixture
-from llmprune.checkpoint.reader import Checkpoint, read_json
+from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.reader import Checkpoint, read_record
 from llmprune.checkpoint.replacement import check_output, input_files
 from llmprune.data import shown
 from llmprune.evaluation import audit
@@ -224,8 +225,8 @@ def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_
         "bytes": sum(t.bytes for t in source.tensors.values()),
         "record_agrees": None,
     }
-    if (located.folder / "llmprune.json").is_file():
-        summary["record_agrees"] = _agrees(read_json(located.folder / "llmprune.json"), counts)
+    if (located.folder / RECORD).is_file():
+        summary["record_agrees"] = _agrees(read_record(located.folder), counts)
     return summary
 
 

@@ -148,7 +148,7 @@ def parse(text: str, scope: str = "row") -> Pattern:
     """The pattern named `unstructured` or `N:M`. Raises `ValueError` on anything else."""
     if text == "unstructured":
         return PublishedThreshold() if scope == "published" else Unstructured(scope)
-    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", str(text))
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", str(text))
     if not match:
         raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {shown(text)}")
     return NM(int(match[1]), int(match[2]))

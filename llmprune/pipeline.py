@@ -19,8 +19,7 @@ from llmprune import report, run
 from llmprune.calibration.mixture import plain_sources
 from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import Identity, difference
-from llmprune.checkpoint.reader import Overlay, fingerprint, read_json
-from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
@@ -114,6 +113,8 @@ def planned(
         texts = [(len(r), r.shape[1]) for r in prepared.rows.values()]
         plan = with_scoring(plan, model.skeleton, model.source, texts, bool(prepared.tasks))
     reporter.plan(model, resolved, plan, rows, options.output)
+    if unused := model.skeleton.told_unused():
+        reporter.note(unused)
     return resolved, rows, prepared, plan
 
 
@@ -211,7 +212,7 @@ class Production:
     def _measured_before(self, now: Identity) -> Measured | None:
         assert self.writer is not None
         if self.writer.reopened:
-            record = read_json(self.writer.output / RECORD)
+            record = read_record(self.writer.output)
             return records.measured(record) if not _differs(record, now) else None
         journal = self.writer.journal
         if not journal.blocks:
@@ -225,7 +226,7 @@ class Production:
         assert self.writer is not None
         if not self.writer.reopened:
             return None
-        record = read_json(self.writer.output / RECORD)
+        record = read_record(self.writer.output)
         differs = _differs(record, records.identity(before))
         if not differs:
             self.reporter.note(f"{self.options.output} is pruned already")

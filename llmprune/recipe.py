@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmprune import patterns, registry
 from llmprune.calibration import mixture
 from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner, Step
-from llmprune.data import read_yaml, shipped, shipped_names, shown
+from llmprune.data import parse_yaml, read_yaml, shipped, shipped_names, shown
 
 DEFAULT = "dsnot"
 DEFAULT_SPARSITY = 0.5
@@ -202,9 +200,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ValueError(f"--set takes dotted.key=value, got {shown(text)}")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}: the value {shown(value)} is not valid YAML") from None
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"--set {key}: the value {shown(value)} is not valid YAML ({str(error)[:120]})") from None
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -307,7 +305,7 @@ def _resolve_sparsity(pattern: str, sparsity: Any) -> float:
     if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1):
         raise ValueError(f"sparsity must be in [0, 1), the share of weights to remove, got {shown(sparsity)}")
     if not isinstance(parsed, patterns.NM):
-        return DEFAULT_SPARSITY if sparsity is None else float(sparsity)
+        return DEFAULT_SPARSITY if sparsity is None else float(sparsity) + 0.0  # minus zero is zero
     if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-6:
         raise ValueError(f"sparsity {sparsity} contradicts pattern {pattern}, which is {parsed.sparsity:g}; leave --sparsity out")
     return parsed.sparsity

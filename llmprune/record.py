@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmprune import device as devices
+from llmprune.checkpoint.contents import SCHEMA
 from llmprune.checkpoint.journal import Identity
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
@@ -23,7 +24,7 @@ Record = dict[str, Any]
 def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, processes: int) -> Record:
     """What the record says of a run before it starts. `digest`: fingerprint of the model's weights."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": {
             "source": model.label,
             "revision": model.located.revision if model.located else None,
@@ -31,6 +32,7 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             "architecture": type(model.skeleton.model).__name__,
             "parameters": sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values())),
             "digest": digest,
+            **({"unused_tensors": model.skeleton.unused} if model.skeleton.unused else {}),
         },
         "recipe": recipe.as_dict(),
         "calibration": {

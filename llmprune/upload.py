@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune import __version__
 from llmprune.checkpoint.contents import CARD, INDEX, MASKS, RECORD, REPORT, is_companion
-from llmprune.checkpoint.reader import Checkpoint, read_json
+from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.hub import offline, one_line, retrying, status_of
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def card_text(folder: Path, repository: str, revision: str | None) -> str:
 
     path = folder / CARD
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_json(folder / RECORD))
+        text = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_record(folder))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / RECORD} is not a record of this program; restore the original") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +159,7 @@ def _check_card(client: HfApi, card: str) -> None:
 
 
 def _title(folder: Path) -> str:
-    totals = read_json(folder / RECORD)["totals"]
+    totals = read_record(folder)["totals"]
     return f"{totals['sparsity']:.1%} sparse, by llmprune {__version__}"
 
 

@@ -1145,3 +1145,57 @@ def test_scoring_names_the_block_that_is_not_finite_too(llama_copy):
     spoilt(llama_copy, "weights")
     with pytest.raises(ValueError, match=r"block 2 of 2 \(model\.layers\.1\) put out the first NaN or Inf, in float32; most likely"):
         llmprune.evaluate(llama_copy, perplexity=["builtin"], limit=2)
+
+
+def test_a_block_more_than_the_config_asks_for_is_mentioned(typed, make_llama, tmp_path):
+    folder = Path(shutil.copytree(make_llama(layers=4), tmp_path / "more"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    code, out, _ = typed("prune", folder, "--samples", 2, "--seqlen", 16, "--recipe", "wanda", "--output", "out")
+    assert code == 0
+    assert re.search(
+        r"asks for 3 blocks and the checkpoint holds 1 more; 9 tensors .* pass unchanged, the first is 'model\.layers\.3\.", out
+    )
+    record = json.loads(Path("out/llmprune.json").read_text())
+    assert len(record["model"]["unused_tensors"]) == 9
+    before, after = load_file(folder / ONE_FILE), load_file("out/model-00004-of-00004.safetensors")
+    assert torch.equal(before["model.layers.3.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("pattern", ["２:４", "2:４", "²:4", " 2:4", "2:4\n", "2 :4"])
+def test_a_pattern_is_written_in_plain_digits(refused, pattern):
+    refused(r"pattern must be 'unstructured' or 'N:M'", pattern=pattern, sparsity=None)
+
+
+def test_minus_zero_is_zero():
+    assert str(load_recipe("wanda", {"sparsity": -0.0}).sparsity) == "0.0"
+
+
+@pytest.mark.parametrize("value", ["9" * 6000, "0." + "3" * 6000 + "e9999", "{a: 1, a: 2}", "[" * 5000])
+def test_a_value_no_number_can_hold_is_refused(typed, value):
+    code, _, err = typed("prune", "demo", "--set", f"sparsity={value}")
+    assert code == 1 and len(err.splitlines()) == 1 and len(err) < 600, err
+    assert "sparsity" in err
+
+
+@pytest.mark.parametrize("text", ["pruner: wanda\npruner: magnitude\n", "pruner: {name: alps, damp: 0.1, damp: 0.2}\n"])
+def test_a_key_that_stands_twice_is_refused(refused, work, text):
+    (work / "twice.yaml").write_text(text)
+    refused(r"cannot read twice\.yaml: key '(pruner|damp)' stands twice \(line 1\); keep one", recipe="twice.yaml")
+
+
+@pytest.mark.parametrize(("schema", "said"), [(99, r"schema 99.*reads schema 1; update"), (None, "not a record"), (True, "not a record")])
+def test_a_record_of_another_schema_is_not_believed(tiny_llama, calibration_tokens, work, schema, said, monkeypatch):
+    result = llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out")
+    (work / "out" / "llmprune.json").write_text(json.dumps({**result.record, "schema": schema}))
+    before = contents(work)
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    for call in (
+        lambda: llmprune.inspect("out"),
+        lambda: llmprune.push("out", "me/model"),
+        lambda: llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", resume=True),
+    ):
+        with pytest.raises(ValueError, match=said) as raised:
+            call()
+        one_line(raised.value)
+    assert contents(work) == before

@@ -67,7 +67,7 @@ def test_a_disk_too_full_for_block_inputs_is_told_in_one_line(prune, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ValueError, match=r"block inputs need 0\.00 GB on the disk .*No space left"):
+    with pytest.raises(ValueError, match=r"block inputs need \d+\.\d MB on the disk .*No space left"):
         prune("out", offload="disk")
 
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_shrinks_under_the_run_is_one_line_and_no_crash(llama_
     opened = open_model(llama_copy)
     path = llama_copy / "model.safetensors"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"ended while '.*' was read; it changed during the run"):
+    with pytest.raises(ValueError, match=r"changed during the run"):
         for name in opened.source.tensors:
             opened.source.load(name)
 

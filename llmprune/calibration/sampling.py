@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmprune import device as devices
 from llmprune.checkpoint.reader import fingerprint
+from llmprune.data import size_text
 
 if TYPE_CHECKING:
     from llmprune.model.opening import Model
@@ -111,8 +112,8 @@ class Sampler:
         if weights + batch * row > free:
             have = min(host, devices.free_memory(skeleton.device))
             raise ValueError(
-                f"sampling text needs the whole model in memory, about {(weights + row) / 1e9:.2f} GB with its cache, and only "
-                f"{_SHARE:.0%} of {have / 1e9:.2f} GB free may be used; {_REMEDY}"
+                f"sampling text needs the whole model in memory, about {size_text(weights + row)} with its cache, and only "
+                f"{_SHARE:.0%} of the {size_text(have)} free may be used; {_REMEDY}"
             )
         return batch
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 RECORD = "llmprune.json"
+SCHEMA = 1  # of the record
 JOURNAL = "journal.jsonl"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.contents import INDEX, SINGLE
+from llmprune.checkpoint.contents import INDEX, RECORD, SCHEMA, SINGLE
 from llmprune.checkpoint.files import DTYPES, WeightFile, raw
 from llmprune.counts import all_finite
 from llmprune.data import shown
@@ -202,6 +202,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished folder. Raises `ValueError` where it is none, or of a later version of this program."""
+    record = read_json(folder / RECORD)
+    schema = record.get("schema")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
+        raise ValueError(f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; update llmprune")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise ValueError(f"{folder / RECORD} is not a record of this program; remove it or restore the original")
+    return record
 
 
 def read_ahead(source: WeightSource, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:

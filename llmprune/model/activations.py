@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from llmprune import device as devices
 from llmprune.counts import all_finite
+from llmprune.data import size_text
 from llmprune.model.skeleton import Skeleton
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,8 +73,8 @@ def on_disk(folder: Path) -> Store:
                 os.posix_fallocate(file.fileno(), 0, max(1, numbers * dtype.itemsize))
             except OSError as error:
                 path.unlink()
-                size = numbers * dtype.itemsize / 1e9
-                raise ValueError(f"the block inputs need {size:.2f} GB on the disk of {folder}: {error.strerror}; make room") from None
+                size = size_text(numbers * dtype.itemsize)
+                raise ValueError(f"the block inputs need {size} on the disk of {folder}: {error.strerror}; make room") from None
         mapped = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
         path.unlink()
         return mapped

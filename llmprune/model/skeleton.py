@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Skeleton:
     Attributes:
         source: where its weights come from.
         blocks: name -> module of the repeated blocks, found by structure: the list of modules of one class with the most weights.
+        stored: parameter name -> name in the checkpoint. unused: names in the checkpoint that no part of the model goes by.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Skeleton:
         self.blocks = self._find_blocks()
         self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self.stored = self._match_names()
+        self.unused = sorted(set(source.tensors) - set(self.stored.values()))
 
     def _find_blocks(self) -> dict[str, nn.Module]:
         lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
@@ -114,6 +117,19 @@ class Skeleton:
                     f"weight {where!r} has shape {have} where the config asks for {wanted}; config and checkpoint do not match"
                 )
         return stored
+
+    def told_unused(self) -> str | None:
+        """In a line, what of the checkpoint no part of the model goes by; None where everything has its place."""
+        if not self.unused:
+            return None
+        prefix = next(iter(self.blocks)).rpartition(".")[0]
+        block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
+        beyond = {int(found[1]) for name in self.unused if (found := block.match(name)) and int(found[1]) >= len(self.blocks)}
+        asked = f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {len(beyond)} more; " if beyond else ""
+        return (
+            f"{asked}{len(self.unused)} tensors of the checkpoint belong to no part of the model and pass unchanged, "
+            f"the first is {self.unused[0]!r}"
+        )
 
     def _tied_to(self, name: str, tied: Any) -> str | None:
         if not getattr(self.model.config, "tie_word_embeddings", False) or name not in tied:
