@@ -302,7 +302,7 @@ class Production:
         model.check()
         writer.index()
         clock.lap("write")
-        record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer.folder) | {"files": writer.files}
+        record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer)
         report.write(writer.folder, record)
         writer.finish()
         return record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from llmprune import device as devices
 from llmprune.checkpoint.contents import SCHEMA
 from llmprune.checkpoint.journal import Identity
+from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
 from llmprune.licence import read_licence
@@ -87,7 +87,7 @@ def identity(record: Record) -> Identity:
 
 
 def complete(
-    before: Record, model: Model, matrices: list[Record], seconds: dict[str, float], private: int | None, folder: Path
+    before: Record, model: Model, matrices: list[Record], seconds: dict[str, float], private: int | None, writer: CheckpointWriter
 ) -> Record:  # fmt: skip
     """The record of a finished run, not scored yet. `matrices`: the rows of `run.prune_blocks`; `seconds` by phase."""
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
@@ -105,8 +105,9 @@ def complete(
             "peak_device_memory_bytes": devices.peak_device_memory(model.skeleton.device),
             "bytes": {
                 "dense": sum(t.bytes for t in model.source.tensors.values()),
-                "written": sum(p.stat().st_size for p in folder.glob("model-*.safetensors")),
+                "written": sum(p.stat().st_size for p in writer.folder.glob("model-*.safetensors")),
             },
+            "files": writer.files,
         },
         "evaluation": {"perplexity": {}, "tasks": {}},
         "environment": before["environment"],

@@ -24,6 +24,6 @@ def contents(folder):
 def old_output(folder):
     """A folder that passes for the output of an earlier run, with a card that was edited by hand."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "llmprune.json").write_text(json.dumps({"schema": 1, "totals": {}, "matrices": [], "files": ["config.json"]}))
+    (folder / "llmprune.json").write_text(json.dumps({"schema": 1, "totals": {"files": ["config.json"]}, "matrices": []}))
     (folder / "README.md").write_text("years of work")
     return folder

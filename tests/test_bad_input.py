@@ -755,7 +755,7 @@ def test_overwrite_replaces_the_whole_folder(tiny_llama, calibration_tokens, old
     (old / "config.json").write_text("{}")
     llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
     record = json.loads((old / "llmprune.json").read_text())
-    assert record["files"] == sorted(p.name for p in old.iterdir())
+    assert record["totals"]["files"] == sorted(p.name for p in old.iterdir())
     assert [p.name for p in work.iterdir()] == ["out"]
 
 

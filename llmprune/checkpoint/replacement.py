@@ -137,7 +137,7 @@ def _listed_files(folder: Path) -> frozenset[str] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("totals"), dict) or "matrices" not in record:
         return None
-    listed = record.get("files", [])
+    listed = record["totals"].get("files", [])
     return frozenset(n for n in listed if isinstance(n, str)) if isinstance(listed, list) else None
 
 
