@@ -38,3 +38,8 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, in a line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

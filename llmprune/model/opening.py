@@ -14,6 +14,7 @@ from llmprune import device as devices
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource
 from llmprune.hub import Located, locate
 from llmprune.model.skeleton import Skeleton, check_dense, read_config
+from llmprune.model.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ def open_model(
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
-    tokenizer = tokenizer or _tokenizer(located.folder, trust_remote_code)
+    tokenizer = tokenizer or read_tokenizer(located.folder, trust_remote_code)
     return Model(located, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
 
 
@@ -80,16 +81,3 @@ def whole(model: Model) -> Any:
         model.located.folder, dtype=model.skeleton.dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
     )
     return loaded.to(model.skeleton.device).eval()
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer, None where it has none."""
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # many types; the first line says what is wrong
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(f"cannot read the tokenizer of {folder.name}: {line}") from error
