@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -34,14 +33,6 @@ def rows(folder, tiny_llama):
         return build(source, tokenizer, samples=4, length=16, limit=64, vocabulary=2048, seed=0).tokens
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def heard():
-    """The log of the package at its usual level, whatever --quiet has made of it."""
-    logging.getLogger("llmprune").setLevel(logging.NOTSET)
-    yield
-    logging.getLogger("llmprune").setLevel(logging.NOTSET)
 
 
 def kept():

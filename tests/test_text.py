@@ -1,4 +1,4 @@
-"""Text is read and tokenised in pieces: the tokens are those of the whole, no more is read than is needed, and what is no text is refused."""
+"""Text is read and tokenised in pieces: the tokens of the whole, no more read than is needed, what is no text refused."""
 
 import gzip
 import io
@@ -186,7 +186,12 @@ def test_calibration_rows_are_those_of_the_whole_text(folder, byte_level):
     (folder / "a.txt").write_text("".join(documents))
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in [*documents, " \n"]))
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "a.parquet")
-    for name, texts in (("a.txt", [(folder / "a.txt").read_text()]), ("a.jsonl", documents), ("a.parquet", documents), (documents, documents)):
+    for name, texts in (
+        ("a.txt", [(folder / "a.txt").read_text()]),
+        ("a.jsonl", documents),
+        ("a.parquet", documents),
+        (documents, documents),
+    ):
         tokens = list(itertools.chain.from_iterable(byte_level(t, verbose=False)["input_ids"] for t in texts if t.strip()))
         for samples, length in ((4, 32), (200, 128)):
             rows = torch.tensor(tokens[: 8 * samples * length])
@@ -313,7 +318,9 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(folder, tiny_llama,
     }
     for name, written in rows.items():
         (folder / name).write_text(written)
-    said = r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no tokenizer takes; mend or remove the row"
+    said = (
+        r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no tokenizer takes; mend or remove the row"
+    )
     options = {"recipe": "magnitude", "samples": 2, "seqlen": 8, "output": "out"}
     for source, where in (
         ("a.jsonl", r"^a\.jsonl, line 2 " + said.format("d800", 1)),

@@ -8,10 +8,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
-GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-WORDS = "the of and in to a was The for on as is with by he that from at were an it his which are not or be had this film season".split()
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = [
+    "the", "of", "and", "in", "to", "a", "was", "The", "for", "on", "as", "is", "with", "by", "he",
+    "that", "from", "at", "were", "an", "it", "his", "which", "are", "not", "or", "be", "had", "this", "film", "season",
+]  # fmt: skip
 FRAGMENTS = [
     " ", "  ", "\n", "\r\n", "\n\n\n", "\t", "😀", "👩‍👩‍👧‍👦", "é", "e\u0301\u0301", "\u200b", "\u200d", "\ufeff", "日本", "語。", "哈",
     "12345", "3.14159", "aaaa", "a", "ab", "<s>", "</s>", "<mask>", " <mask> ", "of the", "xx", "...", "!!", "'s", "ﬁ", "½", "İ", "Σ",
@@ -21,7 +22,9 @@ FRAGMENTS = [
 
 def prose(rng, length):
     """Something like English."""
-    words = [rng.choice(WORDS) if rng.random() < 0.6 else "".join(rng.choices("etaoinshr", k=rng.randrange(2, 9))) for _ in range(length // 4)]
+    words = [
+        rng.choice(WORDS) if rng.random() < 0.6 else "".join(rng.choices("etaoinshr", k=rng.randrange(2, 9))) for _ in range(length // 4)
+    ]
     return "".join(w + rng.choice([" ", " ", " ", " ", ", ", ". ", "\n"]) for w in words)[:length]
 
 
@@ -143,7 +146,9 @@ def words():
 
 
 def clip():
-    return _around(_bpe(pre_tokenizers.WhitespaceSplit(), normalizers.Lowercase(), unk_token="<unk>", end_of_word_suffix="</w>"), right=True)
+    return _around(
+        _bpe(pre_tokenizers.WhitespaceSplit(), normalizers.Lowercase(), unk_token="<unk>", end_of_word_suffix="</w>"), right=True
+    )
 
 
 def odd():

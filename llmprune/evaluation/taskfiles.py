@@ -6,7 +6,7 @@ lm-eval's own tasks are part of an installed package, and llmprune's are its own
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ _STANDARD = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True)
 class _Use:
-    """A file of a task that is to be run; `changed_by`: the file of a group that changes more of the task than how it is counted."""
+    """A task, group or tag that is to be run.
 
-    path: Path
-    changed_by: Path | None
+    `changed_by`: the files of groups that change more of it than how it is counted. `defined`: the group that names it says all of it.
+    """
+
+    name: str
+    changed_by: frozenset[Path] = frozenset()
+    defined: bool = False
 
 
 def check_tasks(names: Iterable[str], index: Mapping[str, Any], trusted: Sequence[Path], metrics: Iterable[str]) -> None:
@@ -35,46 +39,55 @@ def check_tasks(names: Iterable[str], index: Mapping[str, Any], trusted: Sequenc
         index: lm-eval's index of all tasks. metrics: those lm-eval computes itself; any other is looked for as code on the hub.
     """
     roots, own = [root.resolve() for root in trusted], set(metrics)
-    for use in _uses(names, index):
-        shipped = any(use.path.resolve().is_relative_to(root) for root in roots)
-        if shipped and (use.changed_by is None or any(use.changed_by.resolve().is_relative_to(root) for root in roots)):
+
+    def foreign(path: Path) -> bool:
+        return not any(path.resolve().is_relative_to(root) for root in roots)
+
+    for use in _reached(names, index):
+        path = index[use.name].yaml_path if use.name in index else None
+        if path is None:
             continue
-        where = use.path.name if not shipped or use.changed_by is None else f"{use.changed_by.name} changes {use.path.name}, which"
-        if found := next(_code(use.path, own, set()), None):
+        changers = sorted(changer.name for changer in use.changed_by if foreign(changer))
+        if (foreign(path) or changers) and (found := next(_code(path, own, set()), None)):
+            where = path.name if foreign(path) else f"{changers[0]} changes {path.name}, which"
             raise ValueError(f"{where} holds {found}, and so runs Python code; use --trust-remote-code if you trust it, or do without")
 
 
-def _uses(names: Iterable[str], index: Mapping[str, Any]) -> Iterator[_Use]:
-    """The files behind task names, members of groups and tags included."""
-    waiting: list[tuple[str, Path | None]] = [(name, None) for name in names]
-    seen = set()
+def all_known(names: Iterable[str], index: Mapping[str, Any]) -> bool:
+    """Whether an index has every task of these names, members of groups included."""
+    return all(use.defined or use.name in index for use in _reached(names, index))
+
+
+def _reached(names: Iterable[str], index: Mapping[str, Any]) -> Iterator[_Use]:
+    """These names and those of the members of groups and tags."""
+    waiting, seen = [_Use(name) for name in names], set()
     while waiting:
-        name, changed_by = waiting.pop()
-        entry = index.get(name)
-        if entry is None or (name, changed_by) in seen:
+        use = waiting.pop()
+        if use in seen:
             continue
-        seen.add((name, changed_by))
-        if entry.yaml_path is not None:
-            yield _Use(Path(entry.yaml_path), changed_by)
-        if entry.kind.name == "TAG":
-            waiting += [(member, changed_by) for member in entry.tags]
-        elif entry.kind.name == "GROUP":
-            own = Path(entry.yaml_path)
-            waiting += [(member, own if changed else changed_by) for member, changed in _members(entry.cfg or {})]
+        seen.add(use)
+        yield use
+        entry = index.get(use.name)
+        if entry is not None and entry.kind.name == "TAG":
+            waiting += [replace(use, name=member) for member in entry.tags]
+        elif entry is not None and entry.kind.name == "GROUP":
+            waiting += _members(entry.cfg or {}, Path(entry.yaml_path), use.changed_by)
 
 
-def _members(group: Mapping[str, Any], changed: bool = False, nested: bool = False) -> Iterator[tuple[str, bool]]:
-    """The names in a group, and whether it changes what the task does."""
+def _members(group: Mapping[str, Any], path: Path, changed_by: frozenset[Path], nested: bool = False) -> Iterator[_Use]:
+    """What a group names. `path`: its file; `nested`: it stands within another."""
     listed = group.get("task")
-    changed = changed or not set(map(str, group)) <= _HARMLESS or (nested and isinstance(listed, str) and "metadata" in group)
-    for name in (listed, group.get("group") if nested else None):
-        if isinstance(name, str):
-            yield name, changed
+    if not set(map(str, group)) <= _HARMLESS or (nested and isinstance(listed, str) and "metadata" in group):
+        changed_by |= {path}
+    if isinstance(listed, str):
+        yield _Use(listed, changed_by, "dataset_path" in group)
+    if nested and isinstance(name := group.get("group"), str):
+        yield _Use(name, changed_by, listed is not None)
     for member in listed if isinstance(listed, list) else ():
         if isinstance(member, Mapping):
-            yield from _members(member, changed, True)
+            yield from _members(member, path, changed_by, True)
         elif isinstance(member, str):
-            yield member, changed
+            yield _Use(member, changed_by)
 
 
 def _code(path: Path, metrics: set[str], seen: set[Path]) -> Iterator[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import numbers
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmprune.data import first_line, shipped
-from llmprune.evaluation.taskfiles import check_tasks
+from llmprune.evaluation.taskfiles import all_known, check_tasks
 from llmprune.registry import nearest
 
 METRICS = ("acc", "acc_norm", "exact_match", "f1")  # told first, in this order; then the others in lm-eval's
@@ -40,7 +41,7 @@ def load_tasks(tasks: Sequence[str], include: Path | None, data: Path | None, tr
         folders = [shipped("eval", "tasks"), *([include] if include else [])]
         metadata = {"data": str(data)} if data else None
         manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-        if any(task not in manager.all_tasks for task in tasks):
+        if not all_known(tasks, manager.task_index):
             manager = TaskManager(include_path=folders, metadata=metadata)
         for task in tasks:
             if task not in manager.all_tasks:
@@ -196,6 +197,19 @@ def _contained(trust_remote_code: bool) -> Iterator[None]:
         utils.env = free
 
 
+class _Others:
+    """A stream without what the thread writes that made it; our bars are drawn by another."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval logs and draws bars of its own; ours tell the user where the run stands."""
@@ -203,7 +217,8 @@ def _quiet() -> Iterator[None]:
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        out, err = (contextlib.redirect_stdout(_Others(sys.stdout)), contextlib.redirect_stderr(_Others(sys.stderr)))
+        with warnings.catch_warnings(), out, err:
             warnings.simplefilter("ignore")
             yield
     finally:
