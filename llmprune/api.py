@@ -171,7 +171,8 @@ def run_model(
     limit: int | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """`prune` with evaluation, dense and pruned: the main job. Without texts, tasks or suite, the model's default suite."""
-    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
+    trusted = options.get("trust_remote_code", False)
+    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trusted)
     return prune(model, evaluation=spec, **options)
 
 
@@ -185,7 +186,7 @@ def evaluate(
 
     Without texts, tasks or suite, the model's default suite: `quick` for a hub model, else `demo`, which needs no network.
     """
-    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
+    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code)
     team = processes.current()
     reporter = (reporter if team.first else None) or Silent()
     opened = team.in_turn(lambda: open_model(path, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code))

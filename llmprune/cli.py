@@ -78,7 +78,7 @@ def _computing(
 
 def _origin(
     revision: Annotated[str | None, _option("Hub revision of the model.")] = None,
-    trust_remote_code: Annotated[bool, _option("Run Python code that comes with the checkpoint.", "--trust-remote-code")] = False,
+    trust_remote_code: Annotated[bool, _option("Run Python code of the checkpoint or of task files.", "--trust-remote-code")] = False,
 ) -> None: ...
 
 

@@ -66,3 +66,8 @@ def shown(value: Any) -> str:
 def size_text(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, in a line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -42,9 +42,15 @@ def score_rows(record: Record) -> list[tuple[str, str, str, str]]:
         for metric, entry in metrics.items():
             if metric != "protocol":
                 stderr = f"+- {entry['stderr']:.3f}, " if entry["stderr"] is not None else ""
-                note = f"{stderr}{metrics['protocol']['documents']} documents, higher is better"
+                note = f"{stderr}{metrics['protocol']['documents']} documents{direction(metrics['protocol'], metric)}"
                 rows.append((f"{task} {metric}", f"{entry['dense']:.3f}", f"{entry['pruned']:.3f}", note))
     return rows
+
+
+def direction(protocol: Record, metric: str) -> str:
+    """Which scores of a metric are better, where the task says so; records without a word of it hold accuracies alone."""
+    better = protocol.get("higher_is_better", {metric: True}).get(metric)
+    return "" if better is None else ", higher is better" if better else ", lower is better"
 
 
 def method_of(record: Record) -> str:

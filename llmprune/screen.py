@@ -157,6 +157,8 @@ def print_result(console: Console, record: Mapping[str, Any], output: Path) -> N
 
 def print_scores(console: Console, scores: Mapping[str, Any]) -> None:
     """The scores of one checkpoint."""
+    from llmprune.report import direction
+
     table = _table(f"Scores of {scores['model']}", ("", "", ""))
     for name, entry in scores["perplexity"].items():
         protocol = entry["protocol"]
@@ -166,7 +168,8 @@ def print_scores(console: Console, scores: Mapping[str, Any]) -> None:
         for metric, entry in metrics.items():
             if metric != "protocol":
                 stderr = f"+- {entry['stderr']:.4f}, " if entry["stderr"] is not None else ""
-                table.add_row(f"{task} {metric}", f"{entry['value']:.4f}", f"{stderr}{metrics['protocol']['documents']} documents")
+                lower = direction(metrics["protocol"], metric).replace(", higher is better", "")
+                table.add_row(f"{task} {metric}", f"{entry['value']:.4f}", f"{stderr}{metrics['protocol']['documents']} documents{lower}")
     table.add_row("seconds", f"{scores['seconds']:.1f}", scores["environment"]["device"])
     console.print()
     console.print(table)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from llmprune.data import first_line
 from llmprune.hub import retrying
 from llmprune.registry import nearest
+from llmprune.textfiles import Document, Render, check_file, document_of, file_documents, file_path, is_file, split_column, written
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-CHAT_COLUMNS = ("messages", "conversations")  # read where a row has no `text` and chats can be rendered
-Render = Callable[[list[Any], str], str]  # the messages of a chat and where they stand -> its text
+__all__ = ["Document", "Render", "calibration_text", "check_calibration", "evaluation_text", "file_documents", "file_path", "is_file"]
 
 
 @dataclass(frozen=True)
@@ -42,94 +39,6 @@ HUB_TEXTS = {
 }  # fmt: skip
 
 
-def is_file(source: str) -> bool:
-    """Whether a source names a text file (by its ending, `:column` aside)."""
-    return _split_column(source)[0].removesuffix(".gz").endswith(SUFFIXES)
-
-
-def file_path(source: str) -> Path:
-    """The file of a source that may carry a `:column`."""
-    return Path(_split_column(source)[0])
-
-
-def _split_column(source: str) -> tuple[str, str | None]:
-    head, colon, tail = source.rpartition(":")
-    return (head, tail) if colon and "/" not in tail and "." not in tail and len(head) > 1 else (source, None)
-
-
-def file_documents(source: str, render: Render | None = None) -> Iterator[str]:
-    """Documents of a `.txt` (one), `.jsonl` or `.parquet` file; `FILE:column` names the text column, `text` by default.
-
-    With `render`, a column may hold chats, and one of `CHAT_COLUMNS` stands in for a missing `text`.
-
-    Raises:
-        ValueError: no such file, damaged, or without the column.
-    """
-    name, column = _split_column(source)
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"no such text file: {name}")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    reader = {"txt": _text, "jsonl": _jsonl, "parquet": _parquet}[kind]
-    try:
-        yield from reader(path, column, render)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {name}: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
-def _text(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
-    with _open(path) as handle:
-        yield handle.read()
-
-
-def _jsonl(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
-    with _open(path) as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            yield _document(row, column, f"{path}, line {number}", render)
-
-
-def _columns(column: str | None, render: Render | None) -> tuple[str, ...]:
-    """The columns a document may stand in, the likeliest first."""
-    return (column,) if column else ("text", *CHAT_COLUMNS) if render else ("text",)
-
-
-def _document(row: Any, column: str | None, where: str, render: Render | None) -> str:
-    names = _columns(column, render)
-    value = next((row[name] for name in names if row.get(name) is not None), None) if isinstance(row, dict) else None
-    if isinstance(value, str):
-        return value
-    if render and isinstance(value, list):
-        return render(value, where)
-    have = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(f"{where} has no text column {names[0]!r} (it has: {have}); name it as SOURCE:column")
-
-
-def _parquet(path: Path, column: str | None, render: Render | None) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as table:
-            wanted, have = _columns(column, render), table.schema_arrow.names
-            if not set(wanted) & set(have):
-                raise ValueError(f"{path} has no text column {wanted[0]!r} (it has: {', '.join(have)}); name it as SOURCE:column")
-            batches = table.iter_batches(batch_size=256, columns=[name for name in wanted if name in have])
-            for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
-                yield _document(row, column, f"{path}, row {number}", render)
-    except pa.ArrowException as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-
-
 def hub_documents(source: str, evaluation: bool, seed: int = 0, render: Render | None = None) -> Iterator[str]:
     """Documents of a named hub text or of `dataset-id:column`, streamed; shuffled by `seed` for calibration.
 
@@ -137,7 +46,12 @@ def hub_documents(source: str, evaluation: bool, seed: int = 0, render: Render |
         ValueError: an unknown name, no network, no such dataset or column; the message names a way out.
     """
     text, split, file, column = _hub_text(source, evaluation)
-    way_out = "use built-in text (builtin) or a file (.txt, .jsonl, .parquet)"
+    order = "" if evaluation else f", shuffled by seed {seed}"
+    for number, row in enumerate(_hub_rows(source, text, split, file, None if evaluation else seed), 1):
+        yield document_of(row, column, f"dataset {text.dataset}{order}, row {number}", render)
+
+
+def _hub_rows(source: str, text: HubText, split: str, file: str | None, shuffled_by: int | None) -> Iterator[Any]:
     try:
         from datasets import load_dataset
         from huggingface_hub import HfApi
@@ -145,14 +59,12 @@ def hub_documents(source: str, evaluation: bool, seed: int = 0, render: Render |
         # Without network this fails at once, where datasets would retry for long.
         retrying(lambda: HfApi().dataset_info(text.dataset, timeout=10), f"looking for {text.dataset}")
         data = load_dataset(text.dataset, text.config, split=split, data_files={split: file} if file else None, streaming=True)
-        rows = iter(data if evaluation else data.shuffle(seed=seed, buffer_size=1000))
-        first = next(rows, None)
+        yield from data if shuffled_by is None else data.shuffle(seed=shuffled_by, buffer_size=1000)
     except Exception as error:  # network, hub and format errors share no base class
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"cannot load {source!r} from the hub ({type(error).__name__}: {line}); without network, {way_out}") from error
-    order = "" if evaluation else f", shuffled by seed {seed}"
-    for number, row in enumerate(itertools.chain([] if first is None else [first], rows), 1):
-        yield _document(row, column, f"dataset {text.dataset}{order}, row {number}", render)
+        way_out = "use built-in text (builtin) or a file (.txt, .jsonl, .parquet)"
+        raise ValueError(
+            f"cannot load {source!r} from the hub ({type(error).__name__}: {first_line(error)}); without network, {way_out}"
+        ) from error
 
 
 def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, str | None]:
@@ -162,7 +74,7 @@ def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, 
         if chosen is None:
             raise ValueError(f"{source!r} has no evaluation split; use wikitext2, c4, builtin or a text file")
         return text, *chosen, text.column
-    dataset, column = _split_column(source)
+    dataset, column = split_column(source)
     if "/" not in dataset:
         own = ["builtin"] if evaluation else ["builtin", "self"]
         raise nearest("text source", source, [*HUB_TEXTS, *own, "FILE.txt", "FILE.jsonl", "FILE.parquet", "hub/dataset:column"])
@@ -170,7 +82,7 @@ def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, 
     return text, "test" if evaluation else "train", None, text.column
 
 
-def calibration_text(source: str, seed: int, render: Render | None = None) -> tuple[Callable[[], Iterator[str]], bool]:
+def calibration_text(source: str, seed: int, render: Render | None = None) -> tuple[Callable[[], Iterator[Document]], bool]:
     """How to get the documents of a calibration source, and whether the text is finite (a file) or streamed (the hub)."""
     if is_file(source):
         return lambda: file_documents(source, render), True
@@ -178,25 +90,40 @@ def calibration_text(source: str, seed: int, render: Render | None = None) -> tu
 
 
 def check_calibration(source: str) -> None:
-    """Raise `ValueError` for a missing file or a name that is no text source, before anything is read or downloaded."""
-    if not is_file(source):
+    """Raise `ValueError` for a file that is missing or no text, or a name that is no text source, before all is read or downloaded."""
+    if is_file(source):
+        check_file(source)
+    else:
         _hub_text(source, evaluation=False)
-    elif not file_path(source).is_file():
-        raise ValueError(f"no such text file: {file_path(source)}")
 
 
-def evaluation_text(source: str) -> str:
-    """The whole text of an evaluation source, its documents joined as the papers' code does."""
+def evaluation_text(source: str) -> Iterator[str]:
+    """The text of an evaluation source in pieces, its documents joined as the papers' code does.
+
+    Raises:
+        ValueError: it cannot be had, or there is none.
+    """
+    known, documents = HUB_TEXTS.get(source), _evaluation_documents(source)
+    some = itertools.islice(documents, known.evaluation_documents if known else None)
+    pieces = written(_joined(some, known.joined_by if known else "\n\n"), source)
+    if pieces is None:
+        raise ValueError(f"{source} holds no text; name another file or text")
+    return pieces
+
+
+def _evaluation_documents(source: str) -> Iterable[Document]:
     if source == "builtin":
         from llmprune.demo.text import held_out_documents
 
-        text = "\n\n".join(held_out_documents())
-    elif is_file(source):
-        text = "\n\n".join(file_documents(source))
-    else:
-        known = HUB_TEXTS.get(source)
-        documents = hub_documents(source, evaluation=True)
-        text = (known.joined_by if known else "\n\n").join(itertools.islice(documents, known.evaluation_documents if known else None))
-    if not text.strip():
-        raise ValueError(f"{source} holds no text; name another file or text")
-    return text
+        return held_out_documents()
+    return file_documents(source) if is_file(source) else hub_documents(source, evaluation=True)
+
+
+def _joined(documents: Iterable[Document], by: str) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        if number:
+            yield by
+        if isinstance(document, str):
+            yield document
+        else:
+            yield from document

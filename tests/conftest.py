@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -59,6 +60,12 @@ def own_caches(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LLMPRUNE_CACHE", str(home / "cache"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
     return home
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """The package's log at its usual level, whatever --quiet has made of it before."""
+    logging.getLogger("llmprune").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -965,7 +965,11 @@ SENTENCE = "The calibration text of a file has to be long enough for every row t
         ("a.jsonl", "", r"'a\.jsonl' holds no text"),
         ("a.jsonl", '{"body": "x"}\n', r"a\.jsonl, line 1 has no text column 'text' \(it has: body\); name it as SOURCE:column"),
         ("a.jsonl", '{"text": "x"}\n\n{"text": "y"\n', r"a\.jsonl, line 3 is not JSON"),
-        ("a.jsonl", '{"text": 3}\n', r"line 1 has no text column 'text'"),
+        ("a.jsonl", '{"text": 3}\n', r"line 1 has an int in column 'text' instead of text: 3; mend or remove the row, or name"),
+        ("a.jsonl", '{"text": {"en": "x"}}\n', r"line 1 has a dict in column 'text' instead of text: \{'en': 'x'\}"),
+        ("a.jsonl", '{"text": ["x"]}\n', r"line 1, message 1 is no \{role, content\}"),
+        ("a.jsonl", '{"text": true}\n', r"line 1 has a bool in column 'text' instead of text: True"),
+        ("a.jsonl", '{"text": null}\n', r"line 1 is empty \(null\) in column 'text'"),
         ("a.jsonl", '["text"]\n', r"line 1 has no text column 'text' \(it has: list\)"),
         ("a.jsonl", "[" * 100_000, r"line 1 is not JSON"),
         ("a.parquet", b"PAR1 this is none", r"cannot read a\.parquet"),
@@ -985,8 +989,8 @@ def test_a_parquet_file_without_the_column_is_refused(refused, work):
     table = pyarrow.table({"body": [SENTENCE] * 200, "count": list(range(200)), "holes": [None] * 200})
     pyarrow.parquet.write_table(table, work / "a.parquet")
     refused(r"a\.parquet has no text column 'text' \(it has: body, count, holes\); name it as SOURCE:column", calibration="a.parquet")
-    refused(r"a\.parquet, row 1 has no text column 'count'", calibration="a.parquet:count")
-    refused(r"a\.parquet, row 1 has no text column 'holes'", calibration="a.parquet:holes")
+    refused(r"a\.parquet, row 1 has an int in column 'count' instead of text: 0", calibration="a.parquet:count")
+    refused(r"a\.parquet, row 1 is empty \(null\) in column 'holes'", calibration="a.parquet:holes")
     assert len(list(text.file_documents("a.parquet:body"))) == 200
 
 

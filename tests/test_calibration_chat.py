@@ -120,7 +120,7 @@ def test_a_malformed_row_of_a_table_is_named(folder, tokenizer):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bad.parquet")
     with pytest.raises(ValueError, match=r"^bad\.parquet, row 3, message 2 is no"):
         build("bad.parquet", tokenizer)
-    with pytest.raises(ValueError, match=r"^messages\.parquet, row 1 has no text column 'id'"):
+    with pytest.raises(ValueError, match=r"^messages\.parquet, row 1 has an int in column 'id' instead of text: 0"):
         build("messages.parquet:id", tokenizer)
 
 

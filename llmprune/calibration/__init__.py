@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from llmprune.calibration import mixture
 from llmprune.calibration.rows import Maker
 from llmprune.calibration.sampling import Sampler
-from llmprune.calibration.tokens import check_tokens, read_tokens
+from llmprune.calibration.tokens import check_tokens, digest, read_tokens
 from llmprune.contracts import CalibrationSet
 
 SAMPLES = 128
@@ -93,8 +92,3 @@ def _name(source: str | Iterable[str]) -> str:
 
 def _set(tokens: Tensor, source: str, seed: int, details: dict[str, Any] | None = None) -> CalibrationSet:
     return CalibrationSet(tokens, source, seed, digest(tokens), details or {})
-
-
-def digest(tokens: Tensor) -> str:
-    """Fingerprint of token rows: their shape and values."""
-    return "sha256:" + hashlib.sha256(repr(list(tokens.shape)).encode() + tokens.numpy().tobytes()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmprune.data import shown
+from llmprune.data import first_line, shown
 
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT -> those chat templates know
@@ -34,7 +34,7 @@ class Chats:
             # transformers renders in jinja's sandbox: a template cannot run code of its own.
             return Templated(self._tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception as error:  # a template raises what it likes
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            line = first_line(error)
             raise ValueError(f"{where}: the tokenizer's chat template refuses this chat ({line}); mend or remove the row") from None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from llmprune import __version__, text
-from llmprune.calibration.cache import Made, cached
+from llmprune.calibration.cache import Cache, Made
 from llmprune.calibration.chat import Chats
 from llmprune.calibration.packing import pack
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import read_tokens
+from llmprune.textfiles import whole_characters
+from llmprune.tokenisation import check_known
 
 Plain = str | Iterable[str]
 
@@ -32,6 +34,7 @@ class Maker:
     vocabulary: int
     seed: int
     sampler: Sampler | None = None
+    cache: Cache = field(default_factory=Cache)
 
     def check(self, source: Plain, samples: int, length: int) -> None:
         """Raise `ValueError` for what can be known to fail before any long work."""
@@ -62,17 +65,13 @@ class Maker:
         else:
             name = Path(source).name if text.is_file(source) else source
             key = (__version__, _identity(source), _fingerprint(self.tokenizer), samples, length, self.seed)
-            made = cached(key, lambda: self._text(source, name, samples, length))
+            made = self.cache.rows(key, (samples, length), lambda: self._text(source, name, samples, length))
         return self.checked(made[0], name), made[1]
 
     def checked(self, tokens: Tensor, source: str) -> Tensor:
         """The tokens, if the model knows them all and takes rows that long."""
-        low, high, length = int(tokens.min()), int(tokens.max()), tokens.shape[1]
-        if low < 0 or high >= self.vocabulary:
-            raise ValueError(
-                f"calibration tokens of {source} range from {low} to {high}, the model knows 0 to {self.vocabulary - 1}; "
-                "use its own tokenizer"
-            )
+        check_known(tokens, self.vocabulary, f"calibration tokens of {source}")
+        length = tokens.shape[1]
         if self.limit and length > self.limit:
             raise ValueError(
                 f"calibration tokens of {source} have sequence length {length}, over the model's limit of {self.limit}; use shorter rows"
@@ -83,12 +82,13 @@ class Maker:
         assert self.sampler is not None
         sampler, details = self.sampler, {"temperature": self.sampler.temperature, "top_p": self.sampler.top_p}
         key = (__version__, "self", *sampler.key(), samples, length, self.seed)
-        return cached(key, lambda: (sampler.sample(samples, length, self.seed), details))
+        return self.cache.rows(key, (samples, length), lambda: (sampler.sample(samples, length, self.seed), details))
 
     def _text(self, source: str, name: str, samples: int, length: int) -> Made:
         chats = Chats(self.tokenizer)
         if source == "builtin":
-            documents, finite = _library(samples * length), True
+            documents: Iterator[text.Document] = _library(samples * length)
+            finite = True
         else:
             read, finite = text.calibration_text(source, self.seed, chats)
             documents = read()
@@ -97,19 +97,19 @@ class Maker:
 
 
 def _strings(documents: Iterator[Any]) -> Iterator[str]:
-    for document in documents:
+    for number, document in enumerate(documents, 1):
         if not isinstance(document, str):
             raise ValueError(f"calibration documents must be strings, got {type(document).__name__}")
-        yield document
+        yield whole_characters(document, f"calibration document {number}")
 
 
-def _library(tokens: int) -> Iterator[str]:
+def _library(tokens: int) -> Iterator[text.Document]:
+    """Built-in documents: the calibration modules are enough for small runs (at 3 characters a token), longer rows draw on the others."""
     from llmprune.demo import text as library
 
     own = library.calibration_documents()
-    # The calibration modules are enough for small runs (about 3 characters a token); longer rows draw on the rest of the library.
     enough = sum(map(len, own)) >= 6 * tokens
-    return iter(own) if enough else itertools.chain(own, library.training_documents())
+    return itertools.chain(own, () if enough else library.training_documents())
 
 
 def _check_drawn(path: Path, samples: int, length: int) -> None:

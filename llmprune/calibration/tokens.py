@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.files import WeightFile
+from llmprune.checkpoint.files import WeightFile, raw
 
 
 def read_tokens(path: Path) -> Tensor:
@@ -27,3 +28,10 @@ def check_tokens(tokens: Tensor, where: str) -> Tensor:
             f"calibration tokens must be int64 [N, T] with T >= 2, got {str(tokens.dtype)[6:]} {list(tokens.shape)} from {where}"
         )
     return tokens.contiguous()
+
+
+def digest(tokens: Tensor) -> str:
+    """Fingerprint of token rows: their shape and values."""
+    hashed = hashlib.sha256(repr(list(tokens.shape)).encode())
+    hashed.update(raw(tokens))
+    return "sha256:" + hashed.hexdigest()

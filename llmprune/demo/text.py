@@ -12,6 +12,7 @@ import io
 import sys
 import sysconfig
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 CALIBRATION_MODULES = (
@@ -63,20 +64,22 @@ def held_out_documents() -> list[str]:
     return [text for name in HELD_OUT_MODULES for text in _module_documents(name)]
 
 
-def training_documents() -> list[str]:
-    """Everything else: module sources, pydoc topics and the docstrings of C modules."""
+def training_documents() -> Iterator[str]:
+    """Everything else: module sources, pydoc topics and the docstrings of C modules; read as they are asked for."""
     root = _library()
     held_back = {*CALIBRATION_MODULES, *HELD_OUT_MODULES, *_SKIPPED}
-    documents = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if held_back.intersection(parts) or "tests" in parts or path.name.startswith(_TABLE_FILES):
             continue
         try:
-            documents.append(_read(path))
+            document = _read(path)
         except (SyntaxError, UnicodeDecodeError):  # a few library files are broken on purpose
             continue
-    return [d for d in documents if d] + _topics() + _docstrings()
+        if document:
+            yield document
+    yield from _topics()
+    yield from _docstrings()
 
 
 def _topics() -> list[str]:

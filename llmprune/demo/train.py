@@ -82,7 +82,7 @@ def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor, windows: int = 
 
 def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> None:
     torch.manual_seed(seed)
-    documents = text.training_documents()
+    documents = list(text.training_documents())
     tokenizer = train_tokenizer(documents, vocabulary)
     tokens, held_out = stream(tokenizer, documents), stream(tokenizer, text.held_out_documents())
     model = build(vocabulary)

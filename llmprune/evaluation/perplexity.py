@@ -1,13 +1,14 @@
 """Perplexity by the papers' protocol, streamed block by block: a model larger than memory can be scored.
 
-The documents are joined, tokenised once with the tokenizer's defaults, cut into non-overlapping windows of T tokens; each window's loss is
-the mean over its T - 1 targets; perplexity is the exponential of the mean over windows. What is left over at the end is dropped.
+The documents are joined, tokenised as one text with the tokenizer's defaults, cut into non-overlapping windows of T tokens; each
+window's loss is the mean over its T - 1 targets; perplexity is the exponential of the mean over windows. What is left over at the end
+is dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,13 +20,20 @@ from llmprune.device import exact_matmul
 from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
 from llmprune.processes import ALONE, Team
+from llmprune.tokenisation import check_known, check_made, first_tokens, tokens_of
 
 STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
 
 
-def windows(text: str, tokenizer: Any, length: int, limit: int | None, name: str) -> Tensor:
-    """The evaluation windows int64 [N, T]. Raises `ValueError` when the text is shorter than one window."""
-    tokens: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
+def windows(text: Iterable[str], tokenizer: Any, length: int, limit: int | None, vocabulary: int, name: str) -> Tensor:
+    """The evaluation windows int64 [N, T] of a text that comes in pieces; no more is read than N windows need.
+
+    Raises `ValueError` when the text is shorter than one window, or its tokens are none of the model's.
+    """
+    tokens = first_tokens(tokens_of(text, tokenizer, name), limit and limit * length)
+    assert tokens is not None
+    check_made(tokens, tokenizer, name)
+    check_known(tokens, vocabulary, f"tokens of {name}")
     count = len(tokens) // length
     if count == 0:
         raise ValueError(

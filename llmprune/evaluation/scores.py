@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.calibration import default_length
+from llmprune.checkpoint.files import raw
 from llmprune.data import read_yaml, shipped, shipped_names
 from llmprune.device import free_cached_memory
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
@@ -39,6 +40,7 @@ class EvaluationSpec:
     include_tasks: Path | None
     task_data: Path | None
     limit: int | None
+    trust_remote_code: bool = False  # of task files
     rows: dict[str, Tensor] = field(default_factory=dict)
     loaded: Any = None
     suite: Path | None = None  # the file of a suite of the user's own
@@ -54,7 +56,8 @@ class EvaluationSpec:
         """The same with windows of the model's tokens.
 
         Raises:
-            ValueError: no tokenizer, a window over the model's limit, a text that cannot be had or is too short, an unknown task.
+            ValueError: no tokenizer, a window over the model's limit, a text that cannot be had or is too short, a task that is unknown,
+                not trusted or gives no score.
         """
         spec = self
         if not self.perplexity and not self.tasks:
@@ -68,16 +71,17 @@ class EvaluationSpec:
                 f"evaluation window {window} is over the model's limit of {model.limit}; use --eval-seqlen {model.limit} or less"
             )
         with libraries():
-            loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data) if spec.tasks else None
+            loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data, spec.trust_remote_code) if spec.tasks else None
         names = [_name(t) for t in spec.perplexity]
         if len(set(names)) < len(names):
             raise ValueError(f"texts to score need different file names, got {', '.join(names)}; rename one")
-        rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, t) for t in spec.perplexity}
+        vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
+        rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, vocabulary, t) for t in spec.perplexity}
         return dataclasses.replace(spec, rows=rows, loaded=loaded)
 
     def key(self, dtype: torch.dtype) -> str:
         """The same for specifications that lead to the same scores of a model."""
-        texts = [(name, list(rows.shape), hashlib.sha256(rows.numpy().tobytes()).hexdigest()) for name, rows in self.rows.items()]
+        texts = [(name, list(rows.shape), hashlib.sha256(raw(rows)).hexdigest()) for name, rows in self.rows.items()]
         described = repr((texts, self.tasks, str(self.include_tasks), str(self.task_data), self.limit, str(dtype)))
         return hashlib.sha256(described.encode()).hexdigest()
 
@@ -94,6 +98,7 @@ class Scores:
 def evaluation_spec(
     perplexity: Sequence[str], tasks: Sequence[str], suite: str | None, window: int | None,
     include_tasks: str | os.PathLike[str] | None, task_data: str | os.PathLike[str] | None, limit: int | None,
+    trust_remote_code: bool = False,
 ) -> EvaluationSpec:  # fmt: skip
     """What was asked for, a suite's texts and tasks added. Raises `ValueError` on values out of range or an unknown suite."""
     if limit is not None and limit < 1:
@@ -106,8 +111,8 @@ def evaluation_spec(
         texts, names = (*texts, *more[0]), (*names, *more[1])
     unique = tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(names))
     own_suite = Path(suite) if suite and suite.endswith((".yaml", ".yml")) else None
-    folders = Path(include_tasks) if include_tasks else None, Path(task_data) if task_data else None
-    return EvaluationSpec(*unique, window, *folders, limit, suite=own_suite)
+    include, data = (Path(folder) if folder else None for folder in (include_tasks, task_data))
+    return EvaluationSpec(*unique, window, include, data, limit, trust_remote_code, suite=own_suite)
 
 
 def read_suite(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -143,7 +148,9 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
         with libraries():
-            tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit))
+            tasks = team.on_first(
+                lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit, spec.trust_remote_code)
+            )
         reporter.step()
     model.check()
     free_cached_memory(model.skeleton.device)

@@ -16,6 +16,7 @@ from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub import Located, locate
 from llmprune.machine.state import libraries
 from llmprune.model.skeleton import Skeleton, check_dense, read_config
+from llmprune.model.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ def open_model(
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
-    tokenizer = tokenizer or _tokenizer(located.folder, trust_remote_code)
+    tokenizer = tokenizer or read_tokenizer(located.folder, trust_remote_code)
     return Model(located, files, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
 
 
@@ -106,16 +107,3 @@ def whole(model: Model) -> Any:
         )
     model.check()  # it was read past our own reader
     return loaded.to(model.skeleton.device).eval()
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer, None where it has none."""
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # many types; the first line says what is wrong
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(f"cannot read the tokenizer of {folder.name}: {line}") from error

@@ -1,0 +1,75 @@
+"""A checkpoint's tokenizer, or one line on which of its files is damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmprune.data import first_line, shown
+
+_NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_OTHERS = ("special_tokens_map.json", "added_tokens.json")
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's tokenizer, None where it has none. Raises `ValueError` where its files cannot be read."""
+    if not any((folder / name).exists() for name in _NEEDED):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except BaseException as error:  # of many types; a panic of the library below is none of Exception
+        if not _is_failure(error):
+            raise
+        raise ValueError(f"cannot read the tokenizer of {folder.name}: {_told(folder, error)}") from error
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _told(folder: Path, error: BaseException) -> str:
+    """Which file is damaged, as far as can be found out, what the library said, and the remedy."""
+    present = [name for name in (*_NEEDED, *_OTHERS) if (folder / name).exists()]
+    for name in present:
+        if name.endswith(".json") and (damage := _damage(folder / name)):
+            return f"{name} is damaged ({damage}); download it again or restore the original"
+    if "trust_remote_code" in str(error):
+        return f"it comes with Python code, which runs only with --trust-remote-code ({_line(error)})"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed ({_line(error)})"
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(present):
+        return f"{', '.join(present)} names no vocabulary ({_line(error)}); add tokenizer.json or tokenizer.model"
+    if "tokenizer.json" in present and "tokenizer_config.json" in present:
+        return f"tokenizer_config.json is damaged or of another model ({_line(error)}); download it again or restore the original"
+    return f"{', '.join(present)} cannot be read ({_line(error)}); download them again, or install the package that the line names"
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a JSON file of a tokenizer, None where it looks sound."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        return _line(error)
+    if not isinstance(value, dict):
+        return f"it holds {shown(value)[:60]} and no JSON object"
+    if path.name != "tokenizer.json":
+        return None
+    if not isinstance(value.get("added_tokens"), list):
+        return f"'added_tokens' is {'missing' if 'added_tokens' not in value else shown(value['added_tokens'])}, not a list"
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(text)
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        return _line(error)
+    return None
