@@ -26,6 +26,13 @@ class Interrupts:
         self.came = self.told = False
         self._last = 0.0
         self._watching = False
+        # A pool of processes ends its workers with SIGTERM: they must die of it, not turn it into an exception of their own.
+        os.register_at_fork(after_in_child=self._leave_child)
+
+    def _leave_child(self) -> None:
+        if self._watching:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

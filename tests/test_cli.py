@@ -563,3 +563,17 @@ main()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, list(tmp_path.iterdir())) == (130, []), done.stderr
     assert done.stderr == "llmprune: interrupted; nothing was changed in the output folder, run the same command again\n"
+
+
+def test_processes_that_a_command_forks_die_of_sigterm():
+    """lm-eval's bootstrap ends a pool of workers so, and waits for them."""
+    from llmprune.ending import Interrupts
+
+    with Interrupts().watched():
+        pid = os.fork()
+        if not pid:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
