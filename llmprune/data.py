@@ -71,3 +71,8 @@ def size_text(count: int) -> str:
 def first_line(error: BaseException, most: int = 200) -> str:
     """What an error says, in a line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is one of a library, as opposed to the user's wish to stop; panics of libraries in Rust are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -138,7 +138,8 @@ def make_plan(
 def with_scoring(plan: Plan, skeleton: Skeleton, source: WeightSource, texts: Sequence[tuple[int, int]], tasks: bool) -> Plan:
     """The plan of a run that scores the model too: texts as (windows, tokens), and whether tasks are among them."""
     host, device = predict_scoring(skeleton, source, texts, tasks)
-    return replace(plan, memory=plan.memory + tasks * LM_EVAL, scoring=host, device_scoring=device)
+    tokens = sum(8 * windows * length for windows, length in texts)  # held from the plan to the end
+    return replace(plan, memory=plan.memory + tasks * LM_EVAL + tokens, scoring=host + tokens, device_scoring=device)
 
 
 def _allocated(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.data import first_line
+from llmprune.data import first_line, is_failure
 
 PIECE = 1 << 17  # characters that are tokenised at once
 OVERLAP = 1 << 13  # of two windows
@@ -117,9 +117,9 @@ def encoded(tokenizer: Any, text: str | list[str], name: str, special: bool = Tr
     try:
         # Left out by default: not every tokenizer written in Python takes the option.
         return tokenizer(text, **options) if special else tokenizer(text, add_special_tokens=False, **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # of the library below, of any type
+    except BaseException as error:  # of many types
+        if isinstance(error, MemoryError) or not is_failure(error):
+            raise
         told = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"the tokenizer fails on {name} ({told}); its files are damaged, restore the originals") from error
 

@@ -895,9 +895,81 @@ def test_a_folder_without_tokenizer_prunes_with_tokens_only(make_llama, refused,
     llmprune.prune(folder, calibration=calibration_tokens, recipe="magnitude", output=tmp_path / "out")
 
 
-def test_a_damaged_tokenizer_is_refused(refused, llama_copy):
-    (llama_copy / "tokenizer.json").write_text("{")
-    refused(r"cannot read the tokenizer", llama_copy, calibration="builtin")
+def in_json(name, **changes):
+    """Damage: values of a JSON file exchanged; None leaves one out."""
+
+    def damage(folder):
+        values = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+    return damage
+
+
+def in_file(name, written):
+    return lambda folder: (folder / name).write_bytes(written)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            in_file("tokenizer.json", b"{"),
+            r"tokenizer\.json is damaged \(JSONDecodeError: .*\); download it again or restore the original$",
+        ),
+        (in_file("tokenizer.json", b""), r"tokenizer\.json is damaged \(JSONDecodeError: "),
+        (in_file("tokenizer.json", b"\x80\x04\x00"), r"tokenizer\.json is damaged \(UnicodeDecodeError: "),
+        (in_file("tokenizer.json", b"[]"), r"tokenizer\.json is damaged \(it holds \[\] and no JSON object\)"),
+        (in_file("tokenizer.json", b"{}"), r"tokenizer\.json is damaged \('added_tokens' is missing, not a list\)"),
+        (in_file("tokenizer.json", b"[" * 100_000), r"tokenizer\.json is damaged \(RecursionError: "),
+        (in_json("tokenizer.json", added_tokens=5), r"tokenizer\.json is damaged \('added_tokens' is 5, not a list\)"),
+        (in_json("tokenizer.json", added_tokens=[{"id": 0}]), r"tokenizer\.json is damaged \(Exception: missing field `content`"),
+        (in_json("tokenizer.json", model=None), r"tokenizer\.json is damaged \(Exception: Model missing"),
+        (in_json("tokenizer.json", model={"type": "BPE", "vocab": []}), r"tokenizer\.json is damaged \(Exception: .*(sequence|vocab)"),
+        (in_json("tokenizer.json", pre_tokenizer={"type": "Own"}), r"tokenizer\.json is damaged \(Exception: data did not match"),
+        (in_file("tokenizer_config.json", b"{"), r"tokenizer_config\.json is damaged \(JSONDecodeError: "),
+        (in_file("tokenizer_config.json", b"[]"), r"tokenizer_config\.json is damaged \(it holds \[\] and no JSON object\)"),
+        (
+            in_json("tokenizer_config.json", bos_token=5),
+            r"tokenizer_config\.json is damaged or of another model \(TypeError: Special token",
+        ),
+        (
+            in_json("tokenizer_config.json", added_tokens_decoder=5),
+            r"tokenizer_config\.json is damaged or of another model \(AttributeError: ",
+        ),
+        (in_file("special_tokens_map.json", b"{"), r"special_tokens_map\.json is damaged \(JSONDecodeError: "),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer_config\.json names no vocabulary \(.*add tokenizer\.json"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(refused, llama_copy, damage, said):
+    damage(llama_copy)
+    refused(r"^cannot read the tokenizer of damaged: " + said, llama_copy, calibration="builtin")
+
+
+def test_a_tokenizer_whose_library_panics_is_refused(refused, llama_copy, monkeypatch):
+    class PanicException(BaseException):
+        """What the library below raises."""
+
+    def panic(*args, **options):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    refused(r"^cannot read the tokenizer of damaged: .*\(PanicException: index out of bounds\)", llama_copy, calibration="builtin")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        llmprune.prune(llama_copy, calibration="builtin", output="out")
+
+
+def test_a_vocabulary_without_words_is_refused(refused, llama_copy):
+    in_json("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})(llama_copy)
+    refused(r"^the tokenizer makes no tokens of calibration source 'builtin'", llama_copy, calibration="builtin")
+    refused(r"^the tokenizer makes no tokens of builtin", llama_copy, call=llmprune.run_model, perplexity=["builtin"])
+
+
+def test_tokens_beyond_the_model_s_vocabulary_are_refused(refused, make_llama):
+    folder = make_llama(vocab_size=300)
+    said = r"range from \d+ to \d+, the model knows 0 to 299; use its own tokenizer"
+    refused("^calibration tokens of builtin " + said, folder, calibration="builtin")
+    refused("^tokens of builtin " + said, folder, call=llmprune.run_model, perplexity=["builtin"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ nasty. While a case runs the process may not take more than 512 MB more memory t
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import resource
@@ -35,12 +36,14 @@ from llmprune.licence import read_licence
 from llmprune.model.opening import open_model
 
 KINDS = (
-    "safetensors", "index", "config", "recipe", "masks", "record", "tokens", "jsonl", "chat", "parquet", "journal", "card", "tokenizer",
+    "safetensors", "index", "config", "recipe", "masks", "record", "tokens", "txt", "gzip", "jsonl", "chat", "parquet", "journal",
+    "card", "tokenizer",
 )  # fmt: skip
 CASES = int(os.environ.get("LLMPRUNE_FUZZ_CASES", "500"))
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan"), "", "x" * 5000, "../../etc/passwd", "/etc/passwd",
-    "a/b", "\0", "\ud7ff\u202e", [], {}, [[]], [1, -1], [2**40, 2**40], {"": {}}, "model.safetensors", "F32", "BF16", "I64", "nan", [None],
+    "a/b", "\0", "\ud7ff\u202e", "a\ud800b", [], {}, [[]], [1, -1], [2**40, 2**40], {"": {}}, "model.safetensors", "F32", "BF16", "I64",
+    "nan", [None],
 ]  # fmt: skip
 
 RENAMED = ["", "../x", "x" * 300, "__metadata__", "\0", "model.norm.weight"]
@@ -160,6 +163,8 @@ def fuzz(tmp_path_factory, tiny_llama):
     save_file({"tokens": tokens}, root / "tokens.safetensors")
     lines = [json.dumps({"text": f"a sentence of a file, number {n}, and more of it"}) for n in range(40)]
     (root / "text.jsonl").write_text("\n".join(lines))
+    (root / "text.txt").write_text("\n".join(lines))
+    (root / "text.txt.gz").write_bytes(gzip.compress((root / "text.txt").read_bytes()))
     chats = [json.dumps({"messages": [{"role": "user", "content": line}, {"from": "gpt", "value": line}]}) for line in lines]
     (root / "chat.jsonl").write_text("\n".join(chats))
     table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
@@ -185,6 +190,10 @@ def reader_of(kind, root, tokenizer, trial):
         path = str(trial / name)
         return lambda: calibration.build(path, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=0)
 
+    def speak():
+        texts = ["a sentence with numbers 12 and \u00e9, more of it"] * 40
+        calibration.build(texts, open_model(trial).tokenizer, samples=2, length=16, limit=64, vocabulary=2048, seed=0)
+
     def load_all():
         source = Checkpoint(trial)
         for name in source.tensors:
@@ -207,6 +216,8 @@ def reader_of(kind, root, tokenizer, trial):
         "masks": (trial / "masks.safetensors", damaged_safetensors, lambda: read_masks(trial / "masks.safetensors")),
         "record": (trial / "llmprune.json", damaged, lambda: inspect(trial)),
         "tokens": (root / "tokens.safetensors", damaged_safetensors, calibrate("tokens.safetensors")),
+        "txt": (root / "text.txt", bytes_only, calibrate("text.txt")),
+        "gzip": (root / "text.txt.gz", bytes_only, calibrate("text.txt.gz")),
         "jsonl": (root / "text.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("text.jsonl")),
         "chat": (root / "chat.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("chat.jsonl")),
         "parquet": (root / "text.parquet", lambda d, t: bytes_only(d, t), calibrate("text.parquet")),
@@ -214,7 +225,7 @@ def reader_of(kind, root, tokenizer, trial):
             root / "journal.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n") if x) + b"\n", resume
         ),
         "card": (root / "README.md", bytes_only, lambda: read_licence(trial)),
-        "tokenizer": (trial / "tokenizer.json", lambda d, t: damaged(d, t), lambda: open_model(trial)),
+        "tokenizer": (trial / "tokenizer.json", lambda d, t: damaged(d, t), speak),
     }[kind]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from llmprune import device as devices
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
 from llmprune.model.opening import open_model
+from llmprune.plan import with_scoring
 from llmprune.stats import Halted
 
 
@@ -186,6 +187,13 @@ def test_the_plan_says_what_scoring_will_need(tiny_llama, typed, tmp_path, monke
     assert code == 0
     assert re.search(r"at the peak of pruning, \d+\.\d MB while scoring; ", out)
     assert "THIS MAY NOT FIT" in out and "leave tasks out" in out
+
+
+def test_the_plan_counts_the_tokens_of_long_texts(prune, tiny_llama):
+    reporter, opened = Notes(), open_model(tiny_llama)
+    prune("out", reporter=reporter)
+    few, many = (with_scoring(reporter.made, opened.skeleton, opened.source, [(windows, 64)], False) for windows in (10**6, 2 * 10**6))
+    assert many.memory - few.memory == many.scoring - few.scoring == 8 * 64 * 10**6
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell private pages apart")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune.data import first_line, shown
+from llmprune.data import first_line, is_failure, shown
 
 _NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHERS = ("special_tokens_map.json", "added_tokens.json")
@@ -20,14 +20,10 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # of many types; a panic of the library below is none of Exception
-        if not _is_failure(error):
+    except BaseException as error:  # of many types
+        if not is_failure(error):
             raise
         raise ValueError(f"cannot read the tokenizer of {folder.name}: {_told(folder, error)}") from error
-
-
-def _is_failure(error: BaseException) -> bool:
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _line(error: BaseException) -> str:
@@ -69,7 +65,7 @@ def _damage(path: Path) -> str | None:
     try:
         Tokenizer.from_str(text)
     except BaseException as error:
-        if not _is_failure(error):
+        if not is_failure(error):
             raise
         return _line(error)
     return None
