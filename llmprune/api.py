@@ -123,9 +123,7 @@ def prune(
     return Result(target, record)
 
 
-def _inputs(
-    model: Model, recipe: str | None, chosen: Recipe, evaluation: EvaluationSpec | None
-) -> dict[str, Path]:
+def _inputs(model: Model, recipe: str | None, chosen: Recipe, evaluation: EvaluationSpec | None) -> dict[str, Path]:
     """The files and folders that a run reads, by their name in words: its output may not take their place."""
     named: list[tuple[str, object]] = [("the model", model.folder)]
     if recipe is not None and recipe.endswith((".yaml", ".yml")):

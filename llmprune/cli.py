@@ -305,4 +305,3 @@ def _print_lists(console: Console, found: dict[str, dict[str, dict[str, Any]]]) 
         for name, entry in entries.items():
             options = ", ".join(f"{k}={v}" for k, v in entry.get("options", {}).items())
             console.print(f"  {name:<14} {entry['summary']}" + (f"  ({options})" if options else ""), soft_wrap=True)
-

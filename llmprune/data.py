@@ -49,7 +49,7 @@ def parse_yaml(text: str) -> Any:
         try:
             return loader.get_single_data()
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits, for one
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 

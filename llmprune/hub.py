@@ -183,7 +183,9 @@ def _passing(error: Exception) -> bool:
 def _asked_wait(error: Exception) -> float:
     """Seconds the hub asks to wait, as far as we are willing."""
     headers = getattr(_answer(error), "headers", {})
-    asked = re.fullmatch(r"[0-9]{1,6}", headers.get("Retry-After", "")) or re.search(r"r=0\s*;\s*t=([0-9]{1,6})", headers.get("RateLimit", ""))
+    asked = re.fullmatch(r"[0-9]{1,6}", headers.get("Retry-After", "")) or re.search(
+        r"r=0\s*;\s*t=([0-9]{1,6})", headers.get("RateLimit", "")
+    )
     return min(float(asked[asked.lastindex or 0]), _LONGEST_WAIT) if asked else 0.0
 
 

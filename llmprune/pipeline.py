@@ -166,9 +166,7 @@ class Production:
 
     def _open(self) -> None:
         o = self.options
-        self.writer = CheckpointWriter(
-            o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, inputs=o.inputs
-        )
+        self.writer = CheckpointWriter(o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, inputs=o.inputs)
 
     def make(
         self, recipe: Recipe, calibration: Source | None, evaluation: EvaluationSpec | None, reopen: Callable[[Path], Model]

@@ -76,9 +76,7 @@ class StatsSums:
         assert self._beside is not None
         flat = inputs.detach().float().reshape(-1, inputs.shape[-1])
         if "cross" not in self._sums:
-            self._sums["cross"] = torch.zeros(
-                flat.shape[-1], flat.shape[-1], dtype=torch.float32, device=flat.device
-            )
+            self._sums["cross"] = torch.zeros(flat.shape[-1], flat.shape[-1], dtype=torch.float32, device=flat.device)
         self._sums["cross"].addmm_(flat.T, self._beside)
         self._beside = None
 

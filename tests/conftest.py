@@ -40,9 +40,10 @@ os.environ.update(ENVIRONMENT, HF_HOME=str(_HOME / "hf"), LLMPRUNE_CACHE=str(_HO
 for _name in UNSET:
     os.environ.pop(_name, None)
 
-import llmprune  # noqa: E402, F401  before torch: threads that wait then sleep
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+import llmprune  # noqa: E402, F401  before torch: threads that wait then sleep
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune import __main__ as program
-from llmprune import cli
-from llmprune import hub, recipe, run, text
+from llmprune import cli, hub, recipe, run, text
 from llmprune.checkpoint import writer
 from llmprune.checkpoint.reader import fingerprint
 from llmprune.evaluation import scores
@@ -789,9 +788,7 @@ def test_an_output_that_is_a_link_is_written_through(tiny_llama, calibration_tok
 
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("where", ["second matrix", "first masks"])
-def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(
-    tiny_llama, calibration_tokens, old, work, monkeypatch, where, failure
-):
+def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(tiny_llama, calibration_tokens, old, work, monkeypatch, where, failure):
     from llmprune.checkpoint.masks import MaskFile
 
     place = {"second matrix": (run, "prune_matrix"), "first masks": (MaskFile, "write")}[where]
@@ -814,7 +811,8 @@ def test_the_old_output_stands_until_the_new_one_is_whole(tiny_llama, calibratio
     real, seen = writer.CheckpointWriter.finish, []
 
     def finish(self):
-        seen.append((self.folder / INDEX).is_file() and (self.folder / "llmprune.json").is_file() and (old / "README.md").read_text() == "years of work")
+        whole = (self.folder / INDEX).is_file() and (self.folder / "llmprune.json").is_file()
+        seen.append(whole and (old / "README.md").read_text() == "years of work")
         real(self)
 
     monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)

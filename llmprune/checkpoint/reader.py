@@ -144,10 +144,7 @@ class MemoryCheckpoint:
                 self._state[name] = tensor
                 seen.add(tensor.data_ptr())
         self._versions = {name: _version(tensor) for name, tensor in self._state.items()}
-        self.tensors = {
-            n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes)
-            for n, t in self._state.items()
-        }
+        self.tensors = {n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes) for n, t in self._state.items()}
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; a copy, so that the model is never written to."""

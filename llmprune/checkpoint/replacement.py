@@ -90,9 +90,7 @@ def check_output(output: Path, overwrite: bool, inputs: Mapping[str, Path]) -> N
         return
     check_ours(output.resolve(), f"output folder {output}")
     if not overwrite:
-        raise ValueError(
-            f"output folder {output} is not empty; choose another with --output or replace it with --overwrite"
-        )
+        raise ValueError(f"output folder {output} is not empty; choose another with --output or replace it with --overwrite")
 
 
 def check_ours(folder: Path, called: str) -> None:

@@ -149,7 +149,14 @@ class CheckpointWriter:
         assert self._masks is not None
         size, digest = save_tensors(self.folder / shard_name(number, self.shards), tensors)
         self._masks.write(masks)
-        entry = {"block": number, "file": shard_name(number, self.shards), "bytes": size, "sha256": digest, "rows": rows, "seconds": seconds}
+        entry = {
+            "block": number,
+            "file": shard_name(number, self.shards),
+            "bytes": size,
+            "sha256": digest,
+            "rows": rows,
+            "seconds": seconds,
+        }
         self.journal.add(entry)
 
     def _wait(self) -> None:
@@ -219,9 +226,7 @@ class CheckpointWriter:
 
     def _not_moved(self, error: Exception) -> RuntimeError:
         reason = error.strerror if isinstance(error, OSError) else error
-        return RuntimeError(
-            f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}"
-        )
+        return RuntimeError(f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}")
 
     def close(self) -> int:
         """Wait for what is being written and release the lock; returns how many blocks an unfinished run has finished.
@@ -249,6 +254,5 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; "
-            "make room or choose another --output"
+            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; make room or choose another --output"
         )

@@ -148,9 +148,7 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
         with libraries():
-            tasks = team.on_first(
-                lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit, spec.trust_remote_code)
-            )
+            tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit, spec.trust_remote_code))
         reporter.step()
     model.check()
     free_cached_memory(model.skeleton.device)

@@ -101,7 +101,7 @@ def _empty_parameters() -> Iterator[None]:
 @functools.cache
 def _watch_registrations() -> None:
     # It stays registered: taking it away could disturb a module that another thread is making at that moment.
-    register_module_parameter_registration_hook(_emptied)  # type: ignore[no-untyped-call]
+    register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]  # it may return another one
 
 
 def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
