@@ -10,10 +10,10 @@ def main() -> None:
 
 
 def _run() -> None:
-    from llmprune.cli import app
+    from llmprune import cli
 
     try:
-        app()
+        cli.main()
     except SystemExit:
         if ending.INTERRUPTS.came and not ending.INTERRUPTS.told:  # the command line library ends on it without a word
             raise KeyboardInterrupt from None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune import choice, processes, upload
+from llmprune import advice, arguments, choice, processes, upload
 from llmprune import device as devices
 from llmprune import recipe as recipes
+from llmprune.arguments import checked
 from llmprune.calibration import mixture
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import Checkpoint, read_record
@@ -25,50 +25,40 @@ from llmprune.machine.state import libraries
 from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import find_targets
-from llmprune.pipeline import Options, Production, Reporter, Silent, Source, planned
-from llmprune.plan import Plan
+from llmprune.pipeline import Options, Production, Reporter, Source, planned
+from llmprune.plan import OFFLOADS
 from llmprune.recipe import Recipe
 from llmprune.record import environment
+from llmprune.result import DryRun, Result, plan_summary
+from llmprune.telling import remark_to, telling
 from llmprune.text import file_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: the output folder, and the record as in its `llmprune.json`."""
-
-    output: Path
-    record: dict[str, Any]
+__all__ = ["DryRun", "Result", "evaluate", "inspect", "load", "plan_summary", "prune", "push", "run_model"]
+AnyPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What a run would do."""
-
-    plan: Plan
-    recipe: Recipe
-    output: Path
-
-
+@checked()
 def prune(
-    model: str | os.PathLike[str] | PreTrainedModel, *, recipe: str | None = None, sparsity: float | None = None,
-    pattern: str | None = None, pruner: str | None = None, refiner: str | None = None, update: str | None = None,
-    allocator: str | None = None,
-    calibration: Source | None = None, samples: int | None = None, seqlen: int | None = None, seed: int | None = None,
-    device: str = "auto", dtype: str = "auto", output: str | os.PathLike[str] | None = None, overwrite: bool = False,
-    resume: bool = False, restart: bool = False, offload: str = "auto", settings: Mapping[str, Any] | None = None,
-    tokenizer: Any = None, revision: str | None = None, trust_remote_code: bool = False,
-    time_limit: float | None = None, dry_run: bool = False, evaluation: EvaluationSpec | None = None, reporter: Reporter | None = None,
+    model: AnyPath | PreTrainedModel, *, recipe: AnyPath | Mapping[str, Any] | Recipe | None = None, sparsity: float | None = None,
+    pattern: str | None = None, pruner: Any = None, refiner: Any = None, update: Any = None, allocator: Any = None,
+    calibration: Source | AnyPath | Mapping[str, float] | None = None, samples: int | None = None, seqlen: int | None = None,
+    seed: int | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", output: AnyPath | None = None,
+    overwrite: bool = False, resume: bool = False, restart: bool = False, offload: str = "auto",
+    settings: Mapping[str, Any] | None = None, tokenizer: Any = None, revision: str | None = None, trust_remote_code: bool = False,
+    time_limit: float | None = None, dry_run: bool = False, evaluation: EvaluationSpec | None = None,
+    reporter: Reporter | None = None, progress: bool | None = None,
 ) -> Any:  # fmt: skip
     """Prune a model and save it; with `evaluation`, score it dense first and pruned afterwards.
 
     Args:
         model: `demo`, an alias, a hub id, a folder, or a transformers model in memory.
-        recipe: a recipe's name or YAML file; None for `best` where its memory and time fit, else `dsnot`. The
-            other options override its fields (`settings`: any, by dotted key).
+        recipe: a recipe's name, a YAML file, or a mapping of recipe fields; None for `best` where its memory and time fit, else
+            `dsnot`. The other options override its fields (`settings`: any, by dotted key).
         sparsity: share of weights removed, in [0, 1). pattern: `unstructured` or `N:M` (which implies its sparsity).
+        pruner, refiner, update, allocator: a name, or a mapping `{"name": ..., option: value}`.
         calibration: any SOURCE, a mapping of sources to weights, an iterable of strings, or int64 tokens [N, T].
         samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
@@ -77,6 +67,7 @@ def prune(
         offload: where block inputs are kept: `ram`, `disk` (a file beside the output), or `auto` (RAM while the plan fits).
         time_limit: minutes the best recipe may take by estimate to be chosen; None for `LLMPRUNE_TIME_LIMIT`, else 60.
         dry_run: only plan.
+        progress: draw plan and progress; None: in a notebook. reporter: told instead.
 
     Returns:
         `Result` (or `DryRun`).
@@ -84,59 +75,62 @@ def prune(
     Raises:
         ValueError: bad input, in one line, before any long work.
     """
-    if isinstance(calibration, os.PathLike):
-        calibration = os.fspath(calibration)
-    elif isinstance(calibration, Mapping):
+    if isinstance(calibration, Mapping):
         calibration = mixture.as_text(calibration)
-    team = processes.current()
-    reporter = (reporter if team.first else None) or Silent()
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     overrides = _overrides(calibration, settings, **{
         "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "update": update, "allocator": allocator,
         "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
     })  # fmt: skip
     limit = _time_limit(time_limit)
-    chosen = recipes.load(recipe or choice.LIGHT, overrides)  # checked before any long work
+    named: Any = choice.LIGHT if recipe is None else recipe
+    source: Any = calibration
+    chosen = recipes.load(named, overrides)  # checked before any long work
+    team = processes.current()
 
     def reopen(what: Any) -> Model:
         known = None if what is model else opened.tokenizer
-        return open_model(what, tokenizer=known or tokenizer, revision=revision if what is model else None, device=device, dtype=dtype,
-                          trust_remote_code=trust_remote_code)  # fmt: skip
+        return open_model(what, tokenizer=known or tokenizer, revision=revision if what is model else None, device=str(device),
+                          dtype=str(dtype), trust_remote_code=trust_remote_code)  # fmt: skip
 
-    opened = team.in_turn(lambda: reopen(model))
-    if recipe is None:
-        chosen = team.on_first(lambda: choice.choose(overrides, opened, calibration, limit, team.size))
-    own = recipes.load(recipe or chosen.name)
-    target = Path(output) if output is not None else default_output(opened, chosen, own)
-    inputs = _inputs(opened, recipe, chosen, evaluation)
-    options = Options(target, inputs, overwrite, resume, restart, offload, trust_remote_code)
-    if dry_run:
-        check_output(target, overwrite or resume, inputs)
-        planned_recipe, _, _, plan = planned(opened, chosen, calibration, options, team, reporter, evaluation)
-        return DryRun(plan, planned_recipe, target)
-    production = Production(opened, options, team, reporter)
-    try:
-        record = production.make(chosen, calibration, evaluation, reopen)
-    except BaseException as error:
-        production.close(error)
-        raise
-    production.close(None)
-    return Result(target, record)
+    with telling(reporter, progress, team) as told:
+        opened = team.in_turn(lambda: reopen(model))
+        if recipe is None:
+            chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
+            named = chosen.name
+        target = Path(output) if output is not None else default_output(opened, chosen, recipes.load(named))
+        remarks = choice.inherited(overrides, chosen) if recipe is None else ()
+        # A limit the user knows of: given, or the one under which the best recipe was chosen.
+        known = limit * 60 if time_limit is not None or (recipe is None and chosen.name == choice.BEST) else None
+        inputs = _inputs(opened, recipe, chosen, evaluation)
+        options = Options(target, inputs, overwrite, resume, restart, offload, trust_remote_code, known or None, remarks)
+        if dry_run:
+            check_output(target, overwrite or resume, inputs)
+            planned_recipe, _, _, plan = planned(opened, chosen, source, options, team, told, evaluation)
+            return DryRun(plan, planned_recipe, target)
+        production = Production(opened, options, team, told)
+        try:
+            record = production.make(chosen, source, evaluation, reopen)
+        except BaseException as error:
+            production.close(error)
+            raise
+        production.close(None)
+        return Result(target, record)
 
 
-def _inputs(model: Model, recipe: str | None, chosen: Recipe, evaluation: EvaluationSpec | None) -> dict[str, Path]:
+def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> dict[str, Path]:
     """The files and folders that a run reads, by their name in words: its output may not take their place."""
     named: list[tuple[str, object]] = [("the model", model.folder)]
-    if recipe is not None and recipe.endswith((".yaml", ".yml")):
+    if isinstance(recipe, (str, os.PathLike)) and os.fspath(recipe).endswith((".yaml", ".yml")):
         named.append(("the recipe", recipe))
     parts = mixture.plain_sources(chosen.calibration.source)
     named += [("the calibration file", file_path(part)) for part in parts if mixture.is_file(part)]
     return input_files([*named, *(evaluation.inputs if evaluation else ())])
 
 
-def _overrides(calibration: Source | None, settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+def _overrides(calibration: Any, settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
     """The fields of the recipe that were given, by dotted key."""
-    if calibration is not None and not isinstance(calibration, (str, Iterable)):
-        raise ValueError(f"calibration must be a SOURCE, an iterable of strings or int64 tokens [N, T], got {type(calibration).__name__}")
     named["calibration.source"] = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
     return {**{k: v for k, v in named.items() if v is not None}, **(settings or {})}
 
@@ -147,7 +141,7 @@ def _time_limit(given: float | None) -> float:
         limit = float(text) if text is not None else choice.TIME_LIMIT if given is None else float(given)
     except (TypeError, ValueError):
         limit = -1.0
-    if not limit >= 0:
+    if isinstance(given, bool) or not limit >= 0:
         raise ValueError(f"the time limit must be a number of minutes from 0, got {shown(text if given is None else given)}")
     return limit
 
@@ -163,33 +157,44 @@ def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
     return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount]))
 
 
+@checked()
 def run_model(
-    model: str | os.PathLike[str] | PreTrainedModel, *, perplexity: Sequence[str] = (), tasks: Sequence[str] = (), suite: str | None = None,
-    eval_seqlen: int | None = None, include_tasks: str | os.PathLike[str] | None = None, task_data: str | os.PathLike[str] | None = None,
+    model: AnyPath | PreTrainedModel, *, perplexity: AnyPath | Sequence[AnyPath] = (), tasks: str | Sequence[str] = (),
+    suite: AnyPath | None = None, eval_seqlen: int | None = None, include_tasks: AnyPath | None = None, task_data: AnyPath | None = None,
     limit: int | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    """`prune` with evaluation, dense and pruned: the main job. Without texts, tasks or suite, the model's default suite."""
-    trusted = options.get("trust_remote_code", False)
-    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trusted)
+    """`prune` with evaluation, dense and pruned: the main job. Without texts, tasks or suite, the model's default suite.
+
+    Args:
+        perplexity: a text's name or file, or several. tasks: names, in a list or separated by commas.
+    """
+    given: tuple[Any, ...] = (perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
+    spec = evaluation_spec(*given, trust_remote_code=options.get("trust_remote_code", False))
     return prune(model, evaluation=spec, **options)
 
 
+@checked(path=arguments.any_model)
 def evaluate(
-    path: str | os.PathLike[str], *, perplexity: Sequence[str] = (), tasks: Sequence[str] = (), suite: str | None = None,
-    eval_seqlen: int | None = None, include_tasks: str | os.PathLike[str] | None = None, task_data: str | os.PathLike[str] | None = None,
-    limit: int | None = None, device: str = "auto", dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False,
-    reporter: Reporter | None = None,
+    path: AnyPath | PreTrainedModel, *, perplexity: AnyPath | Sequence[AnyPath] = (), tasks: str | Sequence[str] = (),
+    suite: AnyPath | None = None, eval_seqlen: int | None = None, include_tasks: AnyPath | None = None, task_data: AnyPath | None = None,
+    limit: int | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", revision: str | None = None,
+    tokenizer: Any = None, trust_remote_code: bool = False, reporter: Reporter | None = None, progress: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score any checkpoint: `{"model", "perplexity": {NAME: {"value", "protocol"}}, "tasks": {NAME: {METRIC: {"value", "stderr"}}}, ...}`.
 
     Without texts, tasks or suite, the model's default suite: `quick` for a hub model, else `demo`, which needs no network.
+    A model in memory is scored too; its texts need a `tokenizer`.
     """
-    spec = evaluation_spec(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code)
+    given: tuple[Any, ...] = (perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
+    spec = evaluation_spec(*given, trust_remote_code=trust_remote_code)
     team = processes.current()
-    reporter = (reporter if team.first else None) or Silent()
-    opened = team.in_turn(lambda: open_model(path, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
-    with devices.PrivateMemory() as memory:
-        scores = score(opened, team.in_turn(lambda: spec.prepare(opened)), "scoring", reporter, team)
+    with telling(reporter, progress, team) as told, devices.PrivateMemory() as memory:
+        opened = team.in_turn(lambda: open_model(path, tokenizer=tokenizer, revision=revision, device=str(device), dtype=str(dtype),
+                                                 trust_remote_code=trust_remote_code))  # fmt: skip
+        prepared = team.in_turn(lambda: spec.prepare(opened))
+        for remark in advice.on_texts(opened, calibrated=False, evaluation=spec):
+            remark_to(told, remark)
+        scores = score(opened, prepared, "scoring", told, team)
     return {
         "model": opened.label,
         "perplexity": scores.perplexity,
@@ -201,9 +206,10 @@ def evaluate(
     }
 
 
-def inspect(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+@checked()
+def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Recount zeros and N:M groups from disk, per matrix and overall; says whether a record beside them agrees."""
-    located = locate(str(path), revision, trust_remote_code)
+    located = locate(os.fspath(path), revision, trust_remote_code)
     source = Checkpoint(located.folder)
     skeleton = Skeleton(read_config(located.folder, trust_remote_code), source, torch.float32, torch.device("cpu"), trust_remote_code)
     targets = [t for name, block in skeleton.blocks.items() for t in find_targets(name, block)]
@@ -241,15 +247,17 @@ def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
         raise ValueError("llmprune.json is not a record of this program; remove it or restore the original") from None
 
 
+@checked()
 def push(
-    folder: str | os.PathLike[str], repository: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
-    trust_remote_code: bool = False, reporter: Reporter | None = None,
+    folder: AnyPath, repository: str, *, private: bool = True, revision: str | None = None, token: str | None = None,
+    trust_remote_code: bool = False, reporter: Reporter | None = None, progress: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Upload a finished folder to the hub with its model card, in one commit; a push that broke off goes on where it stopped.
 
     Args:
         repository: `owner/name`, made where it is not there. private: of a new repository; one that is there stays as it is.
         revision: a branch, made where it is not there; `main` by default. token: else that of `hf auth login` or `HF_TOKEN`.
+        progress: draw progress; None: in a notebook. reporter: told instead.
 
     Returns:
         `repository`, `url`, `revision`, `commit`, `created`, `private`, `files [{name, bytes}]`, `bytes`, `removed`.
@@ -257,50 +265,36 @@ def push(
     Raises:
         ValueError: an unfinished folder, one whose recount disagrees with its record (nothing is uploaded), or what the hub refuses.
     """
-    reporter, path = reporter or Silent(), Path(folder).expanduser()
+    path = Path(folder).expanduser()
     token = upload.check_destination(repository, token)
     files, source = upload.belonging_files(path), Checkpoint(path)
-    reporter.stage("recounting zeros", 1)
-    counts = inspect(path.resolve(), trust_remote_code=trust_remote_code)  # a name such as "demo" is a folder here
-    if not counts["record_agrees"]:
-        raise ValueError(f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune inspect {path}")
-    reporter.step()
-    return upload.upload(
-        path,
-        repository,
-        files,
-        private=private,
-        revision=revision,
-        token=token,
-        check=source.check,
-        reporter=reporter,
-    )
+    with telling(reporter, progress, processes.ALONE) as told:
+        told.stage("recounting zeros", 1)
+        counts = inspect(path.resolve(), trust_remote_code=trust_remote_code)  # a name such as "demo" is a folder here
+        if not counts["record_agrees"]:
+            raise ValueError(f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune inspect {path}")
+        told.step()
+        return upload.upload(
+            path,
+            repository,
+            files,
+            private=private,
+            revision=revision,
+            token=token,
+            check=source.check,
+            reporter=told,
+        )
 
 
-def load(path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:
+@checked()
+def load(path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:
     """A transformers model from a finished folder, weights in their stored dtype; `options` go to `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    located = locate(str(path), revision, trust_remote_code)
+    located = locate(os.fspath(path), revision, trust_remote_code)
     source = Checkpoint(located.folder)  # refuses what is damaged or not safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     with libraries():
         model = AutoModelForCausalLM.from_pretrained(located.folder, **chosen)
     source.check()
     return model
-
-
-def plan_summary(dry: DryRun) -> dict[str, Any]:
-    """A dry run as plain values."""
-    plan = dry.plan
-    matrices = [
-        {"name": m.name, "shape": list(m.shape), "pattern": str(m.pattern), "sparsity": m.sparsity, "set_by": m.reason}
-        for m in plan.matrices.values()
-    ]
-    return {
-        "output": str(dry.output), "recipe": dry.recipe.as_dict(), "matrices": matrices, "skipped": list(plan.skipped),
-        "weights": plan.weights, "sparsity": plan.sparsity, "memory_bytes": plan.memory,
-        "device_memory_bytes": plan.device_memory, "scoring_memory_bytes": plan.scoring,
-        "device_scoring_memory_bytes": plan.device_scoring, "available_memory_bytes": plan.available, "offload": plan.offload,
-        "disk_bytes": plan.disk,
-    }  # fmt: skip

@@ -12,15 +12,13 @@ from llmprune import calibration as calibrations
 from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune.calibration.tokens import read_tokens
+from llmprune.estimate import seconds_of
 from llmprune.model.opening import Model
-from llmprune.model.targets import find_targets
 from llmprune.plan import make_plan
 from llmprune.recipe import Recipe
 
 BEST, LIGHT = "best", "dsnot"
 TIME_LIMIT = 60.0  # minutes
-_EFFICIENCY = 0.5  # of a bare matrix product, reached by a block's forward pass
-_ITERATIONS = 60  # of ADMM, as measured at 50 to 80 %
 # Naming a method by hand means to build on the light recipe, where only the named part is another.
 _METHODS = ("pruner", "refiner", "update", "allocator", "order", "permute")
 
@@ -64,34 +62,10 @@ def _size(recipe: Recipe, model: Model, calibration: Any) -> tuple[int, int]:
     return spec.samples or calibrations.SAMPLES, spec.sequence_length or calibrations.default_length(model.limit)
 
 
-def seconds_of(recipe: Recipe, model: Model, samples: int, length: int) -> float:
-    """Estimated seconds of the best recipe on this machine, from a few products timed on it; right within a factor of about two."""
-    skeleton = model.skeleton
-    rate, exact = (devices.matmul_rate(skeleton.device, dtype) for dtype in (skeleton.dtype, devices.DTYPES["float32"]))
-    width = skeleton.model.config.get_text_config().hidden_size
-    tokens, total = samples * length, 0.0
-    decompositions: dict[int, float] = {}
-    allocator = recipe.build_allocator()
-    for name, block in skeleton.blocks.items():
-        shapes = [t.shape for t in find_targets(name, block)]
-        per_token = 2 * sum(r * c for r, c in shapes) + 4 * length * width
-        trained = _trained_rows(recipe) * length
-        # Pruned and dense stream, each seen in parts for the statistics and once more as a whole; training costs three passes. An
-        # allocator measures the dense stream once and prunes once per trial, with a cheap pruner.
-        passes = tokens * (5 + 2 * bool(allocator.needs) + 3 * len(allocator.trials)) + trained * 3
-        inputs = sorted({c for _, c in shapes}) + [width] * 2
-        grams = (2 + len(allocator.trials)) * 2 * tokens * sum(c * c for c in inputs)
-        admm = _ITERATIONS * sum(4 * r * c * c for r, c in shapes) / exact + _ITERATIONS * sum(r * c for r, c in shapes) * 2e-8
-        for c in inputs:
-            decompositions.setdefault(c, devices.eigh_seconds(skeleton.device, c))
-        total += passes * per_token / (rate * _EFFICIENCY) + grams / exact + admm + sum(decompositions[c] for c in inputs)
-    return total
-
-
-def _trained_rows(recipe: Recipe) -> float:
-    """Calibration sequences that block tuning runs through, forwards and backwards."""
-    rows = 0.0
-    for update in recipe.update:
-        if update.name == "block-tune":
-            rows += update.options["steps"] * update.options["batch"] * (1 + (len(update.options["rates"]) - 1) / 8)
-    return rows
+def inherited(overrides: dict[str, Any], recipe: Recipe) -> tuple[str, ...]:
+    """What the user should know where methods were named without a recipe: the light one's refiner is still there."""
+    named = [key for key in ("pruner", "update", "allocator", "order", "permute") if any(k.partition(".")[0] == key for k in overrides)]
+    if not named or recipe.refiner is None or any(key.partition(".")[0] == "refiner" for key in overrides):
+        return ()
+    told = f"note: refiner {recipe.refiner.name} comes from recipe {recipe.name}, in which a method named without --recipe takes its place"
+    return (f"{told}; --refiner none leaves it out",)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from llmprune import ending
+from llmprune.console import OutputClosed, Screen
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +84,7 @@ def _origin(
 
 
 def _output(
-    as_json: Annotated[bool, _option("The summary as one JSON object on stdout, everything else on stderr.", "--json")] = False,
+    as_json: Annotated[bool, _option("The result as one JSON object on stdout, everything else on stderr.", "--json")] = False,
     quiet: Annotated[bool, _option("Print errors only.", "--quiet")] = False,
 ) -> None: ...
 
@@ -116,7 +117,7 @@ def _show_version(asked: bool) -> None:
     if asked:
         from llmprune import __version__
 
-        print(__version__)
+        _write(__version__)
         raise typer.Exit
 
 
@@ -134,19 +135,23 @@ def _program(
 
 
 def _emit(value: Any) -> None:
-    """The summary on stdout."""
+    """The result on stdout."""
     if not ending.follows():
-        print(json.dumps(value))
+        _write(json.dumps(value))
 
 
-def _console(as_json: bool, quiet: bool) -> Console:
-    quiet = quiet or ending.follows()
-    stream = sys.stderr if as_json else sys.stdout
-    # Into a file or a pipe, lines are not folded at 80 columns.
-    return Console(stderr=as_json, quiet=quiet, highlight=False, markup=False, width=None if stream.isatty() else 140)
+def _write(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise OutputClosed from None
 
 
-def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tuple[Console, Any]:
+def _console(as_json: bool, quiet: bool) -> Screen:
+    return Screen(stderr=as_json, quiet=quiet or ending.follows())
+
+
+def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tuple[Screen, Any]:
     """Run with progress on the console; the bars are closed whatever happens."""
     from llmprune.screen import Terminal
 
@@ -230,7 +235,13 @@ def eval(path: _Model, as_json: bool, quiet: bool, tasks: str | None, perplexity
 
 
 @_command(_origin, _output)
-def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
+def inspect(
+    path: _Model,
+    as_json: bool,
+    quiet: bool,
+    strict: Annotated[bool, _option("Fail where the record disagrees with the weights, or there is none.", "--strict")] = False,
+    **options: Any,
+) -> None:
     """Recount zeros and patterns from disk, per matrix and overall."""
     from llmprune import api, screen
 
@@ -239,6 +250,9 @@ def inspect(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     screen.print_counts(_console(as_json, quiet), counts)
     if as_json:
         _emit(counts)
+    if strict and not counts["record_agrees"]:
+        told = "disagrees with its weights" if counts["record_agrees"] is False else "is not there: no record to check against"
+        raise ValueError(f"llmprune.json of {path} {told}")
 
 
 @_command(_output)
@@ -268,24 +282,24 @@ def push(
 
 @_command(_output)
 def methods(as_json: bool, quiet: bool) -> None:
-    """List pruners, refiners, updates and allocators with their options."""
-    from llmprune import registry
+    """List pruners, refiners, updates and allocators with their options, what they cost and what they give."""
+    from llmprune import lists
 
-    found = {room: {name: registry.describe(room, name) for name in registry.names(room)} for room in registry.ROOMS}
-    _print_lists(_console(as_json, quiet), found)
+    found = lists.methods()
+    lists.print_methods(_console(as_json, quiet), found)
     if as_json:
-        print(json.dumps(found))
+        _emit(found)
 
 
 @_command(_output)
 def recipes(as_json: bool, quiet: bool) -> None:
-    """List the shipped recipes."""
-    from llmprune.data import read_yaml, shipped, shipped_names
+    """List the shipped recipes, what they cost and what they give."""
+    from llmprune import lists
 
-    found = {name: {"summary": read_yaml(shipped("recipes", f"{name}.yaml"))["description"]} for name in shipped_names("recipes")}
-    _print_lists(_console(as_json, quiet), {"recipes": found})
+    found = lists.recipes()
+    lists.print_recipes(_console(as_json, quiet), found)
     if as_json:
-        print(json.dumps({name: entry["summary"] for name, entry in found.items()}))
+        _emit(found)
 
 
 @_command(_output)
@@ -294,14 +308,18 @@ def models(as_json: bool, quiet: bool) -> None:
     from llmprune.hub import ALIASES
 
     found = {"demo": "embedded, needs no network"} | ALIASES
-    _print_lists(_console(as_json, quiet), {"models": {name: {"summary": text} for name, text in found.items()}})
+    _console(as_json, quiet).table("models", list(found.items()))
     if as_json:
-        print(json.dumps(found))
+        _emit(found)
 
 
-def _print_lists(console: Console, found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    for title, entries in found.items():
-        console.print(title, style="bold")
-        for name, entry in entries.items():
-            options = ", ".join(f"{k}={v}" for k, v in entry.get("options", {}).items())
-            console.print(f"  {name:<14} {entry['summary']}" + (f"  ({options})" if options else ""), soft_wrap=True)
+def main() -> None:
+    """The program. Where the reader of its output has gone, it ends as the system's own programs do: silently, with 141."""
+    Console.on_broken_pipe = Screen.on_broken_pipe  # type: ignore[method-assign, assignment]  # the console of the help texts, too
+    try:
+        app()
+    except OutputClosed as closed:
+        ending.let_go_of_output()
+        if hasattr(closed, "kept") and not ending.follows():
+            print(f"llmprune: the output was closed; {ending.next_step(closed)}", file=sys.stderr)
+        raise SystemExit(141) from None

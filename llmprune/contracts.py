@@ -158,10 +158,17 @@ class Algorithm:
     """Shared by every room: a nested frozen `Config`, checked once at construction.
 
     For the plan's estimate of memory: `copies` of a weight [R, C] in float32 at work at once, and `gram_copies` of a Gram matrix [C, C].
+
+    For its estimate of time: `visits` of every entry of a weight, products of a weight with a [C, C] matrix (2 R C^2 operations each),
+    and per input of several matrices `solves` (2 C^3 operations each) and `decompositions` (eigenvalues in float64) of such a matrix.
     """
 
     copies: ClassVar[int] = 4
     gram_copies: ClassVar[int] = 3  # a factor and its making
+    visits: float = 50
+    products: float = 0
+    solves: float = 0
+    decompositions: int = 0
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -240,9 +247,13 @@ class Tuned:
 
 
 class BlockStep(Algorithm, ABC):
-    """An update of a whole block: moves the kept weights of its matrices together and leaves the masks."""
+    """An update of a whole block: moves the kept weights of its matrices together and leaves the masks.
+
+    `trained`: sequences it runs forwards and backwards, for the estimate of time.
+    """
 
     changes: ClassVar[str] = "weights"
+    trained: float = 0
 
     @abstractmethod
     def apply(self, job: BlockJob) -> Tuned:

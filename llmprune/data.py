@@ -60,6 +60,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         text = f"a {type(value).__name__}"
+    text = " ".join(line.strip() for line in text.splitlines())  # arrays and modules take several
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -96,7 +96,8 @@ def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory() -> int:
@@ -160,6 +161,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds this device does, times two, per second: the best of a few products of 2048 x 1024 x 1024."""
     a, b = torch.ones(2048, 1024, device=device, dtype=dtype), torch.ones(1024, 1024, device=device, dtype=dtype)
     return 2 * 2048 * 1024 * 1024 / _best_time(device, lambda: a @ b, 5)
+
+
+def visit_seconds(device: torch.device) -> float:
+    """Seconds to read, change and write one float32 entry of a large matrix."""
+    a = torch.ones(2048, 1024, device=device, dtype=torch.float32)
+    return _best_time(device, lambda: torch.add(a, a), 5) / a.numel()
 
 
 def eigh_seconds(device: torch.device, size: int) -> float:

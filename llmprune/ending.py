@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -84,7 +85,7 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
                 raise
             if _speaks():
                 line = " ".join(str(error).split()) or type(error).__name__
-                kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
+                kept = f"; {next_step(error)}" if hasattr(error, "kept") else ""
                 print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
             raise SystemExit(1) from None
 
@@ -92,11 +93,11 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
 def _end_interrupted(error: BaseException) -> None:
     INTERRUPTS.told = True
     if _speaks():
-        print(f"llmprune: interrupted; {_next_step(error)}", file=sys.stderr)
+        print(f"llmprune: interrupted; {next_step(error)}", file=sys.stderr)
     raise SystemExit(130) from None
 
 
-def _next_step(error: BaseException) -> str:
+def next_step(error: BaseException) -> str:
     """What an error left behind, and the command that goes on from there."""
     kept = getattr(error, "kept", None)
     if kept is None:
@@ -108,6 +109,12 @@ def _next_step(error: BaseException) -> str:
         return f"{kept}; continue with the same command and --resume"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]
     return f"{kept}; continue with: {shlex.join(['llmprune', *arguments, '--resume'])}"
+
+
+def let_go_of_output() -> None:
+    """Nothing more can be written to stdout: what is left in its buffer goes nowhere, without a word of the interpreter's."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file, or closed altogether
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _speaks() -> bool:

@@ -16,18 +16,21 @@ from llmprune import device as devices
 from llmprune import recipe as recipes
 from llmprune import record as records
 from llmprune import report, run
+from llmprune.advice import on_texts
 from llmprune.calibration.mixture import plain_sources
 from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
+from llmprune.estimate import with_times
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.measuring import measure
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
 from llmprune.plan import Plan, make_plan, with_scoring
 from llmprune.processes import Team
+from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.searching import search
 
@@ -82,6 +85,8 @@ class Options:
     restart: bool = False
     offload: str = "auto"
     trust_remote_code: bool = False
+    time_limit: float | None = None  # seconds the run should not take, where the user knows of such a limit
+    remarks: tuple[str, ...] = ()  # on how the recipe came about
 
 
 def planned(
@@ -112,6 +117,9 @@ def planned(
     if prepared is not None:
         texts = [(len(r), r.shape[1]) for r in prepared.rows.values()]
         plan = with_scoring(plan, model.skeleton, model.source, texts, bool(prepared.tasks))
+    remarks = on_texts(model, calibration is None and recipe.calibration.source == "auto" and not model.remote, evaluation)
+    plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks))
+    plan = team.on_first(lambda: with_times(plan, resolved, model, prepared, team.size))
     reporter.plan(model, resolved, plan, rows, options.output)
     if unused := model.skeleton.told_unused():
         reporter.note(unused)
@@ -270,7 +278,7 @@ class Production:
         self.reporter.stage("pruning blocks", blocks)
         if done:
             self.reporter.note(f"{len(done)} of {blocks} blocks are finished; their outputs are computed again, then the run goes on")
-        progress = _Progress(self.reporter, blocks, len(done))
+        progress = Progress(self.reporter, blocks, len(done), self.options.time_limit, recipe.name)
 
         def block_done(
             number: int, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], matrices: list[Record], seconds: Mapping[str, float]
@@ -301,14 +309,14 @@ class Production:
         writer.index()
         clock.lap("write")
         record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer)
-        report.write(writer.folder, record)
+        report.write(writer.folder, record, writer.output.name)
         writer.finish()
         return record
 
     def _complete(self, record: Record) -> None:
         assert self.writer is not None
         if record["evaluation"]["perplexity"] or record["evaluation"]["tasks"]:
-            report.write(self.writer.output, record)
+            report.write(self.writer.output, record, self.writer.output.name)
         self.writer.complete()
 
     def close(self, error: BaseException | None) -> None:
@@ -320,31 +328,6 @@ class Production:
             error.kept = f"{finished} of {blocks} blocks are finished and kept"  # type: ignore[attr-defined]
         elif error is not None and self.writer.journal.path.parent == self.writer.output and self.writer.journal.path.exists():
             error.kept = f"{self.options.output} is pruned and saved but not scored"  # type: ignore[attr-defined]
-
-
-class _Progress:
-    """Steps of the stage, and after the first block how long the others will take."""
-
-    def __init__(self, reporter: Reporter, blocks: int, done: int) -> None:
-        self._reporter, self._blocks, self._done, self._started = reporter, blocks, done, time.monotonic()
-        for _ in range(done):
-            reporter.step()
-        self._told = False
-
-    def block(self, number: int) -> None:
-        if not self._told and number < self._blocks:
-            seconds, left = time.monotonic() - self._started, self._blocks - number
-            # With finished blocks before it, the first one took their replay too: the estimate is an upper bound.
-            self._reporter.note(f"block {number} done after {seconds:.1f} s; about {duration(seconds * left)} for the other {left}")
-        self._told = True
-        self._reporter.step()
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _differs(record: Record, now: Identity) -> str | None:

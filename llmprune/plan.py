@@ -40,6 +40,8 @@ class Plan:
         available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
         pausing: whether forward passes halt at each group of matrices (`order: group`); else what comes before it is computed again.
         measures: what the allocator measured, by block. losses: of its trials, by their number. seconds: how long both took.
+        pruning_seconds, scoring_seconds: estimates, of dense and pruned scores together; None where nothing is estimated or scored.
+        tasks_counted: whether `scoring_seconds` counts every task. remarks: what the user should know before it begins.
     """
 
     matrices: Mapping[str, MatrixPlan]
@@ -57,6 +59,10 @@ class Plan:
     seconds: float = 0.0
     scoring: int = 0
     device_scoring: int | None = None
+    pruning_seconds: float | None = None
+    scoring_seconds: float | None = None
+    tasks_counted: bool = True
+    remarks: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,21 +143,13 @@ def _flat(spec: dict[str, Any]) -> dict[str, Any]:
     return {"name": spec["name"], "targets": list(spec["targets"]), **spec["options"]}
 
 
-def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by name or file, with dotted overrides such as `{"pruner.damp": 0.1}`, every value checked.
+def load(recipe: str | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, file or fields, with dotted overrides such as `{"pruner.damp": 0.1}`, every value checked.
 
     Raises:
         ValueError: an unknown recipe, key, algorithm or option, a value out of range, a sparsity that contradicts N:M.
     """
-    path = Path(name)
-    if name.endswith((".yaml", ".yml")):
-        if not path.is_file():
-            raise ValueError(f"no such recipe file: {name}")
-        values, label = read_yaml(path), path.stem
-    elif name in shipped_names("recipes"):
-        values, label = read_yaml(shipped("recipes", f"{name}.yaml")), name
-    else:
-        raise registry.nearest("recipe", name, shipped_names("recipes"))
+    values, label = _named(recipe) if isinstance(recipe, str) else (dict(recipe), _own_name(recipe))
     values = copy.deepcopy(values)
     if (overrides or {}).get("pattern") not in (None, "unstructured") and "sparsity" not in (overrides or {}):
         values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
@@ -166,6 +159,25 @@ def load(name: str = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Rec
             raise ValueError(f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} instead of setting it")
         _override(values, key, value)
     return from_dict({**values, "name": label})
+
+
+def _named(name: str) -> tuple[dict[str, Any], str]:
+    """The values of a recipe by name or file, and what it is called."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"no such recipe file: {name}")
+        return read_yaml(Path(name)), Path(name).stem
+    if name in shipped_names("recipes"):
+        return read_yaml(shipped("recipes", f"{name}.yaml")), name
+    raise registry.nearest("recipe", name, shipped_names("recipes"))
+
+
+def _own_name(values: Mapping[str, Any]) -> str:
+    """What a recipe given as fields is called; the name becomes part of a folder's."""
+    name = values.get("name", "custom")
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name):
+        raise ValueError(f"a recipe's name must be text that can stand in the name of a folder, got {shown(name)}")
+    return name
 
 
 def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import yaml
 from llmprune.calibration.mixture import is_file, plain_sources
 from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
+from llmprune.data import size_text
 from llmprune.record import calibrated_on
+from llmprune.words import ScoreRow, score_rows, seconds_by_phase, share_of_all, sparsity_reached
 
 HONEST = (
     "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
@@ -24,33 +27,15 @@ HONEST = (
 Record = dict[str, Any]
 
 
-def write(folder: Path, record: Record) -> None:
-    """Write record, model card and report into a folder, each whole or not at all."""
-    texts = {CARD: model_card(record), REPORT: html_report(record), RECORD: json.dumps(record, indent=1) + "\n"}
+def write(folder: Path, record: Record, name: str) -> None:
+    """Write record, model card and report into a folder, each whole or not at all. `name`: what the folder will be called."""
+    texts = {
+        CARD: model_card(record, name),
+        REPORT: html_report(record, name),
+        RECORD: json.dumps(record, indent=1) + "\n",
+    }
     for name, text in texts.items():
         write_durably(folder / name, [text.encode()])
-
-
-def score_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """(what, dense, pruned, note) of every score."""
-    rows = []
-    for name, entry in record["evaluation"]["perplexity"].items():
-        protocol = entry["protocol"]
-        note = f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better"
-        rows.append((f"perplexity {name}", f"{entry['dense']:.2f}", f"{entry['pruned']:.2f}", note))
-    for task, metrics in record["evaluation"]["tasks"].items():
-        for metric, entry in metrics.items():
-            if metric != "protocol":
-                stderr = f"+- {entry['stderr']:.3f}, " if entry["stderr"] is not None else ""
-                note = f"{stderr}{metrics['protocol']['documents']} documents{direction(metrics['protocol'], metric)}"
-                rows.append((f"{task} {metric}", f"{entry['dense']:.3f}", f"{entry['pruned']:.3f}", note))
-    return rows
-
-
-def direction(protocol: Record, metric: str) -> str:
-    """Which scores of a metric are better, where the task says so; records without a word of it hold accuracies alone."""
-    better = protocol.get("higher_is_better", {metric: True}).get(metric)
-    return "" if better is None else ", higher is better" if better else ", lower is better"
 
 
 def method_of(record: Record) -> str:
@@ -93,16 +78,18 @@ def protocol_lines(record: Record) -> list[str]:
     for entry in record["evaluation"]["perplexity"].values():
         protocol = entry["protocol"]
         lines.append(f"perplexity: {protocol['mean']}; documents joined, no overlap; forward passes in {protocol['dtype']}")
+    if record["evaluation"]["tasks"]:
+        lines.append("+- is a standard error; a change of at most two of them is called within its error")
     for task, metrics in record["evaluation"]["tasks"].items():
         protocol = metrics["protocol"]
         lines.append(f"{task}: lm-eval {versions['lm_eval']}, task version {protocol['version']}, {protocol['shots']} shots")
     return list(dict.fromkeys(lines))
 
 
-def model_card(record: Record) -> str:
+def model_card(record: Record, name: str) -> str:
     """The folder's README: what it is, what it scores, how it was made, how to load it, under which licence.
 
-    `PATH_OR_ID` stands where the name of the folder or repository belongs.
+    `name` is that of the folder, without its path, or of the repository; `published` puts another in its place.
     """
     model, totals, calibration = record["model"], record["totals"], record["calibration"]
     source = " ".join(model["source"].split())
@@ -113,7 +100,8 @@ def model_card(record: Record) -> str:
 # {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
 
 {source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
-{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero; embeddings, norms and the output head are not pruned.
+{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, {share_of_all(record)}; \
+embeddings, norms and the output head are not pruned.
 
 {HONEST}
 
@@ -123,18 +111,19 @@ def model_card(record: Record) -> str:
 ## Recipe
 
 Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibrated_on(calibration)}, \
-seed {calibration["seed"]}, tokens `{calibration["digest"]}`. The recipe with every default:
+seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
+
+<details><summary>The recipe with every default</summary>
 
 ```yaml
 {_yaml(record["recipe"])}```
+
+</details>
 {_again(record)}
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+{load_snippet(name)}
 ```
 
 `masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, every matrix, versions).
@@ -144,6 +133,24 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
 
 {_licence_section(model)}
 """
+
+
+def load_snippet(name: str) -> str:
+    """How transformers loads a folder or repository."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({quoted})"""
+
+
+def published(card: str, repository: str, revision: str | None) -> str:
+    """A card, perhaps edited by hand, that loads from a repository: in the section Load, whatever the folder was called."""
+    at = f', revision="{revision}"' if revision else ""
+    before, heading, after = card.partition("\n## Load\n")
+    section, fence, rest = after.partition("\n```\n")
+    section = re.sub(r'(?<=\.from_pretrained\()"(?:[^"\\\n]|\\.)*"', lambda _: f'"{repository}"{at}', section)
+    return (before + heading + section + fence + rest).replace('"PATH_OR_ID"', f'"{repository}"{at}')
 
 
 def _again(record: Record) -> str:
@@ -181,9 +188,13 @@ def _scores_section(record: Record) -> str:
     scores = score_rows(record)
     if not scores:
         return "Not scored: made with `llmprune prune`.\n"
-    table = "\n".join(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in scores)
+    table = "\n".join(f"| {s.name} | {s.dense} | {_with_error(s)} | {s.change} | {s.note} |" for s in scores)
     protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
-    return f"| | dense | pruned | |\n|---|---|---|---|\n{table}\n\nDense and pruned were measured alike:\n\n{protocols}\n"
+    return f"| | dense | pruned | change | |\n|---|---|---|---|---|\n{table}\n\nDense and pruned were measured alike:\n\n{protocols}\n"
+
+
+def _with_error(row: ScoreRow) -> str:
+    return f"{row.pruned} {row.error}".rstrip()
 
 
 def _licence_section(model: dict[str, Any]) -> str:
@@ -193,18 +204,18 @@ def _licence_section(model: dict[str, Any]) -> str:
     return f"The licence is the base model's: `{model['license']}`{f' ({more})' if more else ''}, as the base model's own card says."
 
 
-def html_report(record: Record) -> str:
-    """One page with the summary, the scores and a plot per matrix; plots are embedded."""
+def html_report(record: Record, name: str) -> str:
+    """One page with the summary, the scores and a plot per matrix; plots are embedded. `name`: the folder's, without its path."""
     totals, calibration = record["totals"], record["calibration"]
     summary = [
         ("model", f"{record['model']['source']} ({record['model']['parameters']:,} parameters)"),
         ("method", method_of(record)),
         *_choices(record),
-        ("sparsity reached", f"{totals['sparsity']:.4%} ({totals['zeros']:,} of {totals['weights']:,} weights)"),
+        ("sparsity reached", sparsity_reached(record)),
         ("calibration", "{samples} x {sequence_length} tokens of {on}, seed {seed}".format(on=calibrated_on(calibration), **calibration)),
-        ("bytes", f"{totals['bytes']['dense']:,} dense, {totals['bytes']['written']:,} written"),
-        ("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"),
-        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in totals["seconds"].items())),
+        ("weights on disk", f"{size_text(totals['bytes']['dense'])} dense, {size_text(totals['bytes']['written'])} written"),
+        ("peak memory", size_text(totals["peak_memory_bytes"])),
+        ("seconds", seconds_by_phase(record)),
         ("device", f"{record['environment']['device']}, {record['environment']['dtype']}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in record["environment"]["versions"].items())),
     ]
@@ -219,13 +230,17 @@ def html_report(record: Record) -> str:
         )
         for m in record["matrices"]
     ]
-    scores = score_rows(record)
+    scores = [(s.name, s.dense, _with_error(s), s.change, s.note) for s in score_rows(record)]
     parts = [
         f"<h1>{html.escape(record['model']['source'])}, {totals['sparsity']:.1%} sparse</h1>",
         _table((), summary),
         "<h2>Scores</h2>",
-        _table(("", "dense", "pruned", ""), scores) if scores else "<p>Not scored: made with llmprune prune.</p>",
+        _table(("", "dense", "pruned", "change", ""), scores) if scores else "<p>Not scored: made with llmprune prune.</p>",
+        *(f"<p>{html.escape(line)}</p>" for line in protocol_lines(record)),
         f"<p>{html.escape(HONEST)}</p>",
+        "<h2>Load</h2>",
+        f"<pre>{html.escape(load_snippet(name))}</pre>",
+        f"<details><summary>The recipe with every default</summary><pre>{html.escape(_yaml(record['recipe']))}</pre></details>",
         "<h2>Matrices</h2>",
         f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{_plot(record["matrices"])}">',
         f"<p>{_legend(record)}</p>",
@@ -235,7 +250,8 @@ def html_report(record: Record) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>llmprune report</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }}
 table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0 }}
-td, th {{ text-align: left; vertical-align: top }}
+td, th {{ text-align: left; vertical-align: top }} td:first-child {{ white-space: nowrap }}
+pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto }} summary {{ cursor: pointer }}
 img {{ max-width: 100% }} h1 {{ font-size: 1.6rem }} h2 {{ font-size: 1.2rem; margin-top: 2rem }}
 </style></head><body>
 {chr(10).join(parts)}

@@ -129,17 +129,16 @@ def _left_over(client: HfApi, repository: str, revision: str | None, files: list
 
 def card_text(folder: Path, repository: str, revision: str | None) -> str:
     """The folder's own card, perhaps edited by hand, with the repository's name where a name belongs."""
-    from llmprune.report import model_card
+    from llmprune.report import model_card, published
 
     path = folder / CARD
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_record(folder))
+        text = path.read_text(encoding="utf-8") if path.is_file() else model_card(read_record(folder), repository)
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / RECORD} is not a record of this program; restore the original") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}; remove it, and push writes it anew") from None
-    at = f', revision="{revision}"' if revision else ""
-    return text.replace('"PATH_OR_ID"', f'"{repository}"{at}')
+    return published(text, repository, revision)
 
 
 def _check_card(client: HfApi, card: str) -> None:

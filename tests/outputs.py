@@ -1,12 +1,13 @@
 """Output folders, made comparable."""
 
 import json
+import re
 
 TIMES = ("seconds", "peak_memory_bytes", "peak_private_memory_bytes", "peak_device_memory_bytes")
 
 
 def contents(folder):
-    """Every file by name; of the record all but times and memory; of pages made from it nothing."""
+    """Every file by name; of the record all but times and memory; of the card all but the folder's name; of the report nothing."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.name == "llmprune.json":
@@ -16,6 +17,8 @@ def contents(folder):
             for row in record.get("matrices", []):
                 row.pop("seconds")
             found[path.name] = json.dumps(record, sort_keys=True)
+        elif path.name == "README.md":
+            found[path.name] = re.sub(rb'from_pretrained\("[^"]*"', b"from_pretrained(NAME", path.read_bytes())
         elif path.name != "report.html":
             found[path.name] = path.read_bytes()
     return found

@@ -98,7 +98,7 @@ class Scores:
 def evaluation_spec(
     perplexity: Sequence[str], tasks: Sequence[str], suite: str | None, window: int | None,
     include_tasks: str | os.PathLike[str] | None, task_data: str | os.PathLike[str] | None, limit: int | None,
-    trust_remote_code: bool = False,
+    *, trust_remote_code: bool = False,
 ) -> EvaluationSpec:  # fmt: skip
     """What was asked for, a suite's texts and tasks added. Raises `ValueError` on values out of range or an unknown suite."""
     if limit is not None and limit < 1:

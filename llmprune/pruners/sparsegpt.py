@@ -18,6 +18,7 @@ class SparseGPT(Pruner):
 
     needs = Need.GRAM
     scope = "matrix"
+    visits, products, solves = 150, 1, 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

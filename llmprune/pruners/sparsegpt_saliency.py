@@ -12,6 +12,7 @@ class SparseGPTSaliency(Pruner):
     """`W_ij^2 / U_jj^2` with the upper Cholesky factor U of the inverse damped Gram matrix, compared in one go."""
 
     needs = Need.GRAM
+    solves = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -45,6 +45,7 @@ class DSnoT(Step):
     """
 
     changes = "mask"
+    visits = 100
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

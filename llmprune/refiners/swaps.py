@@ -25,6 +25,7 @@ class Swaps(Step):
     """
 
     changes = "mask"
+    visits, products = 1500, 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -15,6 +15,7 @@ class LeastSquares(Step):
     """
 
     changes = "weights"
+    visits = 300
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -38,6 +39,10 @@ class LeastSquares(Step):
     @property
     def needs(self) -> Need:  # type: ignore[override]
         return Need.GRAM | (Need.CROSS if self.config.correction else Need.NONE)
+
+    @property
+    def products(self) -> float:  # type: ignore[override]
+        return self.config.iterations + 1  # type: ignore[no-any-return]
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         matrix = damped(job.stats.gram, self.config.damp)

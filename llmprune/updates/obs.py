@@ -15,6 +15,7 @@ class OBS(Step):
 
     needs = Need.GRAM
     changes = "weights"
+    visits, products, solves = 100, 1, 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
