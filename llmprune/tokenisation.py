@@ -137,7 +137,7 @@ def tokens_of(pieces: Iterable[str], tokenizer: Any, name: str, special: bool = 
     text = Pieces(pieces)
     window = text.take(PIECE)
     if text.ended:
-        yield _ids(encoded(tokenizer, window, name, special))
+        yield ids_of(encoded(tokenizer, window, name, special)["input_ids"], name)
         return
     reader, around = _reader(tokenizer, name), _added(tokenizer, window, name) if special else ([], [])
     if reader is None or around is None:
@@ -147,15 +147,19 @@ def tokens_of(pieces: Iterable[str], tokenizer: Any, name: str, special: bool = 
                 f"{name} is longer than {WHOLE:,} characters, and tokenizer {type(tokenizer).__name__} can only take a text whole; give a "
                 "shorter text, or a tokenizer with a tokenizer.json"
             )
-        yield _ids(encoded(tokenizer, window, name, special))
+        yield ids_of(encoded(tokenizer, window, name, special)["input_ids"], name)
         return
-    yield _ids({"input_ids": around[0]})
+    yield ids_of(around[0], name)
     yield from _followed(text, window, reader, name)
-    yield _ids({"input_ids": around[1]})
+    yield ids_of(around[1], name)
 
 
-def _ids(made: Any) -> Ids:
-    return np.array(made["input_ids"], dtype=np.int64)
+def ids_of(made: Any, name: str) -> Ids:
+    """The ids of one text. Raises `ValueError` where a tokenizer gives something else, as one without a token for the unknown may."""
+    try:
+        return np.array(made, dtype=np.int64).reshape(len(made))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the tokenizer gives no token ids for {name} ({first_line(error)}); its files are damaged") from None
 
 
 def _followed(text: Pieces, first: str, reader: _Reader, name: str) -> Iterator[Ids]:
@@ -163,7 +167,7 @@ def _followed(text: Pieces, first: str, reader: _Reader, name: str) -> Iterator[
     window, given, before = reader.read(first), 0, 0  # `given`: tokens of the window that are not to be given any more
     while not text.ended:
         more = text.take(PIECE)
-        following, cut, given_of_following = _joined(window, more, reader)
+        following, cut, given_of_following = _joined(window, given, more, reader)
         if following is None:  # a longer window, from the same place on
             longer = reader.read(window.text + more)
             same = np.array_equal(window.ids[:given], longer.ids[:given]) and np.array_equal(window.starts[:given], longer.starts[:given])
@@ -180,14 +184,15 @@ def _followed(text: Pieces, first: str, reader: _Reader, name: str) -> Iterator[
     yield window.ids[given:]
 
 
-def _joined(window: _Window, more: str, reader: _Reader) -> tuple[_Window | None, int, int]:
+def _joined(window: _Window, given: int, more: str, reader: _Reader) -> tuple[_Window | None, int, int]:
     """The window that follows, which overlaps this one, and the token of each with which the following one takes over; None: no place."""
     for overlap in (OVERLAP, 8 * OVERLAP):
-        if overlap + MARGIN > len(window.text):
+        if overlap + MARGIN > len(window.text) - (window.starts[given] if given < len(window.ids) else 0):
             break
         shift = _beginning(window, len(window.text) - overlap)
         following = reader.read(window.text[shift:] + more)
         cut = _meeting(window, following, shift, reader)
+        assert cut is None or cut[0] >= given
         if cut is not None:
             return following, *cut
     return None, 0, 0

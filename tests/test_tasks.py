@@ -74,7 +74,8 @@ def test_every_number_is_told(tasks, tiny_llama):
     assert found["protocol"]["higher_is_better"] == dict.fromkeys(names, True) | {"brier_score": False}
 
 
-def test_nothing_but_the_summary_stands_on_stdout(tasks, typed, tiny_llama):
+def test_nothing_but_the_summary_stands_on_stdout(tasks, typed, tiny_llama, monkeypatch):
+    monkeypatch.setattr("multiprocessing.Pool", lambda *args: pytest.fail("forked processes may hang"))
     options = {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "name"}
     folder = tasks(metric_list=[{"metric": "perplexity"}], **options)  # lm-eval prints while it estimates its error
     code, out, err = typed("eval", tiny_llama, "--tasks", "capitals", "--include-tasks", folder, "--json", "--quiet")

@@ -370,6 +370,7 @@ class Wrong(Slow):
         ([0] * 300, r"^the tokenizer makes only special tokens \(0\) of "),
         ([5, 9999] * 300, r"^(calibration )?tokens of .* range from 5 to 9999, the model knows 0 to 699; use its own tokenizer$"),
         ([5, -1] * 300, r"range from -1 to 5, the model knows 0 to 699"),
+        ([3, None, 4] * 300, r"^the tokenizer gives no token ids for .*; its files are damaged$"),
         (None, r"^the tokenizer fails on .* \(KeyError: 'vocab'\); its files are damaged"),
     ],
 )

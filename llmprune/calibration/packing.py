@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llmprune import tokenisation
 from llmprune.calibration.chat import Templated
 from llmprune.textfiles import Document, written
-from llmprune.tokenisation import Ids, check_made, encoded, first_tokens, tokens_of
+from llmprune.tokenisation import Ids, check_made, encoded, first_tokens, ids_of, tokens_of
 
 _BATCH = 64  # documents tokenised together
 _SPREAD = 8  # a finite source is packed into up to this many times the rows asked for, then drawn from
@@ -43,7 +42,7 @@ def _token_stream(documents: Iterable[Document], tokenizer: Any, name: str) -> I
     for batch in _batches(documents):
         special = not isinstance(batch[0] if isinstance(batch, list) else batch, Templated)
         if isinstance(batch, list):
-            yield from (np.array(row, dtype=np.int64) for row in encoded(tokenizer, batch, name, special)["input_ids"])
+            yield from (ids_of(row, name) for row in encoded(tokenizer, batch, name, special)["input_ids"])
         elif pieces := written(batch, name):
             yield from tokens_of(pieces, tokenizer, name, special)
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import numbers
+import os
 import sys
 import threading
 import warnings
@@ -129,7 +130,7 @@ def zero_shot(model: Any, tokenizer: Any, loaded: Any, limit: int | None, trust_
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet(), _contained(trust_remote_code):
+    with _quiet(), _contained(trust_remote_code), _one_process():
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, device=str(model.device))
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples for the dense and the pruned model
@@ -195,6 +196,19 @@ def _contained(trust_remote_code: bool) -> Iterator[None]:
         yield
     finally:
         utils.env = free
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """lm-eval would estimate some errors in forked processes: no faster for 1000 samples, and such a process, which inherits how we
+    answer to SIGTERM, may outlive its end and hang the run."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("DISABLE_MULTIPROC")
+        os.environ |= {"DISABLE_MULTIPROC": before} if before is not None else {}
 
 
 class _Others:
