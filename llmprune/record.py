@@ -138,13 +138,18 @@ def add_scores(record: Record, dense: Scores, pruned: Scores) -> Record:
     }
     tasks: Record = {}
     for name, metrics in pruned.tasks.items():
+        before = dense.tasks.get(name, {})
+        measured = [m for m in {**before, **metrics} if m != "protocol"]
         tasks[name] = {
-            metric: {"dense": dense.tasks[name][metric]["value"], "pruned": value["value"], "stderr": value["stderr"]}
-            for metric, value in metrics.items()
-            if metric != "protocol"
+            metric: {
+                "dense": before.get(metric, {}).get("value"),  # None: no finite number came out
+                "pruned": metrics.get(metric, {}).get("value"),
+                "stderr": metrics.get(metric, {}).get("stderr"),
+            }
+            for metric in measured
         } | {"protocol": metrics["protocol"]}
     seconds = {"evaluate dense": round(dense.seconds, 3), "evaluate pruned": round(pruned.seconds, 3)}
-    before = record["totals"]["seconds"]
-    total = round(before["total"] + sum(seconds.values()), 3)
-    totals = record["totals"] | {"seconds": before | seconds | {"total": total}, "peak_memory_bytes": devices.peak_memory()}
+    spent = record["totals"]["seconds"]
+    total = round(spent["total"] + sum(seconds.values()), 3)
+    totals = record["totals"] | {"seconds": spent | seconds | {"total": total}, "peak_memory_bytes": devices.peak_memory()}
     return record | {"evaluation": {"perplexity": perplexity, "tasks": tasks}, "totals": totals}

@@ -41,7 +41,8 @@ def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
                 error = f"+- {entry['stderr']:.3f}" if entry["stderr"] is not None else ""
                 note = f"{documents} documents{direction(metrics['protocol'], metric)}"
                 change = _task_change(entry, documents)
-                rows.append(ScoreRow(f"{task} {metric}", f"{entry['dense']:.3f}", f"{entry['pruned']:.3f}", error, change, note))
+                dense, pruned = ("none" if entry[k] is None else f"{entry[k]:.3f}" for k in ("dense", "pruned"))
+                rows.append(ScoreRow(f"{task} {metric}", dense, pruned, error, change, note))
     return rows
 
 
@@ -56,6 +57,8 @@ def _signed(value: float, form: str, digits: int) -> str:
 
 
 def _task_change(entry: Mapping[str, Any], documents: int | None) -> str:
+    if entry["dense"] is None or entry["pruned"] is None:
+        return "not comparable"
     delta = entry["pruned"] - entry["dense"]
     unsure = entry["stderr"] is not None and 0 < abs(delta) <= 2 * _error(entry, documents)
     return _signed(delta, ".3f", 3) + (", within its error" if unsure else "")

@@ -356,3 +356,18 @@ def test_the_time_limit_reaches_the_run(tiny_llama, tmp_path, calibration_tokens
     options = {"calibration": calibration_tokens, "output": tmp_path / "out", "reporter": listening}
     llmprune.prune(tiny_llama, recipe="wanda", time_limit=1e-9, **options)
     assert any("more than the time limit" in text for text in listening.told)
+
+
+def test_a_metric_that_only_one_model_has_is_shown_as_such():
+    from llmprune.evaluation.scores import Scores
+    from llmprune.record import add_scores
+    from llmprune.words import score_rows
+
+    protocol = {"documents": 4, "shots": 0, "version": 1, "higher_is_better": {}}
+    dense = Scores({}, {"t": {"acc": {"value": 0.5, "stderr": 0.1}, "protocol": protocol}}, 1.0)
+    pruned = Scores({}, {"t": {"f1": {"value": 0.25, "stderr": None}, "protocol": protocol}}, 1.0)
+    record = add_scores({"totals": {"seconds": {"total": 1.0}}, "evaluation": {"perplexity": {}, "tasks": {}}}, dense, pruned)
+    assert [(r.name, r.dense, r.pruned, r.change) for r in score_rows(record)] == [
+        ("t acc", "0.500", "none", "not comparable"),
+        ("t f1", "none", "0.250", "not comparable"),
+    ]
