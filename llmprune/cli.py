@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -319,7 +318,5 @@ def main() -> None:
     try:
         app()
     except OutputClosed as closed:
-        ending.let_go_of_output()
-        if hasattr(closed, "kept") and not ending.follows():
-            print(f"llmprune: the output was closed; {ending.next_step(closed)}", file=sys.stderr)
+        ending.reader_gone(closed)
         raise SystemExit(141) from None

@@ -19,8 +19,8 @@ _UNFOLDED = 1 << 20  # into a file or a pipe, a row is a line
 _BARS_WIDTH = 78  # columns that a line of progress takes with its bar
 
 
-class OutputClosed(Exception):
-    """Whoever read the output reads no more of it (`llmprune inspect DIR | head`)."""
+class OutputClosed(BaseException):
+    """Whoever read the output reads no more of it (`llmprune inspect DIR | head`). No error: nothing that catches those may hold it up."""
 
 
 class Screen(Console):

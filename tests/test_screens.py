@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import llmprune
-from llmprune import advice, choice, layout, lists, progress, registry, report, words
+from llmprune import advice, choice, console, layout, lists, progress, registry, report, words
 from llmprune import recipe as recipes
 from llmprune.data import shipped_names
 
@@ -355,3 +355,22 @@ def test_the_time_limit_reaches_the_run(tiny_llama, tmp_path, calibration_tokens
     options = {"calibration": calibration_tokens, "output": tmp_path / "out", "reporter": listening}
     llmprune.prune(tiny_llama, recipe="wanda", time_limit=1e-9, **options)
     assert any("more than the time limit" in text for text in listening.told)
+
+
+def test_a_run_that_loses_its_reader_says_what_is_kept(typed, tiny_llama, monkeypatch, tmp_path):
+    real = progress.Progress.block
+
+    def block(self, number):
+        real(self, number)
+        raise console.OutputClosed
+
+    monkeypatch.setattr(progress.Progress, "block", block)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # stdout is this process's own
+    code, _, err = typed("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
+    assert code == 141 and len(err.splitlines()) == 1
+    assert re.search(r"the output was closed; 1 of 2 blocks are finished and kept; continue with: llmprune prune .* --resume", err)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    resumed = ("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out", "--resume")
+    done = subprocess.run([sys.executable, "-m", "llmprune", *map(str, resumed)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
