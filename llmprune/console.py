@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +61,18 @@ def for_python() -> Screen:
         return Screen(stderr=True)
     # Without its widgets a notebook cannot be drawn over, and rich would warn at every bar.
     return Screen() if importlib.util.find_spec("ipywidgets") else Screen(force_jupyter=False, force_terminal=False)
+
+
+def draw_alone(downloads: bool = True) -> Callable[[], None]:
+    """Silence the bars of the libraries below us, which would break ours, but for `downloads`; returns what draws them again."""
+    import huggingface_hub
+    from transformers.utils import logging
+
+    drew = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    if downloads:
+        huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
+    return logging.enable_progress_bar if drew else lambda: None
 
 
 class Bars:
