@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 
 from llmprune import ending
-from llmprune.console import OutputClosed, Screen
+from llmprune.console import OutputClosed, Screen, draw_alone
 
 app = typer.Typer(
     add_completion=False,
@@ -164,19 +163,17 @@ def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tu
 
 
 def _quiet_libraries(quiet: bool) -> None:
-    """Our own bars say where the run stands; those of the libraries below us would break them."""
+    """Our own bars and lines say where the run stands."""
     import logging
 
     import huggingface_hub
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    draw_alone(downloads=not quiet)
     if quiet:
         logging.getLogger("llmprune").setLevel(logging.ERROR)
         huggingface_hub.utils.logging.set_verbosity_error()
-    else:
-        huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
 
 
 def _prune_command(
@@ -319,7 +316,5 @@ def main() -> None:
     try:
         app()
     except OutputClosed as closed:
-        ending.let_go_of_output()
-        if hasattr(closed, "kept") and not ending.follows():
-            print(f"llmprune: the output was closed; {ending.next_step(closed)}", file=sys.stderr)
+        ending.reader_gone(closed)
         raise SystemExit(141) from None

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +19,8 @@ _UNFOLDED = 1 << 20  # into a file or a pipe, a row is a line
 _BARS_WIDTH = 78  # columns that a line of progress takes with its bar
 
 
-class OutputClosed(Exception):
-    """Whoever read the output reads no more of it (`llmprune inspect DIR | head`)."""
+class OutputClosed(BaseException):
+    """Whoever read the output reads no more of it (`llmprune inspect DIR | head`). No error: nothing that catches those may hold it up."""
 
 
 class Screen(Console):
@@ -61,6 +61,18 @@ def for_python() -> Screen:
         return Screen(stderr=True)
     # Without its widgets a notebook cannot be drawn over, and rich would warn at every bar.
     return Screen() if importlib.util.find_spec("ipywidgets") else Screen(force_jupyter=False, force_terminal=False)
+
+
+def draw_alone(downloads: bool = True) -> Callable[[], None]:
+    """Silence the bars of the libraries below us, which would break ours, but for `downloads`; returns what draws them again."""
+    import huggingface_hub
+    from transformers.utils import logging
+
+    drew = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    if downloads:
+        huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
+    return logging.enable_progress_bar if drew else lambda: None
 
 
 class Bars:

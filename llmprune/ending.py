@@ -85,7 +85,7 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
                 raise
             if _speaks():
                 line = " ".join(str(error).split()) or type(error).__name__
-                kept = f"; {next_step(error)}" if hasattr(error, "kept") else ""
+                kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
                 print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
             raise SystemExit(1) from None
 
@@ -93,11 +93,11 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
 def _end_interrupted(error: BaseException) -> None:
     INTERRUPTS.told = True
     if _speaks():
-        print(f"llmprune: interrupted; {next_step(error)}", file=sys.stderr)
+        print(f"llmprune: interrupted; {_next_step(error)}", file=sys.stderr)
     raise SystemExit(130) from None
 
 
-def next_step(error: BaseException) -> str:
+def _next_step(error: BaseException) -> str:
     """What an error left behind, and the command that goes on from there."""
     kept = getattr(error, "kept", None)
     if kept is None:
@@ -109,12 +109,6 @@ def next_step(error: BaseException) -> str:
         return f"{kept}; continue with the same command and --resume"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--restart")]
     return f"{kept}; continue with: {shlex.join(['llmprune', *arguments, '--resume'])}"
-
-
-def let_go_of_output() -> None:
-    """Nothing more can be written to stdout: what is left in its buffer goes nowhere, without a word of the interpreter's."""
-    with contextlib.suppress(OSError, ValueError):  # it is no file, or closed altogether
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _speaks() -> bool:
@@ -132,3 +126,11 @@ def _of_several(error: BaseException, line: str) -> str:
     from llmprune import processes
 
     return "another process of this run ended, so the run cannot go on" if processes.lost_process(error) else line
+
+
+def reader_gone(closed: BaseException) -> None:
+    """Nothing more can be written to stdout: no word of it, but of what is kept of a run."""
+    with contextlib.suppress(OSError, ValueError):  # the interpreter would complain of what is left in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if hasattr(closed, "kept") and _speaks():
+        print(f"llmprune: the output was closed; {_next_step(closed)}", file=sys.stderr)

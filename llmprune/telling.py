@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmprune.console import for_python, in_notebook
+from llmprune.console import draw_alone, for_python, in_notebook
 from llmprune.contracts import CalibrationSet
 from llmprune.model.opening import Model
 from llmprune.pipeline import Reporter, Silent
@@ -44,8 +44,9 @@ def telling(reporter: Reporter | None, progress: bool | None, team: Team) -> Ite
     elif reporter is not None or not (in_notebook() if progress is None else progress):
         yield Unheard() if reporter is None else reporter
     else:
-        terminal = Terminal(for_python())
+        terminal, draw_again = Terminal(for_python()), draw_alone()
         try:
             yield terminal
         finally:
             terminal.close()
+            draw_again()

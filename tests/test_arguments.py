@@ -236,16 +236,21 @@ def test_a_result_prints_a_summary_and_not_the_record(tiny_llama, calibration_to
 # Progress
 
 
-def test_progress_is_drawn_on_stderr_where_asked_for(tiny_llama, tmp_path, capfd):
+def test_progress_is_drawn_on_stderr_where_asked_for(tiny_llama, tmp_path, capfd, monkeypatch):
     options = {"recipe": "wanda", "samples": 4, "seqlen": 32, "calibration": "builtin"}
     llmprune.prune(tiny_llama, output=tmp_path / "quiet", **options)
     llmprune.prune(tiny_llama, output=tmp_path / "off", progress=False, **options)
     assert capfd.readouterr() == ("", "")
     llmprune.prune(tiny_llama, output=tmp_path / "out", progress=True, **options)
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("Plan\n") and "pruning blocks" in err
-    llmprune.evaluate(tiny_llama, perplexity="builtin", limit=1, progress=True)
-    assert "scoring: perplexity on builtin" in capfd.readouterr().err
+    assert out == "" and err.startswith("Plan\n") and "pruning blocks" in err and "Loading weights" not in err
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    llmprune.evaluate(tiny_llama, tasks="demo_continuation", limit=1, progress=True)
+    err = capfd.readouterr().err
+    assert "scoring: demo_continuation" in err and "Loading weights" not in err
+    assert logging.is_progress_bar_enabled(), "as the caller had it"
 
 
 def test_progress_is_on_in_a_notebook(tiny_llama, tmp_path, capfd, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import llmprune
-from llmprune import advice, choice, layout, lists, progress, registry, report, words
+from llmprune import advice, choice, console, hub, layout, lists, progress, registry, report, words
 from llmprune import recipe as recipes
 from llmprune.data import shipped_names
 
@@ -23,6 +23,7 @@ ROWS = [
     ("perplexity builtin", "15.53", "20.81", "+34.0%", "683 windows of 256 tokens, lower is better"),
     ("demo_continuation acc_norm", "0.575", "0.555", "-0.020", "200 documents, higher is better"),
 ]
+RECORD = ("schema", "model", "recipe", "calibration", "matrices", "totals", "evaluation", "environment")
 HEAD = ("", "dense", "pruned", "change", "")
 
 
@@ -284,6 +285,32 @@ def test_a_strict_inspection_fails_where_record_and_weights_disagree(typed, fini
     assert typed("inspect", tiny_llama)[0] == 0
 
 
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("args", "keys"),
+    [
+        (("inspect", "DIR"), {"model", "matrices", "weights", "zeros", "sparsity", "patterns", "bytes", "record_agrees"}),
+        (
+            ("eval", "DIR", "--perplexity", "builtin", "--limit", 1),
+            {"model", "perplexity", "tasks", "seconds", "peak_memory_bytes", "peak_private_memory_bytes", "environment"},
+        ),
+        (("methods",), set(registry.ROOMS)),
+        (("recipes",), set(shipped_names("recipes"))),
+        (("models",), {"demo", *hub.ALIASES}),
+        (("prune", "DIR", *SMALL, "--recipe", "wanda", "--overwrite", "--output", "out"), {"output", *RECORD}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_json_is_one_object_on_stdout_and_all_else_on_stderr(args, keys, typed, finished):
+    code, out, err = typed(*(finished.output if a == "DIR" else a for a in args), "--json")
+    assert code == 0 and len(out.splitlines()) == 1 and err
+    assert set(json.loads(out)) == keys
+    code, again, err = typed(*(finished.output if a == "DIR" else a for a in args), "--json", "--quiet")
+    assert (code, err) == (0, "") and set(json.loads(again)) == keys
+
+
 # Readers that go away
 
 
@@ -371,3 +398,22 @@ def test_a_metric_that_only_one_model_has_is_shown_as_such():
         ("t acc", "0.500", "none", "not comparable"),
         ("t f1", "none", "0.250", "not comparable"),
     ]
+
+
+def test_a_run_that_loses_its_reader_says_what_is_kept(typed, tiny_llama, monkeypatch, tmp_path):
+    real = progress.Progress.block
+
+    def block(self, number):
+        real(self, number)
+        raise console.OutputClosed
+
+    monkeypatch.setattr(progress.Progress, "block", block)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # stdout is this process's own
+    code, _, err = typed("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
+    assert code == 141 and len(err.splitlines()) == 1
+    assert re.search(r"the output was closed; 1 of 2 blocks are finished and kept; continue with: llmprune prune .* --resume", err)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    resumed = ("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out", "--resume")
+    done = subprocess.run([sys.executable, "-m", "llmprune", *map(str, resumed)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
