@@ -62,7 +62,7 @@ def prune(
         calibration: any SOURCE, a mapping of sources to weights, an iterable of strings, or int64 tokens [N, T].
         samples, seqlen: rows and tokens per row.
         output: the folder to write; by default named after model, recipe and sparsity in the current directory.
-        overwrite: replace an output folder that is not empty, once the new one is complete.
+        overwrite: replace the output of llmprune that is there, once the new one is complete; nothing else is replaced.
         resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
         offload: where block inputs are kept: `ram`, `disk` (a file beside the output), or `auto` (RAM while the plan fits).
         time_limit: minutes the best recipe may take by estimate to be chosen; None for `LLMPRUNE_TIME_LIMIT`, else 60.

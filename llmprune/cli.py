@@ -47,7 +47,9 @@ def _pruning(
     output: Annotated[
         Path | None, _option("Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.")
     ] = None,
-    overwrite: Annotated[bool, _option("Replace an output folder that is not empty, once the new one is complete.", "--overwrite")] = False,
+    overwrite: Annotated[
+        bool, _option("Replace the output of llmprune that is there, once the new one is complete.", "--overwrite")
+    ] = False,
     resume: Annotated[bool, _option("Go on where an earlier run into this output folder stopped.", "--resume")] = False,
     restart: Annotated[bool, _option("Throw away what an unfinished run left, and begin anew.", "--restart")] = False,
     offload: Annotated[str, _option("Where block inputs are kept: auto, ram or disk.")] = "auto",
