@@ -14,8 +14,9 @@ def _run() -> None:
 
     try:
         cli.main()
-    except SystemExit:
-        if ending.INTERRUPTS.came and not ending.INTERRUPTS.told:  # the command line library ends on it without a word
+    except SystemExit as ended:
+        # The command line library ends on an interrupt without a word. A command that came to its end all the same is done.
+        if ended.code and ending.INTERRUPTS.came and not ending.INTERRUPTS.told:
             raise KeyboardInterrupt from None
         raise
 

@@ -99,7 +99,7 @@ def prune(
         if recipe is None:
             chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
             named = chosen.name
-        target = Path(output) if output is not None else default_output(opened, chosen, recipes.load(named))
+        target = Path(output).expanduser() if output is not None else default_output(opened, chosen, recipes.load(named))
         remarks = choice.inherited(overrides, chosen) if recipe is None else ()
         # A limit the user knows of: given, or the one under which the best recipe was chosen.
         known = limit * 60 if time_limit is not None or (recipe is None and chosen.name == choice.BEST) else None
@@ -122,6 +122,8 @@ def prune(
 def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> dict[str, Path]:
     """The files and folders that a run reads, by their name in words: its output may not take their place."""
     named: list[tuple[str, object]] = [("the model", model.folder)]
+    if model.folder is not None:  # its files may be links to where they really are
+        named += [("the model", path.resolve()) for path in sorted(model.folder.iterdir()) if path.is_symlink()]
     if isinstance(recipe, (str, os.PathLike)) and os.fspath(recipe).endswith((".yaml", ".yml")):
         named.append(("the recipe", recipe))
     parts = mixture.plain_sources(chosen.calibration.source)

@@ -189,14 +189,19 @@ def _prune_command(
         options |= {"tasks": _names(tasks), "perplexity": options["perplexity"] or ()}
     work = api.run_model if evaluate else api.prune
     console, result = _with_terminal(as_json, quiet, lambda terminal: work(model, reporter=terminal, **options))
-    if isinstance(result, api.DryRun):
-        screen.print_matrices(console, result.plan)
-        summary: Any = api.plan_summary(result)
-    else:
-        screen.print_result(console, result.record, result.output)
-        summary = {"output": str(result.output), **result.record}
-    if as_json:
-        _emit(summary)
+    try:
+        if isinstance(result, api.DryRun):
+            screen.print_matrices(console, result.plan)
+            summary: Any = api.plan_summary(result)
+        else:
+            screen.print_result(console, result.record, result.output)
+            summary = {"output": str(result.output), **result.record}
+        if as_json:
+            _emit(summary)
+    except (KeyboardInterrupt, OutputClosed) as error:
+        if not isinstance(result, api.DryRun):
+            error.kept, error.resumable = f"{result.output} is finished", False  # type: ignore[union-attr]
+        raise
 
 
 def _names(text: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -55,6 +56,11 @@ class Interrupts:
             for number in mine:
                 signal.signal(number, before[number])
 
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` where a signal came and something swallowed the exception."""
+        if self._watching and self.came and not self.told:
+            raise KeyboardInterrupt
+
     def _interrupt(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         repeated, self._last = self.came and now - self._last < _AGAIN, now
@@ -85,6 +91,8 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
                 raise
             if _speaks():
                 line = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    line += "; make room on that disk"
                 kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
                 print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -103,7 +111,8 @@ def _next_step(error: BaseException) -> str:
     if kept is None:
         own = str(error) if isinstance(error, KeyboardInterrupt) else ""
         return own or "nothing was changed in the output folder, run the same command again"
-    if isinstance(error, ValueError) and not INTERRUPTS.came:  # the same command would end the same way
+    # A refused input would be refused again, and what is finished has nothing to go on with.
+    if not getattr(error, "resumable", True) or (isinstance(error, ValueError) and not INTERRUPTS.came):
         return str(kept)
     if "WORLD_SIZE" in os.environ:
         return f"{kept}; continue with the same command and --resume"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -170,6 +171,7 @@ class Production:
         self.model, self.options, self.team, self.reporter = model, options, team, reporter
         self.writer: CheckpointWriter | None = None
         self._fingerprint = ""
+        self._left = "pruned and saved"  # how far the output is, once it is in place
         team.on_first(self._open)
 
     def _open(self) -> None:
@@ -194,9 +196,12 @@ class Production:
         else:
             evaluation = None
         if evaluation is not None and dense is not None:
+            self._left = "pruned and saved but not scored"
             pruned = score(reopen(self.options.output.resolve()), evaluation, "pruned", reporter, team)
-            record = records.add_scores(record, dense, pruned)
-        team.on_first(lambda: self._complete(record))
+            unscored, record = record, records.add_scores(record, dense, pruned)
+            team.on_first(functools.partial(self._write_pages, record, unscored))
+        self._left = "finished"
+        team.on_first(self._complete)
         return record
 
     def _digest(self) -> str:
@@ -248,7 +253,9 @@ class Production:
         assert self.writer is not None
         skeleton = self.model.skeleton
         shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
-        self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes)
+        files = self.model.files
+        companions = files.companions(self.options.trust_remote_code) if files else None
+        self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes, companions)
         if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
             self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 
@@ -303,6 +310,8 @@ class Production:
         writer.rest(model.source)
         if model.files:
             writer.copy_companions(model.files, self.options.trust_remote_code)
+            for name in model.files.appeared():
+                self.reporter.note(f"{name} appeared in the model's folder during the run and is not taken along")
         else:
             _save_companions(model, writer.folder)
         model.check()
@@ -313,21 +322,28 @@ class Production:
         writer.finish()
         return record
 
-    def _complete(self, record: Record) -> None:
+    def _write_pages(self, record: Record, before: Record) -> None:
+        """Record, card and report anew, now with scores; a card that was edited by hand stays."""
         assert self.writer is not None
-        if record["evaluation"]["perplexity"] or record["evaluation"]["tasks"]:
-            report.write(self.writer.output, record, self.writer.output.name)
+        folder = self.writer.output
+        if not report.write(folder, record, folder.name, before):
+            self.reporter.note(f"README.md in {self.options.output} was edited by hand and stays as it is; the scores are in report.html")
+
+    def _complete(self) -> None:
+        assert self.writer is not None
         self.writer.complete()
 
     def close(self, error: BaseException | None) -> None:
-        """Release the output; an error is told what is kept of the run."""
+        """Release the output; an error is told what is kept of the run (`kept`), and whether the run can go on (`resumable`)."""
         if self.writer is None:
             return
-        finished, blocks = self.writer.close(), len(self.model.skeleton.blocks)
-        if error is not None and finished:
-            error.kept = f"{finished} of {blocks} blocks are finished and kept"  # type: ignore[attr-defined]
-        elif error is not None and self.writer.journal.path.parent == self.writer.output and self.writer.journal.path.exists():
-            error.kept = f"{self.options.output} is pruned and saved but not scored"  # type: ignore[attr-defined]
+        moved, finished = self.writer.moved, self.writer.close()
+        if error is None or not (moved or finished):
+            return
+        blocks = len(self.model.skeleton.blocks)
+        kept = f"{self.options.output} is {self._left}" if moved else f"{finished} of {blocks} blocks are finished and kept"
+        error.kept = kept  # type: ignore[attr-defined]
+        error.resumable = not (moved and self._left == "finished")  # type: ignore[attr-defined]
 
 
 def _differs(record: Record, now: Identity) -> str | None:

@@ -27,15 +27,22 @@ HONEST = (
 Record = dict[str, Any]
 
 
-def write(folder: Path, record: Record, name: str) -> None:
-    """Write record, model card and report into a folder, each whole or not at all. `name`: what the folder will be called."""
+def write(folder: Path, record: Record, name: str, before: Record | None = None) -> bool:
+    """Write record, model card and report into a folder, each whole or not at all; returns whether the card was written.
+
+    Args:
+        name: what the folder will be called. before: the record that the card there was made from; if it was edited since, it stays.
+    """
     texts = {
         CARD: model_card(record, name),
         REPORT: html_report(record, name),
         RECORD: json.dumps(record, indent=1) + "\n",
     }
-    for name, text in texts.items():
-        write_durably(folder / name, [text.encode()])
+    edited = before is not None and (folder / CARD).is_file() and (folder / CARD).read_bytes() != model_card(before, name).encode()
+    for file, text in texts.items():
+        if not (edited and file == CARD):
+            write_durably(folder / file, [text.encode()])
+    return not edited
 
 
 def method_of(record: Record) -> str:

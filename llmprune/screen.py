@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.console import Bars, Lines, Screen
 from llmprune.data import size_text
+from llmprune.ending import INTERRUPTS
 from llmprune.layout import GAP
 from llmprune.words import direction, duration, score_rows, seconds_by_phase, sparsity_reached
 
@@ -49,6 +50,7 @@ class Terminal:
 
     def step(self) -> None:
         """One step of the stage is done. A stage that runs several times over (a long text) starts its count again."""
+        INTERRUPTS.check()
         self._progress.step()
 
     def note(self, text: str) -> None:

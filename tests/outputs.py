@@ -27,6 +27,7 @@ def contents(folder):
 def old_output(folder):
     """A folder that passes for the output of an earlier run, with a card that was edited by hand."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "llmprune.json").write_text(json.dumps({"schema": 1, "totals": {"files": ["config.json"]}, "matrices": []}))
+    record = {"schema": 1, "totals": {"files": {"config.json": 2}}, "matrices": []}
+    (folder / "llmprune.json").write_text(json.dumps(record))
     (folder / "README.md").write_text("years of work")
     return folder

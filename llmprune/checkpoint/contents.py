@@ -38,9 +38,9 @@ def shard_name(number: int, shards: int) -> str:
     return f"model-{number:05d}-of-{shards:05d}.safetensors"
 
 
-def is_weights(name: str) -> bool:
-    """Whether weights go by this name."""
-    return name == SINGLE or _SHARD.fullmatch(name) is not None
+def is_shard(name: str) -> bool:
+    """Whether a weight file of ours goes by this name."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def is_made(name: str) -> bool:

@@ -165,7 +165,8 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int
     """Write a file so that it is whole and on the disk under its name, or not there; returns its bytes and SHA-256."""
     temporary = path.with_name(f"{path.name}.tmp")
     digest, size = hashlib.sha256(), 0
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # never written through, should it be a link
+    with temporary.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)

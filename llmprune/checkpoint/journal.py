@@ -39,9 +39,9 @@ class Journal:
         """The value of the first entry with a key, None where there is none."""
         return next((entry[key] for entry in self.entries if key in entry), None)
 
-    def begin(self, identity: Identity) -> None:
-        """Start a new journal."""
-        line = json.dumps({"identity": identity}).encode() + b"\n"
+    def begin(self, identity: Identity, files: list[str] | None = None) -> None:
+        """Start a new journal. `files`: the names of the files that the run will write, None where they are not known yet."""
+        line = json.dumps({"identity": identity, "files": files}).encode() + b"\n"
         write_durably(self.path, [line])
         self.identity, self.entries, self._length = identity, [], len(line)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
+from typing import TextIO
 
 
 class Lock:
@@ -21,7 +24,7 @@ class Lock:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = path.open("a+", encoding="utf-8")
+            self._file = _opened(path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -37,6 +40,7 @@ class Lock:
         if (note := self._file.read(1000).strip("\0")) and not note.startswith('{"pid"'):
             self._file.close()
             raise ValueError(f"{path} is no lock of llmprune and would have to be replaced; move it away, or choose another --output")
+        self._file.seek(0)
         self._file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file)
         self._file.flush()
@@ -46,6 +50,20 @@ class Lock:
         if not self._file.closed:
             self._path.unlink(missing_ok=True)
             self._file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, made where it is not there, and never another one that a link leads to."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError
+        return os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        if error.errno in (None, errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise ValueError(f"{path} is no lock of llmprune and would have to be replaced; move it away") from None
+        raise
 
 
 def _owner(note: str) -> str:

@@ -33,7 +33,8 @@ class MaskFile:
         metadata = {"format": "llmprune-keep-masks", "shapes": json.dumps(dict(shapes))}
         head, self._entries = layout({n: ("U8", (r, -(-c // 8))) for n, (r, c) in shapes.items()}, metadata)
         self._path = path
-        self._file = path.open("r+b" if path.exists() else "w+b")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # what a run left, but never what a link leads to
+        self._file = os.fdopen(handle, "r+b")
         self._file.write(head)
         self._file.truncate(max((e.end for e in self._entries.values()), default=len(head)))
 

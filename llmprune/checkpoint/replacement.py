@@ -5,20 +5,23 @@ Every folder that this program replaces or throws away goes through `check_place
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from llmprune.checkpoint.contents import JOURNAL, RECORD, is_companion, is_made, is_weights
+from llmprune.checkpoint.contents import CARD, JOURNAL, MASKS, RECORD, REPORT, is_companion, is_made, is_shard
 from llmprune.data import shown
 
 _TEMPORARY = ".tmp"  # a file that was being written when its run died
 # Folders of the system: never an output. Below the sealed ones nothing is, but for the open ones.
-_SEALED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr", "System", "Library")
+_SEALED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr", "nix", "System", "Library")
 _MORE = ("home", "media", "mnt", "opt", "private", "root", "run", "snap", "srv", "tmp", "var", "Applications", "Users", "Volumes")
 _OPEN = ("dev/shm", "usr/local", "usr/src")
+_DERIVED = re.compile(r"\..*\.(partial|replaced|lock)", re.DOTALL)  # what a run makes beside its output
 
 
 def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
@@ -38,9 +41,9 @@ def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
     for what, path in inputs.items():
         for place in {path.resolve(), Path(os.path.abspath(path))}:
             if target == place or target in place.parents:
-                raise refused(f"holds {what}")
-            if what == "the model" and place in target.parents:
-                raise refused(f"lies in the folder of {what}")
+                raise refused(f"holds {what.partition(' (')[0]}")
+            if what.startswith("the model") and place in target.parents:
+                raise refused("lies in the folder of the model")
     here = _here()
     if here is not None and target in (here, *here.parents):
         raise refused("holds the working directory")
@@ -68,7 +71,7 @@ def _homes() -> set[Path]:
 
 def _is_of_system(target: Path) -> bool:
     root = Path(target.anchor)
-    if target in {root / name for name in (*_SEALED, *_MORE, *_OPEN)}:
+    if target in {root / name for name in (*_SEALED, *_MORE, *_OPEN)} or target.name == "lost+found":
         return True
     if any(root / name in target.parents for name in _OPEN):
         return False
@@ -80,6 +83,7 @@ def check_output(output: Path, overwrite: bool, inputs: Mapping[str, Path]) -> N
 
     With `overwrite` an output of this program may be replaced; a folder that holds anything else may not, whatever the flags.
     """
+    _check_name(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
     above = next(p for p in (output, *output.resolve().parents) if p.exists())
@@ -93,11 +97,28 @@ def check_output(output: Path, overwrite: bool, inputs: Mapping[str, Path]) -> N
         raise ValueError(f"output folder {output} is not empty; choose another with --output or replace it with --overwrite")
 
 
-def check_ours(folder: Path, called: str) -> None:
+def _check_name(output: Path) -> None:
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"output {str(output)!a} is not UTF-8, which weight files cannot be read under; choose another --output") from None
+    name = output.resolve().name
+    if _DERIVED.fullmatch(name):
+        raise ValueError(f"output {output}: names such as {name} belong to unfinished runs; choose another --output")
+    try:
+        os.lstat(output.resolve().with_name(f".{name}.replaced"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise ValueError(f"output name {shown(name)} is too long; choose another --output") from None
+
+
+def check_ours(folder: Path, called: str, unfinished: bool = False) -> None:
     """Raise `ValueError` naming what a folder holds that no run of this program has put there."""
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"{called} is no folder of llmprune's and would have to be replaced; move it away")
-    foreign = foreign_entries(folder)
+    foreign = foreign_entries(folder, unfinished)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
@@ -106,45 +127,73 @@ def check_ours(folder: Path, called: str) -> None:
         )
 
 
-def foreign_entries(folder: Path) -> list[str]:
-    """Names in a folder that are not those of one output of this program, whole or unfinished; sorted.
+def foreign_entries(folder: Path, unfinished: bool = False) -> list[str]:
+    """Names in a folder that are not those of one output of this program; sorted.
 
-    A folder is an output by its record or its journal. Of a record that lists its files, others are foreign.
+    A finished output is known by its record, which lists its files with their sizes; an unfinished one by its journal. Links and
+    special files are never ours, nor, where a run would write into them, files that have a second name.
     """
-    names = sorted(entry.name for entry in os.scandir(folder))
-    folders = {entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)}
-    listed = _listed_files(folder)
-    if listed is None and not (folder / JOURNAL).is_file():
-        return [name for name in names if name != JOURNAL + _TEMPORARY or name in folders]
-    return [name for name in names if name in folders or not _is_written(name.removesuffix(_TEMPORARY), listed)]
+    listed = {} if unfinished else _recorded_files(folder)
+    ours = _of_journal(folder) if unfinished or listed is None else lambda entry: _is_recorded(entry, listed)
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [e.name for e in entries if not _is_plain(e, alone=unfinished) or not ours(e)]
 
 
-def _is_written(name: str, listed: frozenset[str] | None) -> bool:
-    """Whether a run writes a file of this name; `listed`: the files its record names, None where it names none."""
-    if listed and name not in listed:
-        return is_made(name)
-    # Older records list nothing; what an unfinished run was given leave to copy is not known yet.
-    return is_made(name) or is_weights(name) or is_companion(name, code=listed is None or bool(listed))
+def _is_plain(entry: os.DirEntry[str], alone: bool) -> bool:
+    return entry.is_file(follow_symlinks=False) and not (alone and entry.stat(follow_symlinks=False).st_nlink > 1)
 
 
-def _listed_files(folder: Path) -> frozenset[str] | None:
-    """The files that a folder's record lists, empty where an older record lists none; None where there is no record."""
+def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
+    if entry.name in listed:
+        return entry.stat(follow_symlinks=False).st_size == listed[entry.name]
+    return entry.name.removesuffix(_TEMPORARY) in (RECORD, CARD, REPORT, JOURNAL)
+
+
+def _recorded_files(folder: Path) -> Mapping[str, int] | None:
+    """The files that a folder's record lists, with their bytes; None where it is no record of an output."""
+    path = folder / RECORD
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not path.is_symlink() else None
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("totals"), dict) or "matrices" not in record:
-        return None
-    listed = record["totals"].get("files", [])
-    return frozenset(n for n in listed if isinstance(n, str)) if isinstance(listed, list) else None
+    totals = record.get("totals") if isinstance(record, dict) and "matrices" in record and "schema" in record else None
+    files = totals.get("files") if isinstance(totals, dict) else None
+    return files if isinstance(files, dict) and all(isinstance(size, int) for size in files.values()) else None
 
 
-def remove(folder: Path) -> list[str]:
+def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
+    """Whether an entry is one that the run of a folder's journal writes."""
+    path = folder / JOURNAL
+    planned: object = None
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline(1 << 24)) if path.is_file() and not path.is_symlink() else None
+        identity = first.get("identity") if isinstance(first, dict) else None
+        planned = first.get("files") if isinstance(first, dict) and isinstance(identity, dict) and "model" in identity else []
+    except FileNotFoundError:
+        return lambda entry: entry.name == JOURNAL + _TEMPORARY  # killed before anything was written
+    except (OSError, ValueError, RecursionError):
+        planned = []  # a damaged journal tells nothing but that it is one
+
+    def ours(entry: os.DirEntry[str]) -> bool:
+        name = entry.name.removesuffix(_TEMPORARY)
+        if is_shard(name) or name in (JOURNAL, MASKS):
+            return True
+        if planned is None:  # a model in memory writes its config and tokenizer as it likes
+            return is_made(name) or is_companion(name, code=True)
+        return isinstance(planned, list) and name in planned
+
+    return ours
+
+
+def remove(folder: Path, unfinished: bool = False) -> list[str]:
     """Remove an output of this program, whole or unfinished; returns the names of what is not ours, which stays.
 
     What tells that the folder is ours goes last: a removal that is killed can be done again.
     """
-    foreign = foreign_entries(folder)
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link and no folder of llmprune's; move it away")
+    foreign = foreign_entries(folder, unfinished)
     names = {entry.name for entry in os.scandir(folder)} - set(foreign)
     for name in sorted(names, key=lambda name: (name in (RECORD, JOURNAL), name)):
         (folder / name).unlink(missing_ok=True)

@@ -21,6 +21,10 @@ class Snapshot:
         """The files that go along with the weights; Python files only with `code`."""
         return [name for name in self._digests if is_companion(name, code)]
 
+    def appeared(self) -> list[str]:
+        """Files that would go along with the weights and were not there when the run began."""
+        return sorted(p.name for p in self.folder.iterdir() if is_companion(p.name, code=True) and p.name not in self._digests)
+
     def read(self, name: str) -> bytes:
         """The content of one of the files. Raises `ValueError` where it is not what it was."""
         data = _content(self.folder / name)

@@ -48,12 +48,16 @@ class CheckpointWriter:
         if resume and restart:
             raise ValueError("resume continues an unfinished run and restart throws it away; give one of the two")
         self._given, self.overwrite = output, overwrite
+        self._left_behind = self._begun = self._moving = False
         self.output = output.resolve()  # through links
         whole = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
         replacement.check_output(output, overwrite or whole, inputs or {})
         self.folder = self.output.with_name(f".{self.output.name}.partial")
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
         try:
+            self._check_beside(resume)
+            if self.output.exists() and not whole:
+                replacement.check_output(output, overwrite, inputs or {})  # an old output may be back in its place
             self.journal = self._unfinished(resume, restart)
             self.reopened = whole and not self.journal.blocks
             if whole and not self.reopened:  # it ends with replacing what stands there
@@ -66,13 +70,9 @@ class CheckpointWriter:
         self._behind = ThreadPoolExecutor(1, "write-behind")
         self._pending: Future[None] | None = None
         self._masks: MaskFile | None = None
-        self._begun = False
 
     def _unfinished(self, resume: bool, restart: bool) -> Journal:
         """The journal of what an earlier run left here, to go on with; an empty one where nothing is gone on with."""
-        for folder in (self.folder, self._replaced):
-            if os.path.lexists(folder):
-                replacement.check_ours(folder, str(folder))
         if restart:  # thrown away when the new run begins, not before it is known to be possible
             return Journal(self.folder / JOURNAL, anew=True)
         journal = Journal(self.folder / JOURNAL)
@@ -83,6 +83,21 @@ class CheckpointWriter:
             )
         return journal if resume else Journal(self.folder / JOURNAL, anew=True)
 
+    def _check_beside(self, resume: bool) -> None:
+        """Look at what an earlier run left beside the output, and put an old output back that a run died over moving away."""
+        if os.path.lexists(self.folder):
+            replacement.check_ours(self.folder, str(self.folder), unfinished=True)
+        if not os.path.lexists(self._replaced):
+            return
+        replacement.check_ours(self._replaced, str(self._replaced))
+        journals = (self.folder / JOURNAL, self.output / JOURNAL)
+        if any(self._replaced.iterdir()) and not any(_says_replacing(path) for path in journals):
+            raise ValueError(f"{self._replaced} is of no run into {self._given}; move it away, or choose another --output")
+        self._left_behind = True
+        if not resume and not self.output.exists():
+            os.replace(self._replaced, self.output)
+            self._left_behind = False
+
     @property
     def _replaced(self) -> Path:
         """Where what stood in the output waits until the new one is in place."""
@@ -90,11 +105,20 @@ class CheckpointWriter:
 
     def _clear(self) -> None:
         if self.folder.exists():
-            _remove(self.folder)
+            _remove(self.folder, unfinished=True)
         self.journal = Journal(self.folder / JOURNAL, anew=True)
 
-    def begin(self, identity: Identity, shards: int, masks: Mapping[str, tuple[int, int]]) -> None:
-        """Start writing, or go on where the run with this identity stopped. `masks`: weight name -> (R, C).
+    def begin(
+        self,
+        identity: Identity,
+        shards: int,
+        masks: Mapping[str, tuple[int, int]],
+        companions: list[str] | None,
+    ) -> None:
+        """Start writing, or go on where the run with this identity stopped.
+
+        Args:
+            masks: weight name -> (R, C). companions: the files that will go along with the weights, None where they are not known yet.
 
         Raises:
             ValueError: the unfinished run is another one, or what it finished was changed since.
@@ -107,7 +131,9 @@ class CheckpointWriter:
             self._begun = True
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
-            self.journal.begin(identity)
+            weights = [shard_name(number, shards) for number in range(1, shards + 1)]
+            made = [RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT]
+            self.journal.begin(identity, None if companions is None else [*weights, *made, *companions])
         self.check_identity(identity)
         for entry in self.journal.blocks:
             path = self.folder / entry["file"]
@@ -185,10 +211,11 @@ class CheckpointWriter:
         write_durably(self.folder / INDEX, [text.encode() + b"\n"])
 
     @property
-    def files(self) -> list[str]:
-        """The names of all files of the output, also of those that are written last."""
-        names = {entry.name for entry in os.scandir(self.folder) if not entry.name.endswith(".tmp")}
-        return sorted((names | {RECORD, CARD, REPORT}) - {JOURNAL})
+    def files(self) -> dict[str, int]:
+        """The files of the output with their bytes, but for those that are written last and may be written again."""
+        last = (JOURNAL, RECORD, CARD, REPORT)
+        entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
+        return {e.name: e.stat().st_size for e in entries if e.name not in last and not e.name.endswith(".tmp")}
 
     def finish(self) -> None:
         """Move the finished folder into place; what stood there is removed only afterwards.
@@ -198,29 +225,50 @@ class CheckpointWriter:
         """
         old = self._replaced
         try:
-            if self.output.exists():
-                if any(self.output.iterdir()):  # hours may have passed since it was looked at
-                    replacement.check_output(self.output, self.overwrite, {})
-                if old.exists():
-                    _remove(old)
-                os.replace(self.output, old)
+            self._make_room(old)
         except (OSError, ValueError) as error:  # a mount point, for one, cannot be renamed
             raise self._not_moved(error) from error
+        self._moving = True
         try:
             os.replace(self.folder, self.output)
         except OSError as error:
-            if old.exists():
+            self._moving = False
+            if self._left_behind and not self.output.exists():
                 os.replace(old, self.output)
+                self._left_behind = False
             raise self._not_moved(error) from error
         sync_folder(self.output.parent)
         self.journal.path = self.output / JOURNAL  # stays until the run has nothing left to do
-        if old.exists():
-            _remove(old)
+        self._remove_replaced()
+
+    def _make_room(self, old: Path) -> None:
+        """Move what stands in the output aside, where it may be replaced."""
+        if not self.output.exists():
+            return
+        if any(self.output.iterdir()):  # hours may have passed since it was looked at
+            replacement.check_output(self.output, self.overwrite, {})
+        self._remove_replaced()
+        if os.path.lexists(old):
+            raise ValueError(f"{old} was put there meanwhile")
+        self.journal.add({"replacing": True})  # tells a later run whose the folder is
+        os.replace(self.output, old)
+        self._left_behind = True
+
+    def _remove_replaced(self) -> None:
+        if self._left_behind and os.path.lexists(self._replaced):
+            _remove(self._replaced)
+        self._left_behind = False
+
+    @property
+    def moved(self) -> bool:
+        """Whether the finished folder is in its place, as far as the disk tells."""
+        return (self.reopened and self.journal.path.exists()) or (
+            self._moving and not self.folder.exists() and (self.output / INDEX).is_file()
+        )
 
     def complete(self) -> None:
         """Nothing is left to do: the journal goes, and what a run that was killed while moving had replaced."""
-        if self._replaced.exists() and self.output.exists():
-            _remove(self._replaced)
+        self._remove_replaced()
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)
 
@@ -237,13 +285,21 @@ class CheckpointWriter:
         if self._masks is not None:
             self._masks.close()
         if self._begun and self.folder.exists() and not self.journal.entries:
-            replacement.remove(self.folder)
+            replacement.remove(self.folder, unfinished=True)
         self._lock.release()
         return len(self.journal.blocks) if self._begun and self.folder.exists() else 0
 
 
-def _remove(folder: Path) -> None:
-    foreign = replacement.remove(folder)
+def _says_replacing(path: Path) -> bool:
+    """Whether a journal says that its run is moving an old output away."""
+    try:
+        return bool(Journal(path).find("replacing"))
+    except ValueError:
+        return False
+
+
+def _remove(folder: Path, unfinished: bool = False) -> None:
+    foreign = replacement.remove(folder, unfinished)
     if foreign:  # put there a moment ago
         raise ValueError(f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away")
 
