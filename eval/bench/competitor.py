@@ -1,4 +1,4 @@
-"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, each with threads that sleep and that spin.
+"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, each with threads that sleep soon, at once, and that spin.
 
 `competitor.py [--runs 3]` prints the seconds of the whole command, the median of the runs, in one table.
 """
@@ -13,7 +13,11 @@ import time
 
 # torch is imported first here: this program spins, as most do.
 COMPETITOR = "import torch; torch.set_num_threads(2); a = torch.ones(512, 512)\nwhile True: a @ a"
-WAITING = {"sleeping (as llmprune sets it)": {}, "spinning (torch's own)": {"OMP_WAIT_POLICY": "ACTIVE"}}
+WAITING = {
+    "asleep soon (as llmprune sets it)": {},
+    "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
 JOB = ("prune", "demo", "--recipe", "best", "--set", "update.steps=20", "--samples", "32", "--quiet")
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 

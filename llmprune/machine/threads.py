@@ -9,18 +9,21 @@ from pathlib import Path
 
 # Any of these is the user's own choice of how threads wait.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Rounds of waiting before a thread sleeps. To sleep at once made a run alone a third slower, to spin for long (torch's own way) made
+# it six times slower beside another program; see docs/benchmarks.md. The second is for Intel's and LLVM's OpenMP, in milliseconds.
+_CALM = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def settle(environment: MutableMapping[str, str]) -> None:
     """Put torch's thread settings into an environment, where the user has not chosen: torch and child processes read them.
 
-    Threads that wait for work sleep instead of spinning: beside another program, spinning makes every short piece of
-    parallel work wait for a core that only spins. Where the control group grants fewer processors than can be seen,
-    there are no more threads than that.
+    Threads that wait for work go to sleep soon instead of spinning: beside another program, spinning makes every short
+    piece of parallel work wait for a core that only spins. Where the control group grants fewer processors than can be
+    seen, there are no more threads than that.
     """
     if not any(name in environment for name in _WAITING):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment.update(_CALM)
     quota, visible = granted_processors(), visible_processors()
     if "OMP_NUM_THREADS" not in environment and quota < visible:
         environment["OMP_NUM_THREADS"] = str(quota)
