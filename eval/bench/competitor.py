@@ -1,4 +1,4 @@
-"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, each with threads that sleep soon, at once, and that spin.
+"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, for three ways of waiting.
 
 `competitor.py [--runs 3]` prints the seconds of the whole command, the median of the runs, in one table.
 """
