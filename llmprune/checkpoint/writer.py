@@ -113,7 +113,7 @@ class CheckpointWriter:
         identity: Identity,
         shards: int,
         masks: Mapping[str, tuple[int, int]],
-        companions: list[str] | None,
+        companions: list[str] | None = None,
     ) -> None:
         """Start writing, or go on where the run with this identity stopped.
 
