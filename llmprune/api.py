@@ -16,7 +16,7 @@ from llmprune.arguments import checked
 from llmprune.calibration import mixture
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import Checkpoint, read_record
-from llmprune.checkpoint.replacement import check_output, input_files
+from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
 from llmprune.data import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec, score
@@ -26,7 +26,7 @@ from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import find_targets
 from llmprune.pipeline import Options, Production, Reporter, Source, planned
-from llmprune.plan import OFFLOADS
+from llmprune.plan import check_offload
 from llmprune.recipe import Recipe
 from llmprune.record import environment
 from llmprune.result import DryRun, Result, plan_summary
@@ -75,17 +75,14 @@ def prune(
     Raises:
         ValueError: bad input, in one line, before any long work.
     """
-    if isinstance(calibration, Mapping):
-        calibration = mixture.as_text(calibration)
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
-    overrides = _overrides(calibration, settings, **{
+    source: Any = mixture.as_text(calibration) if isinstance(calibration, Mapping) else calibration
+    check_offload(offload)
+    overrides = _overrides(source, settings, **{
         "pattern": pattern, "sparsity": sparsity, "pruner": pruner, "refiner": refiner, "update": update, "allocator": allocator,
         "calibration.samples": samples, "calibration.sequence_length": seqlen, "seed": seed,
     })  # fmt: skip
     limit = _time_limit(time_limit)
     named: Any = choice.LIGHT if recipe is None else recipe
-    source: Any = calibration
     chosen = recipes.load(named, overrides)  # checked before any long work
     team = processes.current()
 
@@ -119,11 +116,11 @@ def prune(
         return Result(target, record)
 
 
-def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> dict[str, Path]:
-    """The files and folders that a run reads, by their name in words: its output may not take their place."""
-    named: list[tuple[str, object]] = [("the model", model.folder)]
+def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> Inputs:
+    """The files and folders that a run reads: its output may not take their place."""
+    named: list[tuple[str, object]] = [(MODEL, model.folder)]
     if model.folder is not None:  # its files may be links to where they really are
-        named += [("the model", path.resolve()) for path in sorted(model.folder.iterdir()) if path.is_symlink()]
+        named += [(MODEL, path.resolve()) for path in sorted(model.folder.iterdir()) if path.is_symlink()]
     if isinstance(recipe, (str, os.PathLike)) and os.fspath(recipe).endswith((".yaml", ".yml")):
         named.append(("the recipe", recipe))
     parts = mixture.plain_sources(chosen.calibration.source)

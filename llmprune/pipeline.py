@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from llmprune.calibration.mixture import plain_sources
 from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
+from llmprune.checkpoint.replacement import Inputs
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.contracts import CalibrationSet
 from llmprune.estimate import with_times
@@ -76,11 +77,11 @@ class Silent:
 class Options:
     """Where a run writes and how; nothing here changes a mask.
 
-    `inputs`: the files and folders the run reads, by their name in words: the output may not take their place.
+    `inputs`: the files and folders the run reads: the output may not take their place.
     """
 
     output: Path
-    inputs: Mapping[str, Path] = field(default_factory=dict)
+    inputs: Inputs = ()
     overwrite: bool = False
     resume: bool = False
     restart: bool = False
@@ -119,11 +120,9 @@ def planned(
         texts = [(len(r), r.shape[1]) for r in prepared.rows.values()]
         plan = with_scoring(plan, model.skeleton, model.source, texts, bool(prepared.tasks))
     remarks = on_texts(model, calibration is None and recipe.calibration.source == "auto" and not model.remote, evaluation)
-    plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks))
+    plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
     plan = team.on_first(lambda: with_times(plan, resolved, model, prepared, team.size))
     reporter.plan(model, resolved, plan, rows, options.output)
-    if unused := model.skeleton.told_unused():
-        reporter.note(unused)
     return resolved, rows, prepared, plan
 
 

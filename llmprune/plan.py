@@ -75,6 +75,12 @@ class Plan:
         return sum(m.sparsity * m.shape[0] * m.shape[1] for m in self.matrices.values()) / max(1, self.weights)
 
 
+def check_offload(offload: str) -> None:
+    """Raise `ValueError` for a place of the block inputs that does not exist."""
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+
+
 def make_plan(
     recipe: Recipe, skeleton: Skeleton, source: WeightSource, samples: int, length: int, *, offload: str = "auto",
     available: int = 1 << 62, processes: int = 1, measures: Mapping[int, float] | None = None, losses: Mapping[int, float] | None = None,
@@ -90,8 +96,6 @@ def make_plan(
     Raises:
         ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored dtype that cannot be pruned.
     """
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     targets = [target for name, block in skeleton.blocks.items() for target in find_targets(name, block)]
     rules = {t.name: recipe.rule_for(t.name) for t in targets}
     for unused in set(recipe.rules) - set(rules.values()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune import __version__
-from llmprune.checkpoint.contents import CARD, INDEX, MASKS, RECORD, REPORT, is_companion
+from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MADE, RECORD, is_companion
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.hub import offline, one_line, retrying, status_of
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     from llmprune.pipeline import Reporter
-
-_MADE = (RECORD, CARD, INDEX, MASKS, REPORT)
 
 
 def check_destination(repository: str, token: str | None) -> str:
@@ -51,7 +49,7 @@ def belonging_files(folder: Path) -> list[str]:
             raise ValueError(f"{folder} has no {name}, so it is no finished output folder; push takes one that llmprune run or prune wrote")
     code = "auto_map" in read_json(folder / "config.json")
     companions = {p.name for p in folder.iterdir() if is_companion(p.name, code)}
-    names = Checkpoint(folder).files | companions | set(_MADE)
+    names = Checkpoint(folder).files | companions | {*MADE} - {JOURNAL}
     return sorted(name for name in names if (folder / name).is_file())
 
 

@@ -129,6 +129,13 @@ def test_a_pipe_in_place_of_the_record_is_refused_and_not_waited_for(prune):
     refused(lambda: prune(overwrite=True), "holds 'llmprune.json', which llmprune has not written")
 
 
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"restart": True}])
+def test_a_pipe_in_place_of_the_journal_is_refused_and_not_waited_for(stopped, prune, flags):
+    (stopped / "journal.jsonl").unlink()
+    os.mkfifo(stopped / "journal.jsonl")
+    refused(lambda: prune(**flags), "which llmprune has not written")
+
+
 def test_a_link_that_appears_during_the_run_is_not_followed(prune, monkeypatch):
     old_output(Path("out"))
     prune("other")

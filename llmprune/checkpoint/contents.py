@@ -13,6 +13,8 @@ SINGLE = "model.safetensors"
 MASKS = "masks.safetensors"
 CARD = "README.md"
 REPORT = "report.html"
+MADE = (RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT)  # what is written beside weights and companions
+WRITTEN_LAST = (RECORD, JOURNAL, CARD, REPORT)  # and may be written again
 # What a loader or a reader of the licence needs; anything else in the source folder is not ours to publish.
 COMPANIONS = (
     "config.json",
@@ -41,11 +43,6 @@ def shard_name(number: int, shards: int) -> str:
 def is_shard(name: str) -> bool:
     """Whether a weight file of ours goes by this name."""
     return _SHARD.fullmatch(name) is not None
-
-
-def is_made(name: str) -> bool:
-    """Whether this program makes a file of this name beside the weights."""
-    return name in (RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT)
 
 
 def is_companion(name: str, code: bool) -> bool:

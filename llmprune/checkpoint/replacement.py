@@ -10,12 +10,14 @@ import json
 import os
 import pwd
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llmprune.checkpoint.contents import CARD, JOURNAL, MASKS, RECORD, REPORT, is_companion, is_made, is_shard
+from llmprune.checkpoint.contents import JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, is_companion, is_shard
 from llmprune.data import shown
 
+MODEL = "the model"  # the name in words of that input
+Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in words, and where it is
 _TEMPORARY = ".tmp"  # a file that was being written when its run died
 # Folders of the system: never an output. Below the sealed ones nothing is, but for the open ones.
 _SEALED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr", "nix", "System", "Library")
@@ -24,12 +26,12 @@ _OPEN = ("dev/shm", "usr/local", "usr/src")
 _DERIVED = re.compile(r"\..*\.(partial|replaced|lock)", re.DOTALL)  # what a run makes beside its output
 
 
-def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
+def check_place(output: Path, inputs: Inputs) -> None:
     """Raise `ValueError` where nothing may ever be written as an output, whatever stands there.
 
     Args:
         output: as it was given; links are followed.
-        inputs: what the run reads, by its name in words. A model may be neither above nor below the output, another input not below it.
+        inputs: what the run reads. A model may be neither above nor below the output, another input not below it.
     """
     target = output.resolve()
 
@@ -38,12 +40,12 @@ def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
 
     if target.parent == target:
         raise refused("is the root of the file system")
-    for what, path in inputs.items():
+    for what, path in inputs:
         for place in {path.resolve(), Path(os.path.abspath(path))}:
             if target == place or target in place.parents:
-                raise refused(f"holds {what.partition(' (')[0]}")
-            if what.startswith("the model") and place in target.parents:
-                raise refused("lies in the folder of the model")
+                raise refused(f"holds {what}")
+            if what == MODEL and place in target.parents:
+                raise refused(f"lies in the folder of {what}")
     here = _here()
     if here is not None and target in (here, *here.parents):
         raise refused("holds the working directory")
@@ -78,7 +80,7 @@ def _is_of_system(target: Path) -> bool:
     return any(root / name in target.parents for name in _SEALED)
 
 
-def check_output(output: Path, overwrite: bool, inputs: Mapping[str, Path]) -> None:
+def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `ValueError` where an output cannot be used: no folder can be made there, or it holds what may not be replaced.
 
     With `overwrite` an output of this program may be replaced; a folder that holds anything else may not, whatever the flags.
@@ -110,7 +112,7 @@ def _check_name(output: Path) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.EINVAL):
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             raise ValueError(f"output name {shown(name)} is too long; choose another --output") from None
 
 
@@ -146,7 +148,7 @@ def _is_plain(entry: os.DirEntry[str], alone: bool) -> bool:
 def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
     if entry.name in listed:
         return entry.stat(follow_symlinks=False).st_size == listed[entry.name]
-    return entry.name.removesuffix(_TEMPORARY) in (RECORD, CARD, REPORT, JOURNAL)
+    return entry.name.removesuffix(_TEMPORARY) in WRITTEN_LAST
 
 
 def _recorded_files(folder: Path) -> Mapping[str, int] | None:
@@ -164,23 +166,23 @@ def _recorded_files(folder: Path) -> Mapping[str, int] | None:
 def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
     """Whether an entry is one that the run of a folder's journal writes."""
     path = folder / JOURNAL
-    planned: object = None
+    if not path.is_file() or path.is_symlink():
+        return lambda entry: entry.name == JOURNAL + _TEMPORARY  # killed before anything was written
+    planned: object = []  # a damaged journal tells nothing but that it is one
     try:
         with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline(1 << 24)) if path.is_file() and not path.is_symlink() else None
-        identity = first.get("identity") if isinstance(first, dict) else None
-        planned = first.get("files") if isinstance(first, dict) and isinstance(identity, dict) and "model" in identity else []
-    except FileNotFoundError:
-        return lambda entry: entry.name == JOURNAL + _TEMPORARY  # killed before anything was written
+            first = json.loads(file.readline(1 << 24))
+        if isinstance(first, dict) and isinstance(first.get("identity"), dict) and "model" in first["identity"]:
+            planned = first.get("files")
     except (OSError, ValueError, RecursionError):
-        planned = []  # a damaged journal tells nothing but that it is one
+        pass
 
     def ours(entry: os.DirEntry[str]) -> bool:
         name = entry.name.removesuffix(_TEMPORARY)
         if is_shard(name) or name in (JOURNAL, MASKS):
             return True
         if planned is None:  # a model in memory writes its config and tokenizer as it likes
-            return is_made(name) or is_companion(name, code=True)
+            return name in MADE or is_companion(name, code=True)
         return isinstance(planned, list) and name in planned
 
     return ours
@@ -202,10 +204,7 @@ def remove(folder: Path, unfinished: bool = False) -> list[str]:
     return foreign
 
 
-def input_files(named: Iterable[tuple[str, object]]) -> dict[str, Path]:
-    """The inputs of a run that are files or folders on this machine, by their name in words."""
-    found = {}
-    for number, (what, value) in enumerate(named):
-        if isinstance(value, (str, os.PathLike)) and os.fspath(value) and Path(value).expanduser().exists():
-            found[what if what not in found else f"{what} ({number})"] = Path(value).expanduser()
-    return found
+def input_files(named: Iterable[tuple[str, object]]) -> Inputs:
+    """Those of a run's inputs, each with its name in words, that are files or folders on this machine."""
+    paths = [(what, Path(value).expanduser()) for what, value in named if isinstance(value, (str, os.PathLike)) and os.fspath(value)]
+    return [(what, path) for what, path in paths if path.exists()]

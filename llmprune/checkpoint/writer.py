@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.checkpoint import replacement
-from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MASKS, RECORD, REPORT, shard_name
+from llmprune.checkpoint.contents import INDEX, JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, shard_name
 from llmprune.checkpoint.files import read_header, save_tensors, sha256_of, sync_folder, write_durably
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
@@ -43,7 +43,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         resume: bool = False,
         restart: bool = False,
-        inputs: Mapping[str, Path] | None = None,
+        inputs: replacement.Inputs = (),
     ) -> None:
         if resume and restart:
             raise ValueError("resume continues an unfinished run and restart throws it away; give one of the two")
@@ -51,17 +51,15 @@ class CheckpointWriter:
         self._left_behind = self._begun = self._moving = False
         self.output = output.resolve()  # through links
         whole = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
-        replacement.check_output(output, overwrite or whole, inputs or {})
+        replacement.check_output(output, overwrite or whole, inputs)
         self.folder = self.output.with_name(f".{self.output.name}.partial")
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
         try:
             self._check_beside(resume)
-            if self.output.exists() and not whole:
-                replacement.check_output(output, overwrite, inputs or {})  # an old output may be back in its place
             self.journal = self._unfinished(resume, restart)
             self.reopened = whole and not self.journal.blocks
-            if whole and not self.reopened:  # it ends with replacing what stands there
-                replacement.check_output(output, overwrite, inputs or {})
+            if not self.reopened:  # the run ends with replacing what stands there, perhaps an old output that is back in its place
+                replacement.check_output(output, overwrite, inputs)
         except BaseException:
             self._lock.release()
             raise
@@ -132,8 +130,7 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             weights = [shard_name(number, shards) for number in range(1, shards + 1)]
-            made = [RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT]
-            self.journal.begin(identity, None if companions is None else [*weights, *made, *companions])
+            self.journal.begin(identity, None if companions is None else [*weights, *MADE, *companions])
         self.check_identity(identity)
         for entry in self.journal.blocks:
             path = self.folder / entry["file"]
@@ -213,9 +210,8 @@ class CheckpointWriter:
     @property
     def files(self) -> dict[str, int]:
         """The files of the output with their bytes, but for those that are written last and may be written again."""
-        last = (JOURNAL, RECORD, CARD, REPORT)
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
-        return {e.name: e.stat().st_size for e in entries if e.name not in last and not e.name.endswith(".tmp")}
+        return {e.name: e.stat().st_size for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp")}
 
     def finish(self) -> None:
         """Move the finished folder into place; what stood there is removed only afterwards.
@@ -246,7 +242,7 @@ class CheckpointWriter:
         if not self.output.exists():
             return
         if any(self.output.iterdir()):  # hours may have passed since it was looked at
-            replacement.check_output(self.output, self.overwrite, {})
+            replacement.check_output(self.output, self.overwrite)
         self._remove_replaced()
         if os.path.lexists(old):
             raise ValueError(f"{old} was put there meanwhile")

@@ -118,18 +118,16 @@ class Skeleton:
                 )
         return stored
 
-    def told_unused(self) -> str | None:
-        """In a line, what of the checkpoint no part of the model goes by; None where everything has its place."""
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the checkpoint: that it holds tensors which no part of the model goes by."""
         if not self.unused:
-            return None
+            return ()
         prefix = next(iter(self.blocks)).rpartition(".")[0]
         block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
         beyond = {int(found[1]) for name in self.unused if (found := block.match(name)) and int(found[1]) >= len(self.blocks)}
         asked = f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {len(beyond)} more; " if beyond else ""
-        return (
-            f"{asked}{len(self.unused)} tensors of the checkpoint belong to no part of the model and pass unchanged, "
-            f"the first is {self.unused[0]!r}"
-        )
+        told = f"{asked}{len(self.unused)} tensors of the checkpoint belong to no part of the model and pass unchanged"
+        return (f"note: {told}, the first is {self.unused[0]!r}",)
 
     def _tied_to(self, name: str, tied: Any) -> str | None:
         if not getattr(self.model.config, "tie_word_embeddings", False) or name not in tied:
