@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llmprune.machine.threads import settle
 
 # Both are read by torch when it is imported, so they are set now, and only where the user has not chosen.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages, which the system hands out many times faster
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # large tensors in huge pages, which the system hands out many times faster
 settle(os.environ)
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ class InputStats:
 
     def _read(self, need: Need) -> Tensor:
         if need not in self._values:
-            raise LookupError(f"statistic {need.name} was read but not declared; add Need.{need.name} to the algorithm's `needs`")
+            raise LookupError(
+                f"statistic {need.name} was read but not declared; add Need.{need.name} to the algorithm's `needs`"
+            )
         return self._values[need]
 
     @property
@@ -291,3 +293,16 @@ class Allocator(Algorithm, ABC):
 
         `trial`: the number of one of the `trials`.
         """
+
+
+class Reporter(Protocol):
+    """Is told how long work goes."""
+
+    def stage(self, title: str, steps: int) -> None:
+        """A stage of so many steps begins."""
+
+    def step(self) -> None:
+        """One step of the stage is done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know, in one line."""

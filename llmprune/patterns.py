@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmprune.common.messages import shown
 from llmprune.contracts import Pattern
-from llmprune.counts import true_per_row
-from llmprune.data import shown
+from llmprune.numerics.counts import true_per_row
 
 SCOPES = ("row", "matrix", "published")
 
@@ -22,8 +22,12 @@ _CHUNK = 1 << 16
 
 def _threshold(score: Tensor, pruned: int) -> Tensor:
     """The `pruned`-th lowest value of each row, [R, 1]."""
-    if score.is_cpu and score.dtype == torch.float32:  # numpy's partial selection is vectorised: several times faster than kthvalue
-        return torch.from_numpy(np.partition(score.numpy(), pruned - 1, axis=1)[:, pruned - 1 : pruned].copy())
+    if (
+        score.is_cpu and score.dtype == torch.float32
+    ):  # numpy's partial selection is vectorised: several times faster than kthvalue
+        return torch.from_numpy(
+            np.partition(score.numpy(), pruned - 1, axis=1)[:, pruned - 1 : pruned].copy()
+        )
     return torch.kthvalue(score, pruned, dim=1, keepdim=True).values
 
 
@@ -55,7 +59,9 @@ def keep_highest_of_group(score: Tensor, n: int, m: int) -> Tensor:
     size = _CHUNK // m if score.is_cpu else max(1, score.numel() // m)
     for part, part_keep in zip(score.reshape(-1, m).split(size), keep.view(-1, m).split(size), strict=True):
         columns = part.T.contiguous()  # one contiguous row per position in the group
-        rank = torch.zeros_like(columns, dtype=torch.int16)  # how many of the group go before: higher, or equal and further right
+        rank = torch.zeros_like(
+            columns, dtype=torch.int16
+        )  # how many of the group go before: higher, or equal and further right
         for j in range(m):
             rank[j + 1 :] += columns[j] > columns[j + 1 :]
             rank[:j] += columns[j] >= columns[:j]
@@ -110,7 +116,9 @@ class PublishedThreshold(Unstructured):
     def check(self, keep: Tensor, sparsity: float) -> None:
         pruned, wanted = keep.numel() - int(true_per_row(keep).sum()), int(keep.numel() * sparsity)
         if pruned < wanted:
-            raise ValueError(f"the mask prunes {pruned} weights of a matrix where at least {wanted} are wanted")
+            raise ValueError(
+                f"the mask prunes {pruned} weights of a matrix where at least {wanted} are wanted"
+            )
 
 
 class NM(Pattern):
@@ -134,11 +142,15 @@ class NM(Pattern):
         self._check_width(keep)
         counts = true_per_row(keep.reshape(-1, self.width))
         if not bool((counts == self.n).all()):
-            raise ValueError(f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights where {self.n} are wanted")
+            raise ValueError(
+                f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights where {self.n} are wanted"
+            )
 
     def _check_width(self, matrix: Tensor) -> None:
         if matrix.shape[1] % self.width:
-            raise ValueError(f"in_features {matrix.shape[1]} is not divisible by {self.width}, as pattern {self} requires")
+            raise ValueError(
+                f"in_features {matrix.shape[1]} is not divisible by {self.width}, as pattern {self} requires"
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.width}"

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_origin, get_type_hints
 
+from llmprune.common.messages import nearest, shown
 from llmprune.contracts import Algorithm
-from llmprune.data import shown
 
 ROOMS = ("pruners", "refiners", "updates", "allocators")
-
-
-def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
-    """The error for an unknown name: what was received, the nearest names and all of them."""
-    names = sorted(available)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {', '.join(names)}")
 
 
 def names(room: str) -> list[str]:
     """Algorithms of a room, by file name, nothing imported but the room itself."""
     package = importlib.import_module(f"llmprune.{room}")
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+    )
 
 
 def find(room: str, name: str) -> type[Algorithm]:
@@ -35,7 +28,11 @@ def find(room: str, name: str) -> type[Algorithm]:
     if name not in names(room):
         raise nearest(room.removesuffix("s"), name, names(room))
     module = importlib.import_module(f"llmprune.{room}.{name.replace('-', '_')}")
-    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Algorithm) and c.__module__ == module.__name__]
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Algorithm) and c.__module__ == module.__name__
+    ]
     assert len(found) == 1, f"{module.__name__} must define exactly one algorithm"
     return found[0]
 
@@ -52,14 +49,18 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
             continue
         if get_origin(types[key]) is Mapping:
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-                raise ValueError(f"option {shown(key)} of {shown(name)} must be a mapping, got {shown(value)}")
+                raise ValueError(
+                    f"option {shown(key)} of {shown(name)} must be a mapping, got {shown(value)}"
+                )
             continue
         if types[key] is float and isinstance(value, str):
             value = _number(value)  # YAML reads 1e-4 as text: it wants a point, 1.0e-4
             options = {**options, key: value}
         wanted = (int, float) if types[key] is float else types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
-            raise ValueError(f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}")
+            raise ValueError(
+                f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}"
+            )
     return cls(cls.Config(**options))
 
 
@@ -73,9 +74,14 @@ def _number(text: str) -> Any:
 
 def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
     """An option that takes several numbers; one alone will do."""
-    values = [_number(v) if isinstance(v, str) else v for v in (value if isinstance(value, (list, tuple)) else [value])]
+    values = [
+        _number(v) if isinstance(v, str) else v
+        for v in (value if isinstance(value, (list, tuple)) else [value])
+    ]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}")
+        raise ValueError(
+            f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}"
+        )
     return tuple(float(v) for v in values)
 
 

@@ -74,7 +74,9 @@ def make_llama(tmp_path_factory):
     """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary. Treat the folders as read-only."""
     made: dict[tuple[object, ...], Path] = {}
 
-    def make(*, dtype=torch.float32, tied=False, sharded=False, layers=2, tokenizer=True, seed=0, **config) -> Path:
+    def make(
+        *, dtype=torch.float32, tied=False, sharded=False, layers=2, tokenizer=True, seed=0, **config
+    ) -> Path:
         key = (dtype, tied, sharded, layers, tokenizer, seed, *sorted(config.items()))
         if key not in made:
             folder = made[key] = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -150,7 +152,9 @@ def own_hub(tmp_path, monkeypatch):
 
     with serving(tmp_path / "hub") as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("time.sleep", hub.slept.append)

@@ -28,7 +28,7 @@ from outputs import contents, old_output  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import llmprune  # noqa: E402
-from llmprune import api, report  # noqa: E402, F401
+from llmprune.record import report  # noqa: E402
 
 REPORT = report.html_report
 
@@ -98,7 +98,9 @@ def fail(code):
 
 
 def prune(model, tokens, output, recipe, resume):
-    llmprune.prune(model, recipe=recipe, sparsity=0.6, calibration=tokens, output=output, resume=resume, overwrite=True)
+    llmprune.prune(
+        model, recipe=recipe, sparsity=0.6, calibration=tokens, output=output, resume=resume, overwrite=True
+    )
 
 
 def child(arguments, faulty=None, quiet=True):
@@ -110,7 +112,9 @@ def child(arguments, faulty=None, quiet=True):
     try:
         if quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        report._plot = lambda matrices: ""  # the plot is most of the time of a run this small, and the same every time
+        report._plot = lambda matrices: (
+            ""
+        )  # the plot is most of the time of a run this small, and the same every time
         if faulty:
             faulty.install()
         prune(*arguments)
@@ -118,7 +122,9 @@ def child(arguments, faulty=None, quiet=True):
     except OSError:
         code = 3
     except BaseException as error:
-        code = 3 if "cannot be moved" in str(error) else 4  # the one failure that says where the whole checkpoint lies
+        code = (
+            3 if "cannot be moved" in str(error) else 4
+        )  # the one failure that says where the whole checkpoint lies
         if code == 4:
             print(f"unexpected {type(error).__name__}: {error}", flush=True)
     finally:
@@ -137,9 +143,14 @@ class Campaign:
         self.random, self.root = random.Random(seed), root
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
         self.model, self.tokens = root / "model", torch.randint(0, 512, (8, 32))
         LlamaForCausalLM(config).save_pretrained(self.model)
         self.wanted, self.seconds, self.operations = {}, {}, {}
@@ -173,7 +184,12 @@ class Campaign:
         while True:
             arguments = (self.model, self.tokens, output, recipe, resume)
             if strike or self.random.random() < 0.5:
-                code = ended(child(arguments, Faulty(self.random.randint(1, int(self.operations[recipe] * 1.3)), strike or kill)))
+                code = ended(
+                    child(
+                        arguments,
+                        Faulty(self.random.randint(1, int(self.operations[recipe] * 1.3)), strike or kill),
+                    )
+                )
             else:
                 pid = child(arguments)
                 time.sleep(self.random.uniform(0, self.seconds[recipe] * 1.1))

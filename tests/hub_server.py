@@ -94,7 +94,9 @@ class Hub:
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes, token: str) -> Answer:
         """Status, headers and body for a request."""
-        writes = re.search(r"/api/repos/create|/preupload/|/commit/|/branch/|/objects/batch|^/lfs/verify", path)
+        writes = re.search(
+            r"/api/repos/create|/preupload/|/commit/|/branch/|/objects/batch|^/lfs/verify", path
+        )
         if token not in ("", TOKEN, READER):
             return _error(401, "", "Invalid credentials in Authorization header")
         if writes and token != TOKEN:
@@ -138,7 +140,9 @@ class Hub:
     def _create(self, asked: dict[str, str]) -> Answer:
         owner, name = asked["organization"], f"{asked['organization']}/{asked['name']}"
         if owner not in ("owner", "me"):
-            return _error(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
+            return _error(
+                403, "", f"You don't have the rights to create a model under the namespace {owner!r}"
+            )
         if ("models", name) in self.repositories:
             return _error(409, "", "You already created this model repo")
         empty = self.root / name / COMMIT
@@ -150,7 +154,9 @@ class Hub:
     def _batch(self, asked: dict[str, list[dict[str, object]]]) -> Answer:
         """Where to put each object; one that is here gets no action."""
         there = [
-            {**o} if o["oid"] in self.objects else {**o, "actions": {k: {"href": f"{self.url}/lfs/{v}"} for k, v in _places(o).items()}}
+            {**o}
+            if o["oid"] in self.objects
+            else {**o, "actions": {k: {"href": f"{self.url}/lfs/{v}"} for k, v in _places(o).items()}}
             for o in asked["objects"]
         ]
         return _json({"transfer": "basic", "objects": there})
@@ -158,7 +164,11 @@ class Hub:
     def _object(self, method: str, name: str, body: bytes) -> Answer:
         if method == "POST":
             asked = json.loads(body)
-            return _json({}) if len(self.objects.get(asked["oid"], b"")) == asked["size"] else _error(404, "", "no such object")
+            return (
+                _json({})
+                if len(self.objects.get(asked["oid"], b"")) == asked["size"]
+                else _error(404, "", "no such object")
+            )
         if hashlib.sha256(body).hexdigest() != name:
             return _error(400, "", "content does not match its hash")
         self.objects[name] = body
@@ -187,7 +197,9 @@ class Hub:
             (after / path).write_bytes(content)
         repository.commits[commit] = after
         repository.branches[revision] = commit
-        return _json({"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}"})
+        return _json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}"}
+        )
 
 
 def _split(path: str) -> tuple[str, str, str]:
@@ -198,11 +210,32 @@ def _split(path: str) -> tuple[str, str, str]:
     return ("datasets" if plain[1] else "models", plain[2], plain[3]) if plain else ("", "", "")
 
 
-def _reading(action: str, name: str, repository: Repository, commit: str, folder: Path, inner: str, query: dict[str, list[str]]) -> Answer:
+def _reading(
+    action: str,
+    name: str,
+    repository: Repository,
+    commit: str,
+    folder: Path,
+    inner: str,
+    query: dict[str, list[str]],
+) -> Answer:
     if action in ("", "revision"):
         files = [{"rfilename": str(p.relative_to(folder))} for p in sorted(folder.rglob("*")) if p.is_file()]
-        flags = {"private": repository.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
-        told = {"_id": "0" * 24, "id": name, "sha": commit, "siblings": files, "lastModified": "2024-01-01T00:00:00.000Z"}
+        flags = {
+            "private": repository.private,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+        }
+        told = {
+            "_id": "0" * 24,
+            "id": name,
+            "sha": commit,
+            "siblings": files,
+            "lastModified": "2024-01-01T00:00:00.000Z",
+        }
         return _json({**told, **flags})
     if action == "tree" and not (folder / inner).is_dir():
         return _error(404, "EntryNotFound", "Entry not found")
@@ -213,7 +246,11 @@ def _reading(action: str, name: str, repository: Repository, commit: str, folder
     path = folder / inner
     if not path.is_file():
         return _error(404, "EntryNotFound", "Entry not found")
-    return 200, {"ETag": f'"{_oid(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}, path.read_bytes()
+    return (
+        200,
+        {"ETag": f'"{_oid(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"},
+        path.read_bytes(),
+    )
 
 
 def _tree(folder: Path, below: str, recursive: bool) -> list[dict[str, object]]:
@@ -251,7 +288,11 @@ def _mode(file: dict[str, str], folder: Path, ignored: tuple[str, ...]) -> dict[
     oid = None
     if there.is_file():
         content = there.read_bytes()
-        oid = hashlib.sha256(content).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        oid = (
+            hashlib.sha256(content).hexdigest()
+            if large
+            else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        )
     mode = "lfs" if large else "regular"
     return {"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"] in ignored, "oid": oid}
 
@@ -299,7 +340,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("Authorization"):
                 hub.tokens.add(self.headers["Authorization"])
             if fault and fault.status:
-                return self._reply(fault.status, {"X-Error-Message": f"fault {fault.status}", **fault.headers}, b"{}")
+                return self._reply(
+                    fault.status, {"X-Error-Message": f"fault {fault.status}", **fault.headers}, b"{}"
+                )
             query = parse_qs(url.query)
             if "/paths-info/" in url.path:
                 query |= json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
@@ -317,9 +360,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return status, headers, content
             hub.ranges.append(f"{self.path} {self.headers['Range']}")
             start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
-            return 206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}, content[start : end + 1]
+            return (
+                206,
+                {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"},
+                content[start : end + 1],
+            )
 
-        def _reply(self, status: int, headers: dict[str, str], content: bytes, fault: Fault | None = None) -> None:
+        def _reply(
+            self, status: int, headers: dict[str, str], content: bytes, fault: Fault | None = None
+        ) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)

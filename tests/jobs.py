@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from llmprune.contracts import InputStats, Job, Need, Pattern
-from llmprune.stats import StatsSums, sample_positions
+from llmprune.statistics.sums import StatsSums, sample_positions
 
 ALL = Need.MEAN | Need.SECOND_MOMENT | Need.VARIANCE | Need.WITHIN_VARIANCE | Need.GRAM | Need.SAMPLE
 
@@ -15,8 +15,12 @@ def inputs(columns: int, sequences: int = 6, tokens: int = 20, seed: int = 0) ->
     """Correlated inputs [N, T, C] with features of very different size and mean, as in real models."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = torch.randn(sequences, tokens, columns, generator=generator) @ mixing + torch.randn(columns, generator=generator)
-    return x * torch.rand(columns, generator=generator).mul(2).exp() + 0.3 * torch.randn(sequences, 1, columns, generator=generator)
+    x = torch.randn(sequences, tokens, columns, generator=generator) @ mixing + torch.randn(
+        columns, generator=generator
+    )
+    return x * torch.rand(columns, generator=generator).mul(2).exp() + 0.3 * torch.randn(
+        sequences, 1, columns, generator=generator
+    )
 
 
 def statistics(x: torch.Tensor, needs: Need = ALL, size: int = 64) -> InputStats:
@@ -28,7 +32,14 @@ def statistics(x: torch.Tensor, needs: Need = ALL, size: int = 64) -> InputStats
     return sums.result()
 
 
-def job(pattern: Pattern, sparsity: float, rows: int = 12, columns: int = 32, seed: int = 0, x: torch.Tensor | None = None) -> Job:
+def job(
+    pattern: Pattern,
+    sparsity: float,
+    rows: int = 12,
+    columns: int = 32,
+    seed: int = 0,
+    x: torch.Tensor | None = None,
+) -> Job:
     """A layer to prune."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1))
     stats = statistics(inputs(columns, seed=seed) if x is None else x)

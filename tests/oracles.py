@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-TINY_VARIANCE = 1e-12  # variances below this (0 above all) count as this much, so D / var^p is never NaN or infinite
+TINY_VARIANCE = (
+    1e-12  # variances below this (0 above all) count as this much, so D / var^p is never NaN or infinite
+)
 
 
 def _f64(values: ArrayLike) -> np.ndarray:
@@ -168,7 +170,9 @@ def sparsegpt(
     return w, keep
 
 
-def sparsegpt_elimination(weight: ArrayLike, gram: ArrayLike, keep: ArrayLike, damp: float = 0.01) -> np.ndarray:
+def sparsegpt_elimination(
+    weight: ArrayLike, gram: ArrayLike, keep: ArrayLike, damp: float = 0.01
+) -> np.ndarray:
     """Optimal Brain Surgeon for a given mask keep [R, C], columns left to right (SparseGPT, arXiv 2301.00774, section 3).
 
     At column j the inverse of the Gram matrix of columns j.. is recomputed from scratch; removing w_j changes the others by
@@ -204,10 +208,15 @@ def _dsnot_row(
     masks = [now.copy()]
     pruned = sorted((j for j in range(len(d)) if not keep[j]), key=lambda j: ratio[j])
     kept = sorted((j for j in range(len(d)) if keep[j]), key=lambda j: prune_score[j])
-    growable = {1: [j for j in reversed(pruned) if d[j] > 0], -1: [j for j in pruned if d[j] < 0]}  # by the sign of the error
+    growable = {
+        1: [j for j in reversed(pruned) if d[j] > 0],
+        -1: [j for j in pruned if d[j] < 0],
+    }  # by the sign of the error
     prunable = {1: [j for j in kept if d[j] < 0], -1: [j for j in kept if d[j] > 0]}
     spare = sorted((j for j in range(len(d)) if keep[j]), key=lambda j: initial_score[j]) if group else []
-    if walk_on:  # as the published code: behind one sign's candidates come the other's, the highest score first
+    if (
+        walk_on
+    ):  # as the published code: behind one sign's candidates come the other's, the highest score first
         prunable = {sign: [*prunable[sign], *reversed(prunable[-sign])] for sign in (1, -1)}
     error = sum(d[j] for j in range(len(d)) if not keep[j])
     while len(masks) <= max_cycles and abs(error) > threshold:
@@ -280,7 +289,16 @@ def dsnot(
     candidates run out, so counts never change. Variances below TINY_VARIANCE count as that: a constant feature with nonzero
     mean then ranks at the extreme end, a feature that is always 0 has D = 0 and is never grown.
     """
-    arguments = (prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power, walk_on)
+    arguments = (
+        prune_score,
+        sequence_length,
+        sparsity_pattern,
+        initial_score,
+        max_cycles,
+        threshold,
+        power,
+        walk_on,
+    )
     histories = _dsnot_histories(weight, keep, mean, variance, *arguments)
     return np.stack([masks[-1] for masks in histories])
 
@@ -307,7 +325,17 @@ def dsnot_safe(
     """
     w, x = _f64(weight), _f64(sample)
     histories = _dsnot_histories(
-        weight, keep, mean, variance, prune_score, sequence_length, sparsity_pattern, initial_score, max_cycles, threshold, power
+        weight,
+        keep,
+        mean,
+        variance,
+        prune_score,
+        sequence_length,
+        sparsity_pattern,
+        initial_score,
+        max_cycles,
+        threshold,
+        power,
     )
     best = []
     for i, masks in enumerate(histories):
@@ -355,7 +383,9 @@ def relative_error_of_rows(weight: ArrayLike, x: ArrayLike, y: ArrayLike) -> flo
     return float(((inputs @ w.T - targets) ** 2).sum() / (targets**2).sum())
 
 
-def block_tune(weight: ArrayLike, keep: np.ndarray, x: ArrayLike, y: ArrayLike, batches: list[list[int]], rate: float) -> np.ndarray:
+def block_tune(
+    weight: ArrayLike, keep: np.ndarray, x: ArrayLike, y: ArrayLike, batches: list[list[int]], rate: float
+) -> np.ndarray:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101; betas 0.9 and 0.95, no decay) on the kept weights of one linear layer.
 
     Gradient of `||x W^T - y||^2 / ||y||^2` over each batch by hand; rate warmed up over 10 steps and falling by half a cosine.
@@ -418,7 +448,9 @@ def row_loss(weight: ArrayLike, pruned: ArrayLike, gram: ArrayLike) -> np.ndarra
     return np.array([row @ _f64(gram) @ row for row in d])
 
 
-def swaps(weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike, width: int = 1, least: float = 1e-5) -> np.ndarray:
+def swaps(
+    weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike, width: int = 1, least: float = 1e-5
+) -> np.ndarray:
     """Mask [R, C] after exact pair swaps, every loss computed anew from d^T G d; `start` [R, C] are the pruned weights.
 
     Candidates of a step: the best j to grow alone with the best partner, and the best i to prune alone with the best partner; for
@@ -440,7 +472,11 @@ def swaps(weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike,
         first = loss(None, None)
         for _ in range(10 * w.shape[1]):
             now = loss(None, None)
-            groups = [range(w.shape[1])] if width == 1 else [range(a, a + width) for a in range(0, w.shape[1], width)]
+            groups = (
+                [range(w.shape[1])]
+                if width == 1
+                else [range(a, a + width) for a in range(0, w.shape[1], width)]
+            )
             pairs = []
             for columns in groups:
                 pruned, kept = [j for j in columns if not mask[r, j]], [i for i in columns if mask[r, i]]
@@ -459,7 +495,9 @@ def swaps(weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike,
     return mask
 
 
-def alps(weight: ArrayLike, gram: ArrayLike, select: Any, damp: float = 0.01, rho: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def alps(
+    weight: ArrayLike, gram: ArrayLike, select: Any, damp: float = 0.01, rho: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
     """ALPS (arXiv 2406.07831): ADMM in coordinates where the Gram matrix has unit diagonal, then the normal equations on the support.
 
     `select(score)` is the keep mask of the pattern. Returns weight and mask.
@@ -509,7 +547,12 @@ def _scaled(values: np.ndarray, limit: float) -> np.ndarray:
     return (values - values.min()) / (values.max() - values.min()) * 2 * limit
 
 
-def owl(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, outlier: float = 5.0, limit: float = 0.08) -> list[float]:
+def owl(
+    blocks: list[list[tuple[np.ndarray, np.ndarray]]],
+    sparsity: float,
+    outlier: float = 5.0,
+    limit: float = 0.08,
+) -> list[float]:
     """Sparsity per block (OWL, arXiv 2310.05175); a block is a list of (weight [R, C], second moment [C])."""
     shares = []
     for block in blocks:
@@ -519,9 +562,13 @@ def owl(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, outl
     return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
 
 
-def dlp(blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, limit: float = 0.15) -> list[float]:
+def dlp(
+    blocks: list[list[tuple[np.ndarray, np.ndarray]]], sparsity: float, limit: float = 0.15
+) -> list[float]:
     """Sparsity per block (DLP, arXiv 2505.23807): keep ratios 1 - score / sum of scores, scaled as OWL's."""
-    means = np.array([np.concatenate([wanda_score(w, m2).ravel() for w, m2 in block]).mean() for block in blocks])
+    means = np.array(
+        [np.concatenate([wanda_score(w, m2).ravel() for w, m2 in block]).mean() for block in blocks]
+    )
     o = _scaled(1 - means / means.sum(), limit)
     return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
 

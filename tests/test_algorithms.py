@@ -9,7 +9,7 @@ from jobs import ALL, array, inputs, job, statistics
 from llmprune import registry
 from llmprune.contracts import InputStats, Job, Need, Pruned
 from llmprune.patterns import NM, Unstructured
-from llmprune.stats import StatsSums, relative_error, sample_positions
+from llmprune.statistics.sums import StatsSums, relative_error, sample_positions
 
 
 def build(room, name, **options):
@@ -39,7 +39,11 @@ def test_a_large_mean_does_not_drown_the_variance():
 def test_samples_are_drawn_evenly_over_the_sequences():
     positions = sample_positions(5, 30, 7, size=12)
     assert len(positions) == 12 and len({tuple(p) for p in positions.tolist()}) == 12
-    assert positions[:, 0].bincount(minlength=5).tolist() in ([2, 2, 3, 2, 3], [2, 3, 2, 3, 2], [2, 2, 2, 3, 3])
+    assert positions[:, 0].bincount(minlength=5).tolist() in (
+        [2, 2, 3, 2, 3],
+        [2, 3, 2, 3, 2],
+        [2, 2, 2, 3, 3],
+    )
     assert not torch.equal(positions, sample_positions(5, 30, 8, size=12))
     assert len(sample_positions(2, 3, 0, size=1024)) == 6
 
@@ -63,7 +67,9 @@ def test_score_pruners_equal_the_oracle(name, scope):
 
 
 def test_random_depends_on_the_seed_alone():
-    first, again, other = (build("pruners", "random").prune(job(Unstructured(), 0.5, seed=s)).keep for s in (0, 0, 1))
+    first, again, other = (
+        build("pruners", "random").prune(job(Unstructured(), 0.5, seed=s)).keep for s in (0, 0, 1)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -106,7 +112,9 @@ def test_a_gram_matrix_that_cannot_be_factored_names_the_matrix():
     task = job(Unstructured("matrix"), 0.5)
     broken = InputStats(10, 5, {Need.GRAM: -torch.eye(32)})
     with pytest.raises(ValueError, match=r"of layer .*asked: 0.01"):
-        build("pruners", "sparsegpt").prune(Job("layer", task.weight, broken, task.pattern, 0.5, task.generator))
+        build("pruners", "sparsegpt").prune(
+            Job("layer", task.weight, broken, task.pattern, 0.5, task.generator)
+        )
 
 
 def refined(task: Job, keep, score, **options):
@@ -142,7 +150,9 @@ def test_dsnot_n_m_equals_the_oracle(nm):
     keep, wanda = start_of(task)
     stats = task.stats
     got = refined(task, keep, wanda, share=1.0, verified=False)
-    assert np.array_equal(got, oracles.dsnot(task.weight, keep, stats.mean, stats.within_variance, wanda, 20, nm, wanda))
+    assert np.array_equal(
+        got, oracles.dsnot(task.weight, keep, stats.mean, stats.within_variance, wanda, 20, nm, wanda)
+    )
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.15])
@@ -167,13 +177,17 @@ def test_verified_dsnot_equals_the_oracle_and_never_raises_the_sampled_error(pat
         margin=margin,
     )
     assert (got != wanted).sum() <= 2  # two masks of a row may tie within rounding
-    before, after = (((task.weight * ~m) @ stats.sample.T).square().sum(1) for m in (keep, torch.from_numpy(got)))
+    before, after = (
+        ((task.weight * ~m) @ stats.sample.T).square().sum(1) for m in (keep, torch.from_numpy(got))
+    )
     assert bool((after <= before * 1.0001).all())
     assert margin or after.sum() < before.sum()
 
 
 @pytest.mark.parametrize("start", ["random", "magnitude", "sparsegpt"])
-@pytest.mark.parametrize("pattern", [Unstructured("matrix"), Unstructured("row"), NM(2, 4)], ids=["matrix", "row", "2:4"])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("matrix"), Unstructured("row"), NM(2, 4)], ids=["matrix", "row", "2:4"]
+)
 def test_dsnot_keeps_pattern_and_count_from_any_first_mask(pattern, start):
     task = job(pattern, 0.5, rows=24, columns=64)
     pruned = build("pruners", start).prune(task)
@@ -181,7 +195,9 @@ def test_dsnot_keeps_pattern_and_count_from_any_first_mask(pattern, start):
     pattern.check(out.keep, 0.5)
     assert not bool((out.weight * ~out.keep).any())
     both = pruned.keep & out.keep
-    assert torch.equal(out.weight[both], pruned.weight[both])  # what stays keeps its value, also one SparseGPT moved
+    assert torch.equal(
+        out.weight[both], pruned.weight[both]
+    )  # what stays keeps its value, also one SparseGPT moved
     assert torch.equal(out.weight[out.keep & ~pruned.keep], task.weight[out.keep & ~pruned.keep])
     errors = [((task.weight - p.weight) @ task.stats.sample.T).square().sum() for p in (pruned, out)]
     assert errors[1] <= errors[0] * 1.0001

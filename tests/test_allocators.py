@@ -8,9 +8,9 @@ from jobs import ALL, array, inputs, statistics
 
 import llmprune
 from llmprune import registry
-from llmprune.allocation import balanced, rounded
 from llmprune.contracts import Job
 from llmprune.patterns import Unstructured
+from llmprune.planning.allocation import balanced, rounded
 
 SHAPES = {
     "model.0.q": (8, 8),
@@ -33,7 +33,15 @@ def jobs(seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(8, 8), (24, 8)]
     return [
-        Job(f"m{r}", torch.randn(r, c, generator=generator) ** 3, statistics(x, ALL), Unstructured(), 0.0, generator) for r, c in shapes
+        Job(
+            f"m{r}",
+            torch.randn(r, c, generator=generator) ** 3,
+            statistics(x, ALL),
+            Unstructured(),
+            0.0,
+            generator,
+        )
+        for r, c in shapes
     ]
 
 
@@ -68,9 +76,13 @@ def test_atp_is_an_arithmetic_progression(sparsity):
         shares = allocator.allocate(SHAPES, BLOCKS, {}, sparsity, trial)
         assert [shares[f"model.{b}.q"] for b in range(3)] == pytest.approx(oracles.atp(3, sparsity, share))
         assert total(shares) == pytest.approx(sparsity)
-    assert allocator.trials == ("slope 0", "slope 0.5", "slope -0.25") and build("atp", slopes=0.5).trials == ()
+    assert (
+        allocator.trials == ("slope 0", "slope 0.5", "slope -0.25") and build("atp", slopes=0.5).trials == ()
+    )
     one_block = dict.fromkeys(list(SHAPES)[:2], 0)
-    assert set(allocator.allocate({n: SHAPES[n] for n in one_block}, one_block, {}, sparsity).values()) == {sparsity}
+    assert set(allocator.allocate({n: SHAPES[n] for n in one_block}, one_block, {}, sparsity).values()) == {
+        sparsity
+    }
     with pytest.raises(ValueError, match=r"slopes must be shares in \[-1, 1\], got \[2.0\]"):
         build("atp", slopes=[2])
 
@@ -97,7 +109,9 @@ def test_wishes_are_shifted_and_clamped_to_the_exact_total():
     wishes = dict(zip(SHAPES, [-0.3, 0.2, 0.5, 0.9, 1.4, 0.7], strict=True))
     for sparsity in (0.05, 0.5, 0.9):
         shares = balanced(wishes, SIZES, sparsity)
-        assert total(shares) == pytest.approx(sparsity, abs=1e-9) and all(0 <= s <= 0.99 for s in shares.values())
+        assert total(shares) == pytest.approx(sparsity, abs=1e-9) and all(
+            0 <= s <= 0.99 for s in shares.values()
+        )
     assert balanced(dict.fromkeys(SHAPES, 0.5), SIZES, 0.5) == dict.fromkeys(SHAPES, 0.5)
 
 
@@ -119,9 +133,14 @@ def zeros(record):
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_a_run_meets_the_total(name, scope, tiny_llama, calibration_tokens, tmp_path):
     result = llmprune.prune(
-        tiny_llama, recipe="wanda", allocator=name, sparsity=0.6, calibration=calibration_tokens, output=tmp_path / "out",
+        tiny_llama,
+        recipe="wanda",
+        allocator=name,
+        sparsity=0.6,
+        calibration=calibration_tokens,
+        output=tmp_path / "out",
         settings={"scope": scope} | ({"allocator.slopes": [0.2, 0.6]} if name == "atp" else {}),
-    )  # fmt: skip
+    )
     totals, matrices = result.record["totals"], result.record["matrices"]
     assert len({round(m["sparsity"], 3) for m in matrices}) > 1
     if scope == "matrix":
@@ -146,9 +165,15 @@ def test_groups_may_keep_another_number_in_every_block(tiny_llama, calibration_t
 
 def test_measuring_needs_no_whole_model_and_equals_the_oracle(tiny_llama, calibration_tokens, tmp_path):
     dry = llmprune.prune(
-        tiny_llama, recipe="wanda", allocator="dlp", sparsity=0.6, calibration=calibration_tokens, dry_run=True, output=tmp_path / "out",
+        tiny_llama,
+        recipe="wanda",
+        allocator="dlp",
+        sparsity=0.6,
+        calibration=calibration_tokens,
+        dry_run=True,
+        output=tmp_path / "out",
         dtype="float32",
-    )  # fmt: skip
+    )
     model, given, hooks = llmprune.load(tiny_llama).float(), [], []
     for block in model.model.layers:
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -157,7 +182,12 @@ def test_measuring_needs_no_whole_model_and_equals_the_oracle(tiny_llama, calibr
             if isinstance(module, torch.nn.Linear):
 
                 def see(m, args, pairs=pairs):
-                    pairs.append((array(m.weight.detach()), array(args[0]).reshape(-1, m.in_features).__pow__(2).mean(axis=0)))
+                    pairs.append(
+                        (
+                            array(m.weight.detach()),
+                            array(args[0]).reshape(-1, m.in_features).__pow__(2).mean(axis=0),
+                        )
+                    )
 
                 hooks.append(module.register_forward_pre_hook(see))
     with torch.no_grad():
@@ -165,24 +195,37 @@ def test_measuring_needs_no_whole_model_and_equals_the_oracle(tiny_llama, calibr
     wanted = oracles.dlp(given, 0.6)
     for number, share in enumerate(wanted):
         here = [m for n, m in dry.plan.matrices.items() if f".layers.{number}." in n]
-        mean = sum(m.sparsity * m.shape[0] * m.shape[1] for m in here) / sum(m.shape[0] * m.shape[1] for m in here)
+        mean = sum(m.sparsity * m.shape[0] * m.shape[1] for m in here) / sum(
+            m.shape[0] * m.shape[1] for m in here
+        )
         assert mean == pytest.approx(share, abs=0.02) and {m.reason for m in here} == {"dlp"}
 
 
 def test_a_limit_of_owl_is_chosen_by_trial(tiny_llama, calibration_tokens, tmp_path):
-    options = {"recipe": "wanda", "allocator": "owl", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options = {
+        "recipe": "wanda",
+        "allocator": "owl",
+        "sparsity": 0.6,
+        "calibration": calibration_tokens,
+        "output": tmp_path / "out",
+    }
     options["settings"] = {"allocator.limit": [0.0, 0.1, 0.3], "allocator.trial": "magnitude"}
     record = llmprune.prune(tiny_llama, **options).record
     losses, measures = record["allocation"]["held-out loss"], record["allocation"]["measure"]
     assert list(losses) == ["limit 0", "limit 0.1", "limit 0.3"] and list(measures) == ["block 1", "block 2"]
     limit = float(min(losses, key=losses.get).split()[1])
     shares = build("owl", limit=limit).allocate(
-        {m["name"]: tuple(m["shape"]) for m in record["matrices"]}, {m["name"]: int(m["name"].split(".")[2]) for m in record["matrices"]},
-        dict(enumerate(measures.values())), 0.6,
-    )  # fmt: skip
+        {m["name"]: tuple(m["shape"]) for m in record["matrices"]},
+        {m["name"]: int(m["name"].split(".")[2]) for m in record["matrices"]},
+        dict(enumerate(measures.values())),
+        0.6,
+    )
     for m in record["matrices"]:
         assert m["target_sparsity"] == pytest.approx(shares[m["name"]], abs=0.02)
-    assert record["totals"]["sparsity"] == pytest.approx(0.6, abs=0.005) and record["totals"]["seconds"]["allocate"] > 0
+    assert (
+        record["totals"]["sparsity"] == pytest.approx(0.6, abs=0.005)
+        and record["totals"]["seconds"]["allocate"] > 0
+    )
     with pytest.raises(ValueError, match=r"limit must be in \[0, 0.5\)"):
         build("owl", limit=0.6)
 
@@ -191,11 +234,15 @@ def test_a_trial_s_loss_is_that_of_the_model_pruned_so(tiny_llama, calibration_t
     held, training = calibration_tokens[7::8], [i for i in range(len(calibration_tokens)) if i % 8 != 7]
     options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "dtype": "float32"}
     options["settings"] = {"allocator.slopes": [0.0, 0.5]}
-    record = llmprune.prune(tiny_llama, calibration=calibration_tokens, output=tmp_path / "all", **options).record
+    record = llmprune.prune(
+        tiny_llama, calibration=calibration_tokens, output=tmp_path / "all", **options
+    ).record
     losses = record["allocation"]["held-out loss"]
     for slope in (0.0, 0.5):
         options["settings"] = {"allocator.slopes": slope}
-        alone = llmprune.prune(tiny_llama, calibration=calibration_tokens[training], output=tmp_path / f"{slope}", **options)
+        alone = llmprune.prune(
+            tiny_llama, calibration=calibration_tokens[training], output=tmp_path / f"{slope}", **options
+        )
         assert "allocation" not in alone.record
         with torch.no_grad():
             loss = llmprune.load(tmp_path / f"{slope}").float()(held, labels=held).loss
@@ -209,29 +256,42 @@ def test_trials_may_use_a_cheaper_pruner_and_need_rows_to_hold_out(tiny_llama, c
     options = {"recipe": "sparsegpt", "allocator": "atp", "sparsity": 0.6, "dtype": "float32"}
     runs = [
         llmprune.prune(
-            tiny_llama, calibration=calibration_tokens, output=tmp_path / (trial or "own"),
-            settings={"allocator.slopes": [0.1, 0.5], "allocator.trial": trial}, **options,
+            tiny_llama,
+            calibration=calibration_tokens,
+            output=tmp_path / (trial or "own"),
+            settings={"allocator.slopes": [0.1, 0.5], "allocator.trial": trial},
+            **options,
         ).record["allocation"]["held-out loss"]
         for trial in ("", "magnitude")
-    ]  # fmt: skip
+    ]
     assert runs[0].keys() == runs[1].keys() and runs[0] != runs[1]
     with pytest.raises(ValueError, match="holds out 1 of 1 calibration samples"):
         llmprune.prune(tiny_llama, calibration=calibration_tokens[:1], output=tmp_path / "few", **options)
 
 
 def test_a_trial_pruner_that_does_not_exist_is_told_at_once():
-    from llmprune import recipe as recipes
+    from llmprune.recipe import loading as recipes
 
     with pytest.raises(ValueError, match="unknown pruner 'sparsgpt'"):
-        recipes.load("wanda", {"allocator.name": "owl", "allocator.limit": [0, 0.04], "allocator.trial": "sparsgpt"})
+        recipes.load(
+            "wanda", {"allocator.name": "owl", "allocator.limit": [0, 0.04], "allocator.trial": "sparsgpt"}
+        )
     with pytest.raises(ValueError, match="compares several limits, and there is one"):
         recipes.load("wanda", {"allocator.name": "owl", "allocator.trial": "sparsegpt"})
 
 
-def test_a_finished_run_and_a_changed_one_try_nothing_again(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
-    from llmprune import pipeline
+def test_a_finished_run_and_a_changed_one_try_nothing_again(
+    tiny_llama, calibration_tokens, tmp_path, monkeypatch
+):
+    from llmprune.run import production as pipeline
 
-    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options = {
+        "recipe": "wanda",
+        "allocator": "atp",
+        "sparsity": 0.6,
+        "calibration": calibration_tokens,
+        "output": tmp_path / "out",
+    }
     options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
     whole = llmprune.prune(tiny_llama, **options).record
     monkeypatch.setattr(pipeline, "search", None)
@@ -239,7 +299,7 @@ def test_a_finished_run_and_a_changed_one_try_nothing_again(tiny_llama, calibrat
 
 
 def test_a_trial_without_a_finite_loss_is_never_taken(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
-    from llmprune import searching
+    from llmprune.run import trials as searching
 
     losses = iter([float("nan"), 5.0, float("nan"), float("nan")])
     monkeypatch.setattr(searching, "_loss", lambda *args: next(losses))
@@ -252,10 +312,16 @@ def test_a_trial_without_a_finite_loss_is_never_taken(tiny_llama, calibration_to
 
 
 def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
-    from llmprune import pipeline
-    from llmprune.run import prune_blocks
+    from llmprune.run import production as pipeline
+    from llmprune.run.corridor import prune_blocks
 
-    options = {"recipe": "wanda", "allocator": "atp", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"}
+    options = {
+        "recipe": "wanda",
+        "allocator": "atp",
+        "sparsity": 0.6,
+        "calibration": calibration_tokens,
+        "output": tmp_path / "out",
+    }
     options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
 
     def stops(recipe, plan, skeleton, source, rows, finished, team, clock, store, note, block_done):
@@ -273,4 +339,6 @@ def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tok
     monkeypatch.undo()
     whole = llmprune.prune(tiny_llama, **options | {"output": tmp_path / "whole"}).record
     assert resumed["allocation"] == whole["allocation"] and resumed["matrices"] != []
-    assert [m["target_sparsity"] for m in resumed["matrices"]] == [m["target_sparsity"] for m in whole["matrices"]]
+    assert [m["target_sparsity"] for m in resumed["matrices"]] == [
+        m["target_sparsity"] for m in whole["matrices"]
+    ]

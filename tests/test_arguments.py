@@ -11,15 +11,18 @@ import torch
 import yaml
 
 import llmprune
-from llmprune import api, arguments
-from llmprune import recipe as recipes
+from llmprune import api
+from llmprune.api import arguments
+from llmprune.recipe import loading as recipes
 
 FUNCTIONS = ("prune", "run_model", "evaluate", "inspect", "push", "load")
 RECIPE = {"pruner": {"name": "wanda"}, "sparsity": 0.25, "calibration": {"samples": 4, "sequence_length": 32}}
 
 
 def dry(model, **options):
-    return llmprune.prune(model, dry_run=True, **{"calibration": "builtin", "samples": 4, "seqlen": 32, **options})
+    return llmprune.prune(
+        model, dry_run=True, **{"calibration": "builtin", "samples": 4, "seqlen": 32, **options}
+    )
 
 
 # What is taken
@@ -44,7 +47,10 @@ def test_a_recipe_may_be_a_path_or_a_mapping(tiny_llama, tmp_path, monkeypatch):
         ({"pruner": "wandaa"}, "did you mean 'wanda'"),
         ({"pruner": "wanda", "sparsty": 0.5}, "recipe key 'sparsty': did you mean 'sparsity'"),
         ({"pruner": "wanda", "sparsity": 1.5}, r"sparsity must be in \[0, 1\)"),
-        ({"pruner": "wanda", "name": "../up"}, "name must be text that can stand in the name of a folder, got '../up'"),
+        (
+            {"pruner": "wanda", "name": "../up"},
+            "name must be text that can stand in the name of a folder, got '../up'",
+        ),
         ({"pruner": "wanda", "name": 5}, "name must be text .* got 5"),
         ({5: "wanda"}, "recipe must be a name, a YAML file or a mapping of recipe fields"),
         (5, "recipe must be a name, a YAML file or a mapping of recipe fields, got 5"),
@@ -58,13 +64,28 @@ def test_recipe_fields_are_checked_as_those_of_a_file(tiny_llama, fields, said):
 
 
 def test_numbers_of_numpy_and_torch_behave_as_plain_ones(tiny_llama, tmp_path):
-    plain = {"sparsity": 0.6, "samples": 4, "seqlen": 32, "seed": 3, "settings": {"pruner.damp": 0.05}, "limit": 2, "eval_seqlen": 16}
+    plain = {
+        "sparsity": 0.6,
+        "samples": 4,
+        "seqlen": 32,
+        "seed": 3,
+        "settings": {"pruner.damp": 0.05},
+        "limit": 2,
+        "eval_seqlen": 16,
+    }
     theirs = {
-        "sparsity": np.float64(0.6), "samples": np.int64(4), "seqlen": torch.tensor(32), "seed": np.uint8(3),
-        "settings": {"pruner.damp": torch.tensor(0.05)}, "limit": np.int32(2), "eval_seqlen": np.int64(16),
-    }  # fmt: skip
+        "sparsity": np.float64(0.6),
+        "samples": np.int64(4),
+        "seqlen": torch.tensor(32),
+        "seed": np.uint8(3),
+        "settings": {"pruner.damp": torch.tensor(0.05)},
+        "limit": np.int32(2),
+        "eval_seqlen": np.int64(16),
+    }
     made = [
-        llmprune.run_model(tiny_llama, recipe="sparsegpt", perplexity="builtin", output=tmp_path / str(number), **options).record
+        llmprune.run_model(
+            tiny_llama, recipe="sparsegpt", perplexity="builtin", output=tmp_path / str(number), **options
+        ).record
         for number, options in enumerate((plain, theirs))
     ]
     assert made[0]["recipe"] == made[1]["recipe"] and made[0]["calibration"] == made[1]["calibration"]
@@ -80,7 +101,14 @@ def test_numbers_of_numpy_and_torch_behave_as_plain_ones(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [np.float32(0.7), np.float64(0.7), torch.tensor(0.7), torch.tensor(0.7, dtype=torch.float64), np.array(0.7)]
+    "value",
+    [
+        np.float32(0.7),
+        np.float64(0.7),
+        torch.tensor(0.7),
+        torch.tensor(0.7, dtype=torch.float64),
+        np.array(0.7),
+    ],
 )
 def test_single_precision_keeps_the_number_that_was_typed(value):
     assert arguments.plain(value) == 0.7 and type(arguments.plain(value)) is float
@@ -90,13 +118,23 @@ def test_a_name_alone_is_one_name(tiny_llama, tmp_path):
     (tmp_path / "own.txt").write_text("The text of a file, long enough for one window of some tokens. " * 30)
     options = {"limit": 1, "eval_seqlen": 32}
     assert set(llmprune.evaluate(tiny_llama, perplexity="builtin", **options)["perplexity"]) == {"builtin"}
-    assert set(llmprune.evaluate(tiny_llama, perplexity=tmp_path / "own.txt", **options)["perplexity"]) == {"own.txt"}
-    assert set(llmprune.evaluate(tiny_llama, perplexity=["builtin", tmp_path / "own.txt"], **options)["perplexity"]) == {
+    assert set(llmprune.evaluate(tiny_llama, perplexity=tmp_path / "own.txt", **options)["perplexity"]) == {
+        "own.txt"
+    }
+    assert set(
+        llmprune.evaluate(tiny_llama, perplexity=["builtin", tmp_path / "own.txt"], **options)["perplexity"]
+    ) == {
         "builtin",
         "own.txt",
     }
-    assert set(llmprune.evaluate(tiny_llama, tasks="demo_continuation", limit=1)["tasks"]) == {"demo_continuation"}
-    assert arguments.CHECKS["tasks"]("tasks", "boolq, rte") == ("boolq", "rte") == arguments.CHECKS["tasks"]("tasks", ["boolq", "rte"])
+    assert set(llmprune.evaluate(tiny_llama, tasks="demo_continuation", limit=1)["tasks"]) == {
+        "demo_continuation"
+    }
+    assert (
+        arguments.CHECKS["tasks"]("tasks", "boolq, rte")
+        == ("boolq", "rte")
+        == arguments.CHECKS["tasks"]("tasks", ["boolq", "rte"])
+    )
     with pytest.raises(ValueError, match="unknown task 'boolqq'"):
         llmprune.evaluate(tiny_llama, tasks="boolqq")
 
@@ -111,7 +149,10 @@ def test_devices_and_dtypes_of_torch_are_taken(tiny_llama):
 def test_a_model_in_memory_is_scored_with_its_tokenizer(tiny_llama):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        AutoTokenizer.from_pretrained(tiny_llama),
+    )
     options = {"perplexity": "builtin", "limit": 1}
     scores = llmprune.evaluate(tiny_llama, **options)["perplexity"]
     assert llmprune.evaluate(model, tokenizer=tokenizer, **options)["perplexity"] == scores
@@ -172,21 +213,30 @@ WRONG = {
 def test_every_argument_of_every_function_is_checked():
     for name in FUNCTIONS:
         for parameter in inspect.signature(getattr(llmprune, name)).parameters.values():
-            assert parameter.kind is parameter.VAR_KEYWORD or parameter.name in WRONG, f"{name}({parameter.name})"
+            assert parameter.kind is parameter.VAR_KEYWORD or parameter.name in WRONG, (
+                f"{name}({parameter.name})"
+            )
     assert set(WRONG) == set(arguments.CHECKS)
 
 
 def calls():
     for function in FUNCTIONS:
-        names = [p.name for p in inspect.signature(getattr(api, function)).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = [
+            p.name
+            for p in inspect.signature(getattr(api, function)).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
         for name in names:
-            yield from (pytest.param(function, name, value, id=f"{function}-{name}-{number}") for number, value in enumerate(WRONG[name]))
+            yield from (
+                pytest.param(function, name, value, id=f"{function}-{name}-{number}")
+                for number, value in enumerate(WRONG[name])
+            )
 
 
 @pytest.mark.parametrize(("function", "name", "value"), calls())
 def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmprune.run.prune_blocks", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("llmprune.run.corridor.prune_blocks", lambda *_: pytest.fail("work began"))
     first = {"push": "folder", "prune": "model", "run_model": "model"}.get(function, "path")
     given = {first: tiny_llama, **({"repository": "me/x"} if function == "push" else {}), name: value}
     with pytest.raises(ValueError) as refused:
@@ -197,7 +247,16 @@ def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, 
 
 
 def test_none_means_not_given_where_that_is_the_default(tiny_llama):
-    dry(tiny_llama, recipe=None, settings=None, output=None, tokenizer=None, revision=None, time_limit=None, progress=None)
+    dry(
+        tiny_llama,
+        recipe=None,
+        settings=None,
+        output=None,
+        tokenizer=None,
+        revision=None,
+        time_limit=None,
+        progress=None,
+    )
     llmprune.evaluate(tiny_llama, perplexity="builtin", tasks=None, suite=None, limit=1, include_tasks=None)
 
 
@@ -211,7 +270,12 @@ def test_the_public_names_are_listed():
 def test_a_result_prints_a_summary_and_not_the_record(tiny_llama, calibration_tokens, tmp_path):
     options = {"recipe": "wanda", "sparsity": 0.5, "output": tmp_path / "out"}
     result = llmprune.run_model(
-        tiny_llama, calibration=calibration_tokens, perplexity="builtin", tasks="demo_continuation", limit=2, **options
+        tiny_llama,
+        calibration=calibration_tokens,
+        perplexity="builtin",
+        tasks="demo_continuation",
+        limit=2,
+        **options,
     )
     for text in (repr(result), str(result)):
         assert len(text.splitlines()) < 15 and "sha256" not in text
@@ -304,5 +368,8 @@ def test_a_reporter_is_told_instead(tiny_llama, capfd):
 
 
 def test_the_signature_stays_readable():
-    assert "sparsity" in inspect.signature(llmprune.prune).parameters and "Prune a model" in llmprune.prune.__doc__
+    assert (
+        "sparsity" in inspect.signature(llmprune.prune).parameters
+        and "Prune a model" in llmprune.prune.__doc__
+    )
     assert recipes.load("wanda").name == "wanda"

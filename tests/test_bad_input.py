@@ -21,18 +21,24 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune import __main__ as program
-from llmprune import cli, hub, recipe, run, text
 from llmprune.checkpoint import writer
 from llmprune.checkpoint.reader import fingerprint
+from llmprune.cli import commands as cli
 from llmprune.evaluation import scores
-from llmprune.recipe import load as load_recipe
+from llmprune.hub import download as hub
+from llmprune.recipe import loading as recipe
+from llmprune.recipe.loading import load as load_recipe
+from llmprune.run import corridor as run
+from llmprune.text import sources as text
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
+    }
 
 
 def one_line(error) -> str:
@@ -59,7 +65,9 @@ def refused(tiny_llama, calibration_tokens, work):
         before = contents(work)
         values = {"calibration": calibration_tokens, "sparsity": 0.5, "output": "out", **options}
         with pytest.raises(Exception, match=said) as caught:
-            (call or llmprune.prune)(model or tiny_llama, **{k: v for k, v in values.items() if v is not None})
+            (call or llmprune.prune)(
+                model or tiny_llama, **{k: v for k, v in values.items() if v is not None}
+            )
         one_line(caught.value)
         assert contents(work) == before
 
@@ -95,12 +103,18 @@ def assert_one_line(done, said):
         ({"pattern": "2-4"}, r"N:M.*got '2-4'"),
         ({"pattern": "4:2"}, r"4:2"),
         ({"pattern": "0:4"}, r"0:4"),
-        ({"settings": {"pruner.dampp": 0.1}, "pruner": "sparsegpt"}, r"'sparsegpt' 'dampp'.*did you mean 'damp'"),
+        (
+            {"settings": {"pruner.dampp": 0.1}, "pruner": "sparsegpt"},
+            r"'sparsegpt' 'dampp'.*did you mean 'damp'",
+        ),
         ({"settings": {"refiner.max_cycle": 5}}, r"'dsnot' 'max_cycle'.*did you mean 'max_cycles'"),
         ({"settings": {"sparsityy": 0.5}}, r"recipe key 'sparsityy'.*did you mean 'sparsity'"),
         ({"settings": {"scope": "rows"}}, r"scope must be one of row, matrix.*got 'rows'"),
         ({"settings": {"calibration.sample": 3}}, r"calibration key 'sample'.*did you mean 'samples'"),
-        ({"settings": {"rules": [{"match": "*", "sparsety": 0.1}]}}, r"rule key 'sparsety'.*did you mean 'sparsity'"),
+        (
+            {"settings": {"rules": [{"match": "*", "sparsety": 0.1}]}},
+            r"rule key 'sparsety'.*did you mean 'sparsity'",
+        ),
         ({"calibration": "wikitxt2"}, r"text source 'wikitxt2'.*did you mean 'wikitext2'.*FILE\.txt"),
         ({"device": "gpu"}, r"device.*auto, cpu, cuda.*'gpu'"),
         ({"device": "mps"}, r"device.*auto, cpu, cuda.*'mps'"),
@@ -140,7 +154,12 @@ def test_an_unknown_task_is_answered_with_the_nearest(refused):
 
 
 def test_a_misspelt_flag_or_command_is_wrong_usage(typed):
-    for args in (("prune", "demo", "--sparsty", "0.5"), ("prun", "demo"), ("prune",), ("prune", "demo", "--samples", "many")):
+    for args in (
+        ("prune", "demo", "--sparsty", "0.5"),
+        ("prun", "demo"),
+        ("prune",),
+        ("prune", "demo", "--samples", "many"),
+    ):
         code, out, err = typed(*args)
         assert (code, out) == (2, ""), args
         assert "Traceback" not in err
@@ -166,7 +185,11 @@ def test_sparsity_may_not_contradict_the_pattern(refused):
 
 
 def test_a_pattern_that_does_not_divide_the_columns_names_the_matrix(refused):
-    refused(r"q_proj \(and \d+ more .*\) has in_features 64, not divisible by 5.*3:5.*skip: true", pattern="3:5", sparsity=None)
+    refused(
+        r"q_proj \(and \d+ more .*\) has in_features 64, not divisible by 5.*3:5.*skip: true",
+        pattern="3:5",
+        sparsity=None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +200,10 @@ def test_a_pattern_that_does_not_divide_the_columns_names_the_matrix(refused):
         ({"calibration": "builtin", "samples": 2.5}, r"samples must be a whole number from 1, got 2\.5"),
         ({"calibration": "builtin", "seqlen": 0}, r"sequence_length must be a whole number from 2, got 0"),
         ({"calibration": "builtin", "seqlen": 1}, r"sequence_length must be a whole number from 2, got 1"),
-        ({"calibration": "builtin", "seqlen": 65}, r"sequence length 65 is over the model's limit of 64; use --seqlen 64"),
+        (
+            {"calibration": "builtin", "seqlen": 65},
+            r"sequence length 65 is over the model's limit of 64; use --seqlen 64",
+        ),
         ({"seed": -1}, r"seed must be a whole number from 0, got -1"),
         ({"seed": 2**70}, r"seed.*got 1180591620717411303424"),
         ({"settings": {"pruner.damp": "high"}, "pruner": "sparsegpt"}, r"option 'damp'.*got 'high'"),
@@ -199,9 +225,15 @@ def test_a_pattern_that_does_not_divide_the_columns_names_the_matrix(refused):
         ({"settings": {"rules": [{"match": 3}]}}, r"every rule needs 'match'"),
         ({"settings": {"rules": [{"match": "*", "sparsity": 1.2}]}}, r"sparsity must be in \[0, 1\).*1\.2"),
         ({"settings": {"rules": [{"match": "*", "pattern": "4:2"}]}}, r"4:2"),
-        ({"settings": {"rules": [{"match": "*", "skip": True, "sparsity": 0.1}]}}, r"rule '\*' both skips and sets"),
+        (
+            {"settings": {"rules": [{"match": "*", "skip": True, "sparsity": 0.1}]}},
+            r"rule '\*' both skips and sets",
+        ),
         ({"settings": {"rules": [{"match": "*", "skip": True}]}}, r"skip every matrix"),
-        ({"settings": {"rules": [{"match": "*.qproj", "skip": True}]}}, r"rule '\*\.qproj'.*named like 'model\.layers\.0"),
+        (
+            {"settings": {"rules": [{"match": "*.qproj", "skip": True}]}},
+            r"rule '\*\.qproj'.*named like 'model\.layers\.0",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(refused, options, said):
@@ -228,11 +260,17 @@ def test_a_rule_behind_another_that_matches_all_of_it_is_refused(refused):
     [
         ({"limit": 0}, r"limit must be at least 1, got 0"),
         ({"eval_seqlen": 1}, r"window must be at least 2 tokens, got 1"),
-        ({"eval_seqlen": 65, "perplexity": ["builtin"]}, r"window 65 is over the model's limit of 64; use --eval-seqlen 64"),
+        (
+            {"eval_seqlen": 65, "perplexity": ["builtin"]},
+            r"window 65 is over the model's limit of 64; use --eval-seqlen 64",
+        ),
         ({"perplexity": ["wikitxt2"]}, r"text source 'wikitxt2'.*did you mean 'wikitext2'"),
         ({"perplexity": ["fineweb-edu"]}, r"'fineweb-edu' has no evaluation split; use wikitext2"),
         ({"perplexity": ["none.txt"]}, r"no such text file: none\.txt"),
-        ({"tasks": ["demo_continuation"], "include_tasks": "nowhere"}, r"--include-tasks nowhere is not a folder"),
+        (
+            {"tasks": ["demo_continuation"], "include_tasks": "nowhere"},
+            r"--include-tasks nowhere is not a folder",
+        ),
         ({"tasks": ["rte_local"], "task_data": "nowhere"}, r"--task-data nowhere is not a folder"),
         ({"tasks": ["rte_local"]}, r"rte_local.*--task-data DIR"),
         ({"suite": "none.yaml"}, r"none\.yaml"),
@@ -245,7 +283,11 @@ def test_evaluation_values_are_checked_before_work(refused, monkeypatch, options
 
 def test_evaluation_text_shorter_than_a_window_is_refused(refused, work):
     (work / "short.txt").write_text("Only this.")
-    refused(r"short\.txt has \d+ tokens, less than one window of 64.*--eval-seqlen", call=llmprune.run_model, perplexity=["short.txt"])
+    refused(
+        r"short\.txt has \d+ tokens, less than one window of 64.*--eval-seqlen",
+        call=llmprune.run_model,
+        perplexity=["short.txt"],
+    )
 
 
 def test_evaluation_text_that_is_empty_is_refused(refused, work):
@@ -274,8 +316,12 @@ def test_a_perplexity_beyond_all_numbers_is_no_crash_and_strict_json(typed, tiny
 
     for losses in ([1e4], [math.nan]):
         monkeypatch.setattr(perplexity, "_window_losses", lambda *args, losses=losses: losses)
-        code, out, err = typed("eval", tiny_llama, "--perplexity", "builtin", "--limit", 1, "--json", "--quiet")
-        assert (code == 0 and json.loads(out, parse_constant=constant)) or (code == 1 and len(err.splitlines()) == 1)
+        code, out, err = typed(
+            "eval", tiny_llama, "--perplexity", "builtin", "--limit", 1, "--json", "--quiet"
+        )
+        assert (code == 0 and json.loads(out, parse_constant=constant)) or (
+            code == 1 and len(err.splitlines()) == 1
+        )
 
 
 def test_a_suite_with_an_unknown_key_or_a_bare_name_is_refused(work):
@@ -331,7 +377,9 @@ def test_a_recipe_file_that_is_not_text_is_refused(refused, work):
 
 
 def test_a_recipe_file_runs_no_code(refused, work):
-    call = yaml.dump({"pruner": "wanda"}) + "description: !!python/object/apply:os.system ['touch executed']\n"
+    call = (
+        yaml.dump({"pruner": "wanda"}) + "description: !!python/object/apply:os.system ['touch executed']\n"
+    )
     (work / "own.yaml").write_text(call)
     refused(r"cannot read own\.yaml.*python/object", recipe="own.yaml")
     assert not (work / "executed").exists()
@@ -437,7 +485,9 @@ def offsets_beyond_the_end(path):
 
 def offsets_of_another_tensor(path):
     values, data = header(path)
-    values["model.layers.0.self_attn.k_proj.weight"]["data_offsets"] = values["model.layers.0.self_attn.v_proj.weight"]["data_offsets"]
+    values["model.layers.0.self_attn.k_proj.weight"]["data_offsets"] = values[
+        "model.layers.0.self_attn.v_proj.weight"
+    ]["data_offsets"]
     with_header(path, values, data)
 
 
@@ -506,15 +556,30 @@ def test_an_index_that_names_a_missing_file_is_refused(refused, sharded_copy):
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "/outside.safetensors", "a/../../outside.safetensors", "..", "", "a\\b", "a\0b"]
+    "file",
+    [
+        "../outside.safetensors",
+        "/outside.safetensors",
+        "a/../../outside.safetensors",
+        "..",
+        "",
+        "a\\b",
+        "a\0b",
+    ],
 )
 def test_an_index_may_not_leave_the_folder(refused, sharded_copy, file):
     outside = sharded_copy.parent / "outside.safetensors"
     save_file({"model.norm.weight": torch.ones(64)}, outside)
     put_index(
-        sharded_copy, weight_map={**index_of(sharded_copy)["weight_map"], "model.norm.weight": str(outside) if file[:1] == "/" else file}
+        sharded_copy,
+        weight_map={
+            **index_of(sharded_copy)["weight_map"],
+            "model.norm.weight": str(outside) if file[:1] == "/" else file,
+        },
     )
-    refused(r"names .* for 'model\.norm\.weight': shards must be plain file names inside the folder", sharded_copy)
+    refused(
+        r"names .* for 'model\.norm\.weight': shards must be plain file names inside the folder", sharded_copy
+    )
 
 
 def test_an_index_that_places_a_tensor_wrongly_is_refused(refused, sharded_copy):
@@ -545,12 +610,16 @@ def test_a_tensor_in_two_shards_is_refused(refused, sharded_copy):
 
 def rewrite(folder, **changed):
     tensors = {**load_file(folder / ONE_FILE), **changed}
-    save_file({n: t for n, t in tensors.items() if t is not None}, folder / ONE_FILE, metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if t is not None}, folder / ONE_FILE, metadata={"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
 def test_a_weight_that_is_not_finite_is_named(make_llama, refused, tmp_path, name, dtype, value):
     folder = Path(shutil.copytree(make_llama(dtype=dtype), tmp_path / "damaged"))
     weight = load_file(folder / ONE_FILE)[name]
@@ -606,7 +675,10 @@ def test_a_config_that_makes_no_sense_is_refused(refused, llama_copy, written, s
     refused(said, llama_copy)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 128}, {"intermediate_size": 97}, {"vocab_size": 4096}, {"num_hidden_layers": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": 128}, {"intermediate_size": 97}, {"vocab_size": 4096}, {"num_hidden_layers": 3}],
+)
 def test_a_config_of_another_model_is_refused(refused, llama_copy, change):
     values = json.loads((llama_copy / "config.json").read_text())
     (llama_copy / "config.json").write_text(json.dumps({**values, **change}))
@@ -642,14 +714,23 @@ def test_an_output_folder_that_is_not_empty_is_refused(refused, old, monkeypatch
     refused(r"output folder out is not empty.*--output.*--overwrite")
 
 
-@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"restart": True}, {"resume": True}, {"overwrite": True, "resume": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"overwrite": True}, {"restart": True}, {"resume": True}, {"overwrite": True, "resume": True}],
+)
 def test_a_folder_with_anything_else_is_refused_whatever_the_flags(refused, occupied, monkeypatch, flags):
     monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
-    refused(r"output folder out holds 'below' and 1 more, which llmprune has not written.*choose another --output", **flags)
+    refused(
+        r"output folder out holds 'below' and 1 more, which llmprune has not written.*choose another --output",
+        **flags,
+    )
     refused(r"output folder out holds 'below' and 1 more", dry_run=True, **flags)
 
 
-@pytest.mark.parametrize("made", ["dense model", "record of something else", "more beside it", "a folder beside it", "an unlisted file"])
+@pytest.mark.parametrize(
+    "made",
+    ["dense model", "record of something else", "more beside it", "a folder beside it", "an unlisted file"],
+)
 def test_what_only_resembles_an_output_is_refused(refused, tiny_llama, old, made):
     if made == "dense model":
         shutil.rmtree(old)
@@ -665,12 +746,16 @@ def test_what_only_resembles_an_output_is_refused(refused, tiny_llama, old, made
     refused(r"output folder out holds '.*which llmprune has not written", overwrite=True)
 
 
-def test_a_link_to_a_folder_is_looked_through(refused, tiny_llama, calibration_tokens, occupied, work, tmp_path):
+def test_a_link_to_a_folder_is_looked_through(
+    refused, tiny_llama, calibration_tokens, occupied, work, tmp_path
+):
     (work / "link").symlink_to(occupied, target_is_directory=True)
     refused(r"output folder link holds 'below'", output="link", overwrite=True)
     home = tmp_path / "elsewhere"
     (work / "other").symlink_to(old_output(home), target_is_directory=True)
-    llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="other", overwrite=True)
+    llmprune.prune(
+        tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="other", overwrite=True
+    )
     assert (work / "other").is_symlink() and (home / "model.safetensors.index.json").is_file()
 
 
@@ -700,7 +785,9 @@ def test_some_folders_are_never_an_output(tiny_llama, calibration_tokens, work, 
     before = contents(tmp_path)
     for what, (folder, said) in never(tmp_path, work, source).items():
         for flags in ({}, {"overwrite": True}, {"resume": True}, {"restart": True}):
-            with pytest.raises(ValueError, match=rf"output folder .*{said}.*never replaced; choose another") as raised:
+            with pytest.raises(
+                ValueError, match=rf"output folder .*{said}.*never replaced; choose another"
+            ) as raised:
                 llmprune.prune(source, calibration=calibration_tokens, output=folder, **flags)
             assert one_line(raised.value), what
     (tmp_path / "link").unlink()
@@ -734,7 +821,9 @@ def test_a_folder_that_holds_an_input_is_never_replaced(tiny_llama, work, what, 
     if linked:  # the input lies elsewhere, and the link to it would be lost
         (folder / name).symlink_to(place)
     if name == "calibrated.yaml":
-        (work / "elsewhere.yaml").write_text(f"pruner: magnitude\ncalibration: {{source: '{folder / 'text.txt'}'}}\n")
+        (work / "elsewhere.yaml").write_text(
+            f"pruner: magnitude\ncalibration: {{source: '{folder / 'text.txt'}'}}\n"
+        )
         (folder / "text.txt").write_text("words")
     said = json.dumps(options).replace("FILE", str(folder / name))
     before = contents(work)
@@ -752,10 +841,14 @@ def test_an_empty_output_folder_is_used(tiny_llama, calibration_tokens, work):
 def test_overwrite_replaces_the_whole_folder(tiny_llama, calibration_tokens, old, work):
     (old / "README.md.tmp").write_text("of a run that was killed")
     (old / "config.json").write_text("{}")
-    llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
+    llmprune.prune(
+        tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True
+    )
     record = json.loads((old / "llmprune.json").read_text())
     pages = ("README.md", "llmprune.json", "report.html")
-    assert record["totals"]["files"] == {p.name: p.stat().st_size for p in sorted(old.iterdir()) if p.name not in pages}
+    assert record["totals"]["files"] == {
+        p.name: p.stat().st_size for p in sorted(old.iterdir()) if p.name not in pages
+    }
     assert [p.name for p in work.iterdir()] == ["out"]
 
 
@@ -787,9 +880,13 @@ def test_an_output_that_is_a_link_is_written_through(tiny_llama, calibration_tok
     assert (tmp_path / "disk" / "llmprune.json").is_file()
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 @pytest.mark.parametrize("where", ["second matrix", "first masks"])
-def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(tiny_llama, calibration_tokens, old, work, monkeypatch, where, failure):
+def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(
+    tiny_llama, calibration_tokens, old, work, monkeypatch, where, failure
+):
     from llmprune.checkpoint.masks import MaskFile
 
     place = {"second matrix": (run, "prune_matrix"), "first masks": (MaskFile, "write")}[where]
@@ -804,7 +901,9 @@ def test_a_run_that_fails_before_a_block_is_finished_leaves_nothing(tiny_llama, 
     monkeypatch.setattr(*place, failing)
     before = contents(work)
     with pytest.raises(type(failure)):
-        llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
+        llmprune.prune(
+            tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True
+        )
     assert contents(work) == before
 
 
@@ -817,11 +916,15 @@ def test_the_old_output_stands_until_the_new_one_is_whole(tiny_llama, calibratio
         real(self)
 
     monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)
-    llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
+    llmprune.prune(
+        tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True
+    )
     assert seen == [True]
 
 
-def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(tiny_llama, calibration_tokens, old, monkeypatch):
+def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(
+    tiny_llama, calibration_tokens, old, monkeypatch
+):
     real = os.replace
 
     def replace(source, target):
@@ -832,12 +935,18 @@ def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(tiny_
     monkeypatch.setattr(writer.os, "replace", replace)
     before = contents(old)
     with pytest.raises(RuntimeError, match=r"cannot be moved to .*Input/output.*it lies whole in"):
-        llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
+        llmprune.prune(
+            tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True
+        )
     assert contents(old) == before
-    assert llmprune.inspect(old.with_name(".out.partial"))["record_agrees"] is True, "the finished work is not thrown away"
+    assert llmprune.inspect(old.with_name(".out.partial"))["record_agrees"] is True, (
+        "the finished work is not thrown away"
+    )
 
 
-def test_what_is_put_into_the_output_during_the_run_is_not_replaced(tiny_llama, calibration_tokens, old, monkeypatch):
+def test_what_is_put_into_the_output_during_the_run_is_not_replaced(
+    tiny_llama, calibration_tokens, old, monkeypatch
+):
     real = writer.CheckpointWriter.finish
 
     def finish(self):
@@ -846,8 +955,12 @@ def test_what_is_put_into_the_output_during_the_run_is_not_replaced(tiny_llama, 
 
     monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)
     with pytest.raises(RuntimeError, match=r"cannot be moved to .*holds 'thesis.txt'.*it lies whole in"):
-        llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True)
-    assert (old / "thesis.txt").read_text() == "written meanwhile" and (old / "README.md").read_text() == "years of work"
+        llmprune.prune(
+            tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", overwrite=True
+        )
+    assert (old / "thesis.txt").read_text() == "written meanwhile" and (
+        old / "README.md"
+    ).read_text() == "years of work"
     assert llmprune.inspect(old.with_name(".out.partial"))["record_agrees"] is True
 
 
@@ -878,14 +991,18 @@ def test_a_partial_folder_of_a_killed_run_is_replaced(tiny_llama, calibration_to
 
 def test_a_full_disk_is_noticed_before_work(refused, monkeypatch):
     monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     refused(r"the output needs \d+\.\d MB and .* has 0\.0 MB free; make room or choose another --output")
 
 
 # Calibration
 
 
-def test_a_folder_without_tokenizer_prunes_with_tokens_only(make_llama, refused, calibration_tokens, tmp_path):
+def test_a_folder_without_tokenizer_prunes_with_tokens_only(
+    make_llama, refused, calibration_tokens, tmp_path
+):
     folder = make_llama(tokenizer=False)
     refused(r"no tokenizer.*tokenizer files.*TOKENS\.safetensors", folder, calibration="builtin")
     refused(r"no tokenizer.*cannot be scored.*prune instead of run", folder, call=llmprune.run_model)
@@ -917,16 +1034,37 @@ def in_file(name, written):
         ),
         (in_file("tokenizer.json", b""), r"tokenizer\.json is damaged \(JSONDecodeError: "),
         (in_file("tokenizer.json", b"\x80\x04\x00"), r"tokenizer\.json is damaged \(UnicodeDecodeError: "),
-        (in_file("tokenizer.json", b"[]"), r"tokenizer\.json is damaged \(it holds \[\] and no JSON object\)"),
-        (in_file("tokenizer.json", b"{}"), r"tokenizer\.json is damaged \('added_tokens' is missing, not a list\)"),
+        (
+            in_file("tokenizer.json", b"[]"),
+            r"tokenizer\.json is damaged \(it holds \[\] and no JSON object\)",
+        ),
+        (
+            in_file("tokenizer.json", b"{}"),
+            r"tokenizer\.json is damaged \('added_tokens' is missing, not a list\)",
+        ),
         (in_file("tokenizer.json", b"[" * 100_000), r"tokenizer\.json is damaged \(RecursionError: "),
-        (in_json("tokenizer.json", added_tokens=5), r"tokenizer\.json is damaged \('added_tokens' is 5, not a list\)"),
-        (in_json("tokenizer.json", added_tokens=[{"id": 0}]), r"tokenizer\.json is damaged \(Exception: missing field `content`"),
+        (
+            in_json("tokenizer.json", added_tokens=5),
+            r"tokenizer\.json is damaged \('added_tokens' is 5, not a list\)",
+        ),
+        (
+            in_json("tokenizer.json", added_tokens=[{"id": 0}]),
+            r"tokenizer\.json is damaged \(Exception: missing field `content`",
+        ),
         (in_json("tokenizer.json", model=None), r"tokenizer\.json is damaged \(Exception: Model missing"),
-        (in_json("tokenizer.json", model={"type": "BPE", "vocab": []}), r"tokenizer\.json is damaged \(Exception: .*(sequence|vocab)"),
-        (in_json("tokenizer.json", pre_tokenizer={"type": "Own"}), r"tokenizer\.json is damaged \(Exception: data did not match"),
+        (
+            in_json("tokenizer.json", model={"type": "BPE", "vocab": []}),
+            r"tokenizer\.json is damaged \(Exception: .*(sequence|vocab)",
+        ),
+        (
+            in_json("tokenizer.json", pre_tokenizer={"type": "Own"}),
+            r"tokenizer\.json is damaged \(Exception: data did not match",
+        ),
         (in_file("tokenizer_config.json", b"{"), r"tokenizer_config\.json is damaged \(JSONDecodeError: "),
-        (in_file("tokenizer_config.json", b"[]"), r"tokenizer_config\.json is damaged \(it holds \[\] and no JSON object\)"),
+        (
+            in_file("tokenizer_config.json", b"[]"),
+            r"tokenizer_config\.json is damaged \(it holds \[\] and no JSON object\)",
+        ),
         (
             in_json("tokenizer_config.json", bos_token=5),
             r"tokenizer_config\.json is damaged or of another model \(TypeError: Special token",
@@ -935,8 +1073,14 @@ def in_file(name, written):
             in_json("tokenizer_config.json", added_tokens_decoder=5),
             r"tokenizer_config\.json is damaged or of another model \(AttributeError: ",
         ),
-        (in_file("special_tokens_map.json", b"{"), r"special_tokens_map\.json is damaged \(JSONDecodeError: "),
-        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer_config\.json names no vocabulary \(.*add tokenizer\.json"),
+        (
+            in_file("special_tokens_map.json", b"{"),
+            r"special_tokens_map\.json is damaged \(JSONDecodeError: ",
+        ),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            r"tokenizer_config\.json names no vocabulary \(.*add tokenizer\.json",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_is_refused(refused, llama_copy, damage, said):
@@ -952,16 +1096,30 @@ def test_a_tokenizer_whose_library_panics_is_refused(refused, llama_copy, monkey
         raise PanicException("index out of bounds")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
-    refused(r"^cannot read the tokenizer of damaged: .*\(PanicException: index out of bounds\)", llama_copy, calibration="builtin")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    refused(
+        r"^cannot read the tokenizer of damaged: .*\(PanicException: index out of bounds\)",
+        llama_copy,
+        calibration="builtin",
+    )
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         llmprune.prune(llama_copy, calibration="builtin", output="out")
 
 
 def test_a_vocabulary_without_words_is_refused(refused, llama_copy):
     in_json("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})(llama_copy)
-    refused(r"^the tokenizer makes no tokens of calibration source 'builtin'", llama_copy, calibration="builtin")
-    refused(r"^the tokenizer makes no tokens of builtin", llama_copy, call=llmprune.run_model, perplexity=["builtin"])
+    refused(
+        r"^the tokenizer makes no tokens of calibration source 'builtin'", llama_copy, calibration="builtin"
+    )
+    refused(
+        r"^the tokenizer makes no tokens of builtin",
+        llama_copy,
+        call=llmprune.run_model,
+        perplexity=["builtin"],
+    )
 
 
 def test_tokens_beyond_the_model_s_vocabulary_are_refused(refused, make_llama):
@@ -978,11 +1136,17 @@ def test_tokens_beyond_the_model_s_vocabulary_are_refused(refused, make_llama):
         ({"tokens": torch.ones(4, 8)}, r"must be int64 \[N, T\].*got float32 \[4, 8\]"),
         ({"tokens": torch.ones(8, dtype=torch.int64)}, r"must be int64 \[N, T\].*got int64 \[8\]"),
         ({"tokens": torch.ones(0, 8, dtype=torch.int64)}, r"must be int64 \[N, T\].*got int64 \[0, 8\]"),
-        ({"tokens": torch.ones(4, 1, dtype=torch.int64)}, r"must be int64 \[N, T\] with T >= 2, got int64 \[4, 1\]"),
+        (
+            {"tokens": torch.ones(4, 1, dtype=torch.int64)},
+            r"must be int64 \[N, T\] with T >= 2, got int64 \[4, 1\]",
+        ),
         ({"input_ids": torch.ones(4, 8, dtype=torch.int64)}, r"no tensor 'tokens' \(it has: input_ids\)"),
         ({"tokens": torch.full((4, 8), 2048)}, r"range from 2048 to 2048, the model knows 0 to 2047"),
         ({"tokens": torch.full((4, 8), -1)}, r"range from -1 to -1, the model knows 0 to 2047"),
-        ({"tokens": torch.ones(4, 65, dtype=torch.int64)}, r"sequence length 65, over the model's limit of 64"),
+        (
+            {"tokens": torch.ones(4, 65, dtype=torch.int64)},
+            r"sequence length 65, over the model's limit of 64",
+        ),
     ],
 )
 def test_a_wrong_token_file_is_refused(refused, work, tensors, said):
@@ -1028,16 +1192,36 @@ SENTENCE = "The calibration text of a file has to be long enough for every row t
 @pytest.mark.parametrize(
     ("name", "written", "said"),
     [
-        ("a.txt", SENTENCE, r"'a\.txt' holds \d+ tokens, 0 rows of 32, and 8 are wanted; give more text or shorter rows \(--seqlen\)"),
-        ("a.txt", SENTENCE * 4, r"'a\.txt' holds \d+ tokens, [1-7] rows of 32, and 8 are wanted; .*--samples [1-7]\)"),
+        (
+            "a.txt",
+            SENTENCE,
+            r"'a\.txt' holds \d+ tokens, 0 rows of 32, and 8 are wanted; give more text or shorter rows \(--seqlen\)",
+        ),
+        (
+            "a.txt",
+            SENTENCE * 4,
+            r"'a\.txt' holds \d+ tokens, [1-7] rows of 32, and 8 are wanted; .*--samples [1-7]\)",
+        ),
         ("a.txt", "", r"'a\.txt' holds no text; name another with --calibration"),
         ("a.txt", "\n \n", r"'a\.txt' holds no text"),
         ("a.txt", b"\xff\xfe\xfa", r"cannot read a\.txt"),
         ("a.jsonl", "", r"'a\.jsonl' holds no text"),
-        ("a.jsonl", '{"body": "x"}\n', r"a\.jsonl, line 1 has no text column 'text' \(it has: body\); name it as SOURCE:column"),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            r"a\.jsonl, line 1 has no text column 'text' \(it has: body\); name it as SOURCE:column",
+        ),
         ("a.jsonl", '{"text": "x"}\n\n{"text": "y"\n', r"a\.jsonl, line 3 is not JSON"),
-        ("a.jsonl", '{"text": 3}\n', r"line 1 has an int in column 'text' instead of text: 3; mend or remove the row, or name"),
-        ("a.jsonl", '{"text": {"en": "x"}}\n', r"line 1 has a dict in column 'text' instead of text: \{'en': 'x'\}"),
+        (
+            "a.jsonl",
+            '{"text": 3}\n',
+            r"line 1 has an int in column 'text' instead of text: 3; mend or remove the row, or name",
+        ),
+        (
+            "a.jsonl",
+            '{"text": {"en": "x"}}\n',
+            r"line 1 has a dict in column 'text' instead of text: \{'en': 'x'\}",
+        ),
         ("a.jsonl", '{"text": ["x"]}\n', r"line 1, message 1 is no \{role, content\}"),
         ("a.jsonl", '{"text": true}\n', r"line 1 has a bool in column 'text' instead of text: True"),
         ("a.jsonl", '{"text": null}\n', r"line 1 is empty \(null\) in column 'text'"),
@@ -1059,13 +1243,20 @@ def test_a_parquet_file_without_the_column_is_refused(refused, work):
 
     table = pyarrow.table({"body": [SENTENCE] * 200, "count": list(range(200)), "holes": [None] * 200})
     pyarrow.parquet.write_table(table, work / "a.parquet")
-    refused(r"a\.parquet has no text column 'text' \(it has: body, count, holes\); name it as SOURCE:column", calibration="a.parquet")
-    refused(r"a\.parquet, row 1 has an int in column 'count' instead of text: 0", calibration="a.parquet:count")
+    refused(
+        r"a\.parquet has no text column 'text' \(it has: body, count, holes\); name it as SOURCE:column",
+        calibration="a.parquet",
+    )
+    refused(
+        r"a\.parquet, row 1 has an int in column 'count' instead of text: 0", calibration="a.parquet:count"
+    )
     refused(r"a\.parquet, row 1 is empty \(null\) in column 'holes'", calibration="a.parquet:holes")
     assert len(list(text.file_documents("a.parquet:body"))) == 200
 
 
-@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet", "none.jsonl.gz", "none.jsonl:body"])
+@pytest.mark.parametrize(
+    "name", ["none.txt", "none.jsonl", "none.parquet", "none.jsonl.gz", "none.jsonl:body"]
+)
 def test_a_missing_calibration_file_is_refused(refused, name):
     refused(rf"no such text file: {re.escape(name.removesuffix(':body'))}", calibration=name)
 
@@ -1094,8 +1285,15 @@ def test_a_task_without_network_is_refused_with_a_way_out(refused, work, monkeyp
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     (work / "tasks").mkdir()
-    task = {"task": "questions", "dataset_path": "owner/questions", "output_type": "multiple_choice", "test_split": "test"}
-    (work / "tasks" / "questions.yaml").write_text(yaml.dump({**task, "doc_to_text": "a", "doc_to_choice": ["b", "c"], "doc_to_target": 0}))
+    task = {
+        "task": "questions",
+        "dataset_path": "owner/questions",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+    }
+    (work / "tasks" / "questions.yaml").write_text(
+        yaml.dump({**task, "doc_to_text": "a", "doc_to_choice": ["b", "c"], "doc_to_target": 0})
+    )
     said = r"questions.*owner/questions.*without network.*(demo|local|builtin)"
     refused(said, call=llmprune.run_model, tasks=["questions"], include_tasks="tasks")
 
@@ -1144,7 +1342,13 @@ def test_the_program_says_it_in_one_line(typed, tiny_llama, work, args, said):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("q"), RuntimeError("line one\nline two"), MemoryError(), OSError(28, "No space left on device")]
+    "error",
+    [
+        KeyError("q"),
+        RuntimeError("line one\nline two"),
+        MemoryError(),
+        OSError(28, "No space left on device"),
+    ],
 )
 def test_the_program_survives_failures_of_any_kind(typed, monkeypatch, error):
     def fail(*args, **kwargs):
@@ -1165,7 +1369,19 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_a_damaged_weight_ends_the_program_in_one_line(cli, llama_copy, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(llama_copy, **{name: torch.full((96, 64), math.nan)})
-    done = cli("prune", llama_copy, "--calibration", "builtin", "--samples", 2, "--seqlen", 32, "--quiet", "--output", "out")
+    done = cli(
+        "prune",
+        llama_copy,
+        "--calibration",
+        "builtin",
+        "--samples",
+        2,
+        "--seqlen",
+        32,
+        "--quiet",
+        "--output",
+        "out",
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert name in done.stderr and "NaN" in done.stderr
@@ -1205,20 +1421,29 @@ def spoilt(folder, where):
 @pytest.mark.parametrize("recipe", ["magnitude", "wanda", "sparsegpt", "dsnot", "best"])
 def test_the_first_matrix_that_reads_numbers_that_are_not_finite_is_named(refused, llama_copy, recipe):
     spoilt(llama_copy, "epsilon")
-    refused(r"inputs of model\.layers\.0\.self_attn\.q_proj hold the first NaN or Inf.*epsilon", llama_copy, recipe=recipe)
+    refused(
+        r"inputs of model\.layers\.0\.self_attn\.q_proj hold the first NaN or Inf.*epsilon",
+        llama_copy,
+        recipe=recipe,
+    )
 
 
 @pytest.mark.parametrize("recipe", ["magnitude", "wanda", "sparsegpt", "dsnot"])
 def test_the_first_number_that_is_not_finite_is_named(llama_copy, calibration_tokens, work, recipe):
     spoilt(llama_copy, "weights")
-    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.mlp\.down_proj hold the first NaN or Inf") as raised:
+    with pytest.raises(
+        ValueError, match=r"inputs of model\.layers\.1\.mlp\.down_proj hold the first NaN or Inf"
+    ) as raised:
         llmprune.prune(llama_copy, calibration=calibration_tokens, output="out", recipe=recipe)
     assert one_line(raised.value) and raised.value.kept == "1 of 2 blocks are finished and kept"
 
 
 def test_scoring_names_the_block_that_is_not_finite_too(llama_copy):
     spoilt(llama_copy, "weights")
-    with pytest.raises(ValueError, match=r"block 2 of 2 \(model\.layers\.1\) put out the first NaN or Inf, in float32; most likely"):
+    with pytest.raises(
+        ValueError,
+        match=r"block 2 of 2 \(model\.layers\.1\) put out the first NaN or Inf, in float32; most likely",
+    ):
         llmprune.evaluate(llama_copy, perplexity=["builtin"], limit=2)
 
 
@@ -1226,15 +1451,20 @@ def test_a_block_more_than_the_config_asks_for_is_mentioned(typed, make_llama, t
     folder = Path(shutil.copytree(make_llama(layers=4), tmp_path / "more"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    code, out, _ = typed("prune", folder, "--samples", 2, "--seqlen", 16, "--recipe", "wanda", "--output", "out")
+    code, out, _ = typed(
+        "prune", folder, "--samples", 2, "--seqlen", 16, "--recipe", "wanda", "--output", "out"
+    )
     assert code == 0
     assert re.search(
-        r"asks for 3 blocks and the checkpoint holds 1 more; 9 tensors .* pass unchanged, the first is 'model\.layers\.3\.", out
+        r"asks for 3 blocks and the checkpoint holds 1 more; 9 tensors .* pass unchanged, the first is 'model\.layers\.3\.",
+        out,
     )
     record = json.loads(Path("out/llmprune.json").read_text())
     assert len(record["model"]["unused_tensors"]) == 9
     before, after = load_file(folder / ONE_FILE), load_file("out/model-00004-of-00004.safetensors")
-    assert torch.equal(before["model.layers.3.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+    assert torch.equal(
+        before["model.layers.3.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("pattern", ["２:４", "2:４", "²:4", " 2:4", "2:4\n", "2 :4"])
@@ -1253,14 +1483,23 @@ def test_a_value_no_number_can_hold_is_refused(typed, value):
     assert "sparsity" in err
 
 
-@pytest.mark.parametrize("text", ["pruner: wanda\npruner: magnitude\n", "pruner: {name: alps, damp: 0.1, damp: 0.2}\n"])
+@pytest.mark.parametrize(
+    "text", ["pruner: wanda\npruner: magnitude\n", "pruner: {name: alps, damp: 0.1, damp: 0.2}\n"]
+)
 def test_a_key_that_stands_twice_is_refused(refused, work, text):
     (work / "twice.yaml").write_text(text)
-    refused(r"cannot read twice\.yaml: key '(pruner|damp)' stands twice \(line 1\); keep one", recipe="twice.yaml")
+    refused(
+        r"cannot read twice\.yaml: key '(pruner|damp)' stands twice \(line 1\); keep one", recipe="twice.yaml"
+    )
 
 
-@pytest.mark.parametrize(("schema", "said"), [(99, r"schema 99.*reads schema 1; update"), (None, "not a record"), (True, "not a record")])
-def test_a_record_of_another_schema_is_not_believed(tiny_llama, calibration_tokens, work, schema, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [(99, r"schema 99.*reads schema 1; update"), (None, "not a record"), (True, "not a record")],
+)
+def test_a_record_of_another_schema_is_not_believed(
+    tiny_llama, calibration_tokens, work, schema, said, monkeypatch
+):
     result = llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out")
     (work / "out" / "llmprune.json").write_text(json.dumps({**result.record, "schema": schema}))
     before = contents(work)
@@ -1268,7 +1507,9 @@ def test_a_record_of_another_schema_is_not_believed(tiny_llama, calibration_toke
     for call in (
         lambda: llmprune.inspect("out"),
         lambda: llmprune.push("out", "me/model"),
-        lambda: llmprune.prune(tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", resume=True),
+        lambda: llmprune.prune(
+            tiny_llama, calibration=calibration_tokens, recipe="magnitude", output="out", resume=True
+        ),
     ):
         with pytest.raises(ValueError, match=said) as raised:
             call()

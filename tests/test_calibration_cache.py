@@ -63,15 +63,33 @@ def unusable(tmp_path, monkeypatch, how):
     elif how == "no home":
         monkeypatch.delenv("LLMPRUNE_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+        monkeypatch.setattr(
+            Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+        )
     elif how == "no access":
-        monkeypatch.setattr(Path, "exists", lambda self: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+        monkeypatch.setattr(
+            Path,
+            "exists",
+            lambda self: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")),
+        )
     else:
-        error = OSError(errno.ENOSPC, "No space left on device") if how == "full" else SafetensorError("I/O error: No space left on device")
+        error = (
+            OSError(errno.ENOSPC, "No space left on device")
+            if how == "full"
+            else SafetensorError("I/O error: No space left on device")
+        )
         monkeypatch.setattr(cache, "save_file", lambda *args, **options: (_ for _ in ()).throw(error))
 
 
-HOWS = ["a file in its place", "a file above it", "read-only", "no home", "no access", "full", "full, told by safetensors"]
+HOWS = [
+    "a file in its place",
+    "a file above it",
+    "read-only",
+    "no home",
+    "no access",
+    "full",
+    "full, told by safetensors",
+]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -83,7 +101,10 @@ def test_a_folder_that_cannot_be_used_is_done_without_and_told_once(rows, folder
         unusable(folder, patched, how)
         assert torch.equal(rows(), expected)
         assert len(said(caplog)) == 1
-        assert "the cache of calibration tokens cannot be " in said(caplog)[0] and "LLMPRUNE_CACHE names another folder" in said(caplog)[0]
+        assert (
+            "the cache of calibration tokens cannot be " in said(caplog)[0]
+            and "LLMPRUNE_CACHE names another folder" in said(caplog)[0]
+        )
         caplog.clear()
         rows("a.txt=1+b.txt=1")
         assert len(said(caplog)) == 1, "once per run, whatever it is made of"
@@ -94,7 +115,15 @@ OPTIONS = ("--calibration", "a.txt", "--samples", "4", "--seqlen", "16", "--reci
 
 
 def test_the_program_says_so_and_goes_on(folder, cli, tiny_llama):
-    done = cli("prune", tiny_llama, *OPTIONS, "--output", "out", "--json", env={"LLMPRUNE_CACHE": str(folder / "a.txt" / "cache")})
+    done = cli(
+        "prune",
+        tiny_llama,
+        *OPTIONS,
+        "--output",
+        "out",
+        "--json",
+        env={"LLMPRUNE_CACHE": str(folder / "a.txt" / "cache")},
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["totals"]["sparsity"] > 0
     assert done.stderr.count("the cache of calibration tokens cannot be written") == 1
 

@@ -10,14 +10,21 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import llmprune
-from llmprune import calibration, text
+from llmprune import calibration
 from llmprune.calibration.chat import Chats, Templated
 from llmprune.calibration.packing import pack
 from llmprune.model.opening import open_model
+from llmprune.text import sources as text
 
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}</s>"
-TURNS = [{"role": "user", "content": "what is a list"}, {"role": "assistant", "content": "a mutable sequence of values"}]
-SHARED = [{"from": "human", "value": "what is a list"}, {"from": "gpt", "value": "a mutable sequence of values"}]
+TURNS = [
+    {"role": "user", "content": "what is a list"},
+    {"role": "assistant", "content": "a mutable sequence of values"},
+]
+SHARED = [
+    {"from": "human", "value": "what is a list"},
+    {"from": "gpt", "value": "a mutable sequence of values"},
+]
 RENDERED = "<s>[user] what is a list\n[assistant] a mutable sequence of values\n</s>"
 PLAIN = "user: what is a list\nassistant: a mutable sequence of values"
 
@@ -46,7 +53,9 @@ def build(source, tokenizer):
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "talk"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize(("template", "layout", "expected"), [(TEMPLATE, "template", RENDERED), (None, "plain", PLAIN)])
+@pytest.mark.parametrize(
+    ("template", "layout", "expected"), [(TEMPLATE, "template", RENDERED), (None, "plain", PLAIN)]
+)
 def test_chats_become_text(folder, tokenizer, name, suffix, template, layout, expected):
     tokenizer.chat_template = template
     source = f"{name}.{suffix}" + (":talk" if name == "talk" else "")
@@ -54,7 +63,9 @@ def test_chats_become_text(folder, tokenizer, name, suffix, template, layout, ex
     documents = list(text.file_documents(source, chats))
     assert documents == [expected] * 100 and chats.layout == layout
     made, kept = build(source, tokenizer), build(source, tokenizer)
-    assert made.details == kept.details == {"chat": layout} and made.digest == kept.digest, "from the cache too"
+    assert made.details == kept.details == {"chat": layout} and made.digest == kept.digest, (
+        "from the cache too"
+    )
 
 
 def test_special_tokens_stand_once(tokenizer):
@@ -64,7 +75,10 @@ def test_special_tokens_stand_once(tokenizer):
     length = len(ids) + len(tokenizer("plain text")["input_ids"])
     rows = pack([Templated(RENDERED), "plain text"], tokenizer, 1, length, 0, True, "x")
     assert rows[0].tolist() == ids + tokenizer("plain text")["input_ids"]
-    assert pack(["plain text", Templated(RENDERED)], tokenizer, 1, length, 0, True, "x")[0, -len(ids) :].tolist() == ids
+    assert (
+        pack(["plain text", Templated(RENDERED)], tokenizer, 1, length, 0, True, "x")[0, -len(ids) :].tolist()
+        == ids
+    )
 
 
 def test_another_template_is_another_text(folder, tokenizer):
@@ -76,7 +90,9 @@ def test_another_template_is_another_text(folder, tokenizer):
 
 
 def test_a_file_may_hold_text_and_chats(folder, tokenizer):
-    (folder / "both.jsonl").write_text(json.dumps({"text": "words"}) + "\n" + json.dumps({"text": None, "messages": TURNS}) + "\n")
+    (folder / "both.jsonl").write_text(
+        json.dumps({"text": "words"}) + "\n" + json.dumps({"text": None, "messages": TURNS}) + "\n"
+    )
     assert list(text.file_documents("both.jsonl", Chats(tokenizer))) == ["words", PLAIN]
     (folder / "text.jsonl").write_text(json.dumps({"text": "words", "messages": TURNS}) + "\n")
     assert list(text.file_documents("text.jsonl", Chats(tokenizer))) == ["words"], "text stands before chats"
@@ -97,7 +113,10 @@ def test_plan_and_record_say_how_chats_were_laid_out(folder, typed, tiny_llama):
 
 
 BAD = [
-    ({"role": "user"}, r"no \{role, content\} or \{from, value\} with texts, got \{'role': 'user'\}; mend or remove the row$"),
+    (
+        {"role": "user"},
+        r"no \{role, content\} or \{from, value\} with texts, got \{'role': 'user'\}; mend or remove the row$",
+    ),
     ({"role": "user", "content": None}, r"got \{'role': 'user', 'content': None\}"),
     ({"role": "user", "content": [{"type": "text", "text": "x"}]}, r"with texts"),
     ({"from": 3, "value": "x"}, r"got \{'from': 3, 'value': 'x'\}"),
@@ -116,11 +135,17 @@ def test_a_malformed_row_is_named(folder, tokenizer, message, said):
 
 
 def test_a_malformed_row_of_a_table_is_named(folder, tokenizer):
-    rows = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [TURNS[0], {"role": "user", "content": None}]}]
+    rows = [
+        {"messages": TURNS},
+        {"messages": TURNS},
+        {"messages": [TURNS[0], {"role": "user", "content": None}]},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bad.parquet")
     with pytest.raises(ValueError, match=r"^bad\.parquet, row 3, message 2 is no"):
         build("bad.parquet", tokenizer)
-    with pytest.raises(ValueError, match=r"^messages\.parquet, row 1 has an int in column 'id' instead of text: 0"):
+    with pytest.raises(
+        ValueError, match=r"^messages\.parquet, row 1 has an int in column 'id' instead of text: 0"
+    ):
         build("messages.parquet:id", tokenizer)
 
 
@@ -137,12 +162,15 @@ def test_a_malformed_row_of_a_table_is_named(folder, tokenizer):
 def test_a_template_that_fails_or_breaks_out_is_refused(folder, tokenizer, template):
     tokenizer.chat_template = template
     with pytest.raises(
-        ValueError, match=r"^messages\.jsonl, line 1: the tokenizer's chat template refuses this chat \(.*\); mend or"
+        ValueError,
+        match=r"^messages\.jsonl, line 1: the tokenizer's chat template refuses this chat \(.*\); mend or",
     ) as caught:
         build("messages.jsonl", tokenizer)
     assert "\n" not in str(caught.value)
 
 
 def test_perplexity_is_not_measured_on_chats(folder, tiny_llama):
-    with pytest.raises(ValueError, match=r"messages\.jsonl, line 1 has no text column 'text' \(it has: id, messages\)"):
+    with pytest.raises(
+        ValueError, match=r"messages\.jsonl, line 1 has no text column 'text' \(it has: id, messages\)"
+    ):
         llmprune.evaluate(tiny_llama, perplexity=["messages.jsonl"])

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmprune
-from llmprune import calibration, device
+from llmprune import calibration
 from llmprune.calibration import sampling
 from llmprune.calibration.sampling import Sampler, draw
+from llmprune.machine import device
 from llmprune.model.opening import open_model
-from llmprune.pipeline import Silent
+from llmprune.run.reporter import Silent
 
 SMALL = {"recipe": "magnitude", "samples": 4, "seqlen": 16}
 
@@ -50,8 +51,12 @@ def test_draws_follow_the_cut_distribution(temperature, top_p):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2
     uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     chosen = draw(logits.expand(20_000, 50), uniform, temperature, top_p)
-    expected = torch.tensor([slow_choice(logits.numpy(), float(u), temperature, top_p) for u in uniform[::100]])
-    assert (chosen[::100] == expected).float().mean() > 0.98  # rounding moves the borders between tokens a little
+    expected = torch.tensor(
+        [slow_choice(logits.numpy(), float(u), temperature, top_p) for u in uniform[::100]]
+    )
+    assert (
+        chosen[::100] == expected
+    ).float().mean() > 0.98  # rounding moves the borders between tokens a little
     probabilities = (logits / temperature).softmax(-1)
     share = torch.bincount(chosen, minlength=50) / 20_000
     alive = share > 0
@@ -87,17 +92,32 @@ def test_a_seed_gives_the_same_rows_however_many_are_sampled_together(tiny_llama
 
 def test_what_the_checkpoint_says_of_generation_is_not_used(tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    other = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "max_length": 7}
+    other = {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "do_sample": True,
+        "top_k": 1,
+        "repetition_penalty": 5.0,
+        "max_length": 7,
+    }
     (folder / "generation_config.json").write_text(json.dumps(other))
     assert torch.equal(sampled(folder), sampled(tiny_llama))
 
 
 def in_memory(**config):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, **config,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            **config,
+        )
+    )
 
 
 def test_an_end_of_text_begins_a_new_document():
@@ -109,7 +129,9 @@ def test_an_end_of_text_begins_a_new_document():
     assert ended.sum() > 50
     assert (rows[:, 1:][ended] == 0).all(), "BOS follows"
     assert not torch.isin(rows[:, 1:][rows[:, :-1] == 0], torch.tensor(ends)).any(), "no empty document"
-    assert model.generation_config == before and next(model.parameters()).requires_grad, "the user's model is as it was"
+    assert model.generation_config == before and next(model.parameters()).requires_grad, (
+        "the user's model is as it was"
+    )
 
 
 def test_rows_begin_anywhere_where_there_is_no_first_token():
@@ -139,18 +161,38 @@ def test_a_model_without_tokenizer_can_write(make_llama, tmp_path):
 
 def test_the_record_says_how_and_its_recipe_does_it_again(typed, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ("--calibration", "self", "--samples", 4, "--seqlen", 16, "--set", "calibration.temperature=0.7")
+    arguments = (
+        "--calibration",
+        "self",
+        "--samples",
+        4,
+        "--seqlen",
+        16,
+        "--set",
+        "calibration.temperature=0.7",
+    )
     code, out, err = typed("prune", tiny_llama, "--recipe", "wanda", *arguments, "--output", "one", "--json")
     assert code == 0 and "self (sampled from the model at temperature 0.7, top-p 0.95)" in err
     record = json.loads(out)
     assert record["calibration"] | {"digest": 0} == {
-        "source": "self", "samples": 4, "sequence_length": 16, "seed": 0, "digest": 0, "temperature": 0.7, "top_p": 0.95,
-    }  # fmt: skip
+        "source": "self",
+        "samples": 4,
+        "sequence_length": 16,
+        "seed": 0,
+        "digest": 0,
+        "temperature": 0.7,
+        "top_p": 0.95,
+    }
     (tmp_path / "again.yaml").write_text(json.dumps(record["recipe"]))
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "empty"))
     again = llmprune.prune(tiny_llama, recipe="again.yaml", output="two").record
-    assert again["calibration"] == record["calibration"] and again["recipe"] | {"name": "wanda"} == record["recipe"]
-    other = llmprune.prune(tiny_llama, recipe="again.yaml", output="three", settings={"calibration.temperature": 1.0}).record
+    assert (
+        again["calibration"] == record["calibration"]
+        and again["recipe"] | {"name": "wanda"} == record["recipe"]
+    )
+    other = llmprune.prune(
+        tiny_llama, recipe="again.yaml", output="three", settings={"calibration.temperature": 1.0}
+    ).record
     assert other["calibration"]["digest"] != record["calibration"]["digest"]
 
 
@@ -163,9 +205,13 @@ def test_rows_come_from_the_cache_until_something_changes(tiny_llama, make_llama
     monkeypatch.setattr(Sampler, "sample", lambda self, *a: pytest.fail("sampled again"))
     assert digest(tiny_llama).temperature == 1.0 and digest(tiny_llama).top_p == 0.95
     for model, options in (
-        (make_llama(seed=1), {}), (tiny_llama, {"seed": 1}), (tiny_llama, {"samples": 5}), (tiny_llama, {"seqlen": 17}),
-        (tiny_llama, {"dtype": "bfloat16"}), (tiny_llama, {"settings": {"calibration.top_p": 0.9}}),
-    ):  # fmt: skip
+        (make_llama(seed=1), {}),
+        (tiny_llama, {"seed": 1}),
+        (tiny_llama, {"samples": 5}),
+        (tiny_llama, {"seqlen": 17}),
+        (tiny_llama, {"dtype": "bfloat16"}),
+        (tiny_llama, {"settings": {"calibration.top_p": 0.9}}),
+    ):
         with pytest.raises(pytest.fail.Exception, match="sampled again"):
             digest(model, **options)
 
@@ -194,13 +240,34 @@ def test_the_batch_shrinks_to_what_memory_holds(tiny_llama, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"calibration": "builtin", "settings": {"calibration.temperature": 0.7}}, r"temperature is of text sampled.*got source 'builtin'"),
-        ({"calibration": torch.zeros(4, 16, dtype=torch.int64), "settings": {"calibration.top_p": 0.7}}, r"top_p is of .*in memory"),
-        ({"calibration": "self", "settings": {"calibration.temperature": 0}}, r"temperature must be a number from 0\.01 to 100, got 0$"),
-        ({"calibration": "self", "settings": {"calibration.temperature": "hot"}}, r"temperature must be a number from .*, got 'hot'"),
-        ({"calibration": "self", "settings": {"calibration.top_p": 1.5}}, r"top_p must be a number from 1e-06 to 1, got 1\.5"),
-        ({"calibration": "self", "settings": {"calibration.top_p": float("nan")}}, r"top_p must be .*got nan"),
-        ({"calibration": "self", "settings": {"calibration.top_k": 5}}, r"calibration key 'top_k'.*did you mean 'top_p'"),
+        (
+            {"calibration": "builtin", "settings": {"calibration.temperature": 0.7}},
+            r"temperature is of text sampled.*got source 'builtin'",
+        ),
+        (
+            {"calibration": torch.zeros(4, 16, dtype=torch.int64), "settings": {"calibration.top_p": 0.7}},
+            r"top_p is of .*in memory",
+        ),
+        (
+            {"calibration": "self", "settings": {"calibration.temperature": 0}},
+            r"temperature must be a number from 0\.01 to 100, got 0$",
+        ),
+        (
+            {"calibration": "self", "settings": {"calibration.temperature": "hot"}},
+            r"temperature must be a number from .*, got 'hot'",
+        ),
+        (
+            {"calibration": "self", "settings": {"calibration.top_p": 1.5}},
+            r"top_p must be a number from 1e-06 to 1, got 1\.5",
+        ),
+        (
+            {"calibration": "self", "settings": {"calibration.top_p": float("nan")}},
+            r"top_p must be .*got nan",
+        ),
+        (
+            {"calibration": "self", "settings": {"calibration.top_k": 5}},
+            r"calibration key 'top_k'.*did you mean 'top_p'",
+        ),
         ({"calibration": "self", "seqlen": 65}, r"sequence length 65 is over the model's limit of 64"),
         ({"calibration": "sefl"}, r"text source 'sefl': did you mean 'self'"),
     ],
@@ -234,11 +301,28 @@ def _nan_logits(forward):
 def architectures():
     from transformers import GPT2Config, MixtralConfig, OPTConfig, Qwen2Config
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-    yield GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=3, eos_token_id=3)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    yield GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=3, eos_token_id=3
+    )
     yield OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, bos_token_id=2, eos_token_id=2)
-    yield Qwen2Config(**sizes, num_key_value_heads=1, intermediate_size=24, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    yield MixtralConfig(**sizes, num_key_value_heads=1, intermediate_size=24, num_local_experts=2, num_experts_per_tok=1)
+    yield Qwen2Config(
+        **sizes,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    )
+    yield MixtralConfig(
+        **sizes, num_key_value_heads=1, intermediate_size=24, num_local_experts=2, num_experts_per_tok=1
+    )
 
 
 @pytest.mark.parametrize("config", architectures(), ids=lambda c: c.model_type)

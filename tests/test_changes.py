@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import run
 from llmprune.checkpoint import writer
+from llmprune.run import corridor as run
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def during(monkeypatch, change, moment):
 
 @pytest.mark.parametrize("moment", ["block", "end"])
 @pytest.mark.parametrize("change", [renamed, overwritten, removed, truncated], ids=lambda f: f.__name__)
-def test_a_weight_file_that_changes_ends_the_run(model, calibration_tokens, tmp_path, monkeypatch, change, moment):
+def test_a_weight_file_that_changes_ends_the_run(
+    model, calibration_tokens, tmp_path, monkeypatch, change, moment
+):
     file = shard_of(model, 3)
     during(monkeypatch, lambda: change(file), moment)
     options = {"recipe": "wanda", "calibration": calibration_tokens, "output": tmp_path / "out"}
@@ -104,7 +106,9 @@ def test_a_model_in_memory_that_is_written_to_ends_the_run(model, calibration_to
             weight.mul_(2)
 
     during(monkeypatch, change, "block")
-    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.up_proj\.weight of the model in memory changed during the run"):
+    with pytest.raises(
+        ValueError, match=r"layers\.3\.mlp\.up_proj\.weight of the model in memory changed during the run"
+    ):
         llmprune.prune(loaded, recipe="wanda", calibration=calibration_tokens, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -127,7 +131,9 @@ def test_a_model_that_changes_while_it_is_counted_or_loaded_is_refused(model, mo
     monkeypatch.setattr(audit, "recount", lambda *args: (counting(*args), overwritten(shard_of(model, 0)))[0])
     with pytest.raises(ValueError, match="changed during the run"):
         llmprune.inspect(model)
-    changing = classmethod(lambda cls, *args, **more: (loading(*args, **more), renamed(shard_of(model, 0)))[0])
+    changing = classmethod(
+        lambda cls, *args, **more: (loading(*args, **more), renamed(shard_of(model, 0)))[0]
+    )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", changing)
     with pytest.raises(ValueError, match="changed during the run"):
         llmprune.load(model)

@@ -3,9 +3,10 @@
 import pytest
 
 import llmprune
-from llmprune import choice, recipe
-from llmprune import device as devices
+from llmprune.machine import device as devices
 from llmprune.model.opening import open_model
+from llmprune.planning import choice
+from llmprune.recipe import loading as recipe
 
 
 def choose(model, tokens, limit=60.0, **overrides):
@@ -31,7 +32,14 @@ def test_the_light_recipe_where_memory_is_short(tiny_llama, calibration_tokens, 
 
 
 @pytest.mark.parametrize(
-    "named", [{"pruner": "magnitude"}, {"refiner": "none"}, {"refiner.margin": 0.2}, {"update": "obs"}, {"order": "group"}]
+    "named",
+    [
+        {"pruner": "magnitude"},
+        {"refiner": "none"},
+        {"refiner.margin": 0.2},
+        {"update": "obs"},
+        {"order": "group"},
+    ],
 )
 def test_naming_a_method_builds_on_the_light_recipe(tiny_llama, calibration_tokens, named):
     chosen = choose(tiny_llama, calibration_tokens, **named)
@@ -57,10 +65,15 @@ def test_a_bad_environment_is_refused(tiny_llama, calibration_tokens, monkeypatc
         llmprune.prune(tiny_llama, calibration=calibration_tokens, dry_run=True)
 
 
-def test_the_choice_is_told_and_does_not_stand_in_the_way_of_resuming(tiny_llama, calibration_tokens, tmp_path):
+def test_the_choice_is_told_and_does_not_stand_in_the_way_of_resuming(
+    tiny_llama, calibration_tokens, tmp_path
+):
     options = {"calibration": calibration_tokens, "sparsity": 0.5, "output": tmp_path / "out"}
     record = llmprune.prune(tiny_llama, time_limit=0, **options).record
-    assert record["recipe"]["name"] == "dsnot" and record["recipe"]["chosen"] == "dsnot, since the time limit is 0"
+    assert (
+        record["recipe"]["name"] == "dsnot"
+        and record["recipe"]["chosen"] == "dsnot, since the time limit is 0"
+    )
     again = llmprune.prune(tiny_llama, recipe="dsnot", resume=True, **options)
     assert again.record["matrices"] == record["matrices"]
 
@@ -71,7 +84,12 @@ def test_the_best_recipes_run(tiny_llama, calibration_tokens, tmp_path):
         for amount in ({"sparsity": 0.6}, {"pattern": "2:4"}):
             output = tmp_path / f"{name}{len(amount)}{next(iter(amount))}"
             record = llmprune.prune(
-                tiny_llama, recipe=name, calibration=calibration_tokens, settings=settings, output=output, **amount
+                tiny_llama,
+                recipe=name,
+                calibration=calibration_tokens,
+                settings=settings,
+                output=output,
+                **amount,
             ).record
             assert record["totals"]["sparsity"] == pytest.approx(amount.get("sparsity", 0.5), abs=0.001)
             assert llmprune.inspect(output)

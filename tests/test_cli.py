@@ -19,9 +19,10 @@ from outputs import contents, old_output
 from safetensors.torch import load_file, safe_open
 
 import llmprune
-from llmprune import hub, registry
+from llmprune import registry
 from llmprune.checkpoint.masks import read_masks
-from llmprune.data import shipped_names
+from llmprune.common.shipped import shipped_names
+from llmprune.hub import download as hub
 
 SMALL = ("--samples", 4, "--seqlen", 64)
 FILES = {
@@ -39,7 +40,17 @@ FILES = {
     "tokenizer_config.json",
 }
 COMMANDS = {"run", "prune", "push", "eval", "inspect", "methods", "recipes", "models"}
-MATRIX = {"name", "shape", "pattern", "target_sparsity", "sparsity", "relative_error", "pruner", "steps", "seconds"}
+MATRIX = {
+    "name",
+    "shape",
+    "pattern",
+    "target_sparsity",
+    "sparsity",
+    "relative_error",
+    "pruner",
+    "steps",
+    "seconds",
+}
 
 
 @pytest.fixture
@@ -53,10 +64,24 @@ def typed(typed, tmp_path, monkeypatch):
 def tiny_run(tiny_llama, tmp_path_factory):
     """`llmprune run` on the tiny model as a subprocess: (what it said, its folder)."""
     home = tmp_path_factory.mktemp("run")
-    options = ("--sparsity", 0.6, *SMALL, "--limit", 2, "--perplexity", "builtin", "--tasks", "demo_continuation", "--output", "out")
+    options = (
+        "--sparsity",
+        0.6,
+        *SMALL,
+        "--limit",
+        2,
+        "--perplexity",
+        "builtin",
+        "--tasks",
+        "demo_continuation",
+        "--output",
+        "out",
+    )
     command = [sys.executable, "-m", "llmprune", "run", tiny_llama, *options]
     env = {**os.environ, "HF_TOKEN": "hf_aVeryPrivateToken", "LLMPRUNE_CACHE": str(home / "cache")}
-    done = subprocess.run(list(map(str, command)), cwd=home, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        list(map(str, command)), cwd=home, env=env, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     return done, home / "out"
 
@@ -102,7 +127,10 @@ def test_every_command_has_help(typed, command):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("prune", "recipe sparsity pattern pruner refiner allocator calibration samples seqlen seed device dtype set"),
+        (
+            "prune",
+            "recipe sparsity pattern pruner refiner allocator calibration samples seqlen seed device dtype set",
+        ),
         ("prune", "output overwrite dry-run json quiet"),
         ("run", "recipe sparsity perplexity eval-seqlen tasks suite include-tasks limit"),
         ("eval", "perplexity eval-seqlen tasks suite include-tasks limit json quiet"),
@@ -194,7 +222,16 @@ def test_config_and_tokenizer_are_those_of_the_source(tiny_run, tiny_llama):
 
 
 def test_the_record_has_the_keys_of_the_interface(record):
-    assert set(record) == {"schema", "model", "recipe", "calibration", "matrices", "totals", "evaluation", "environment"}
+    assert set(record) == {
+        "schema",
+        "model",
+        "recipe",
+        "calibration",
+        "matrices",
+        "totals",
+        "evaluation",
+        "environment",
+    }
     assert record["schema"] == 1
     licence = {"license", "license_name", "license_link"}
     assert set(record["model"]) == {"source", "revision", "architecture", "parameters", "digest"} | licence
@@ -215,8 +252,16 @@ def test_the_record_is_of_this_run(record, tiny_llama):
     assert record["model"]["source"] == "tiny-llama"
     assert record["model"]["revision"] is None
     assert record["model"]["architecture"] == "LlamaForCausalLM"
-    assert record["model"]["parameters"] == sum(t.numel() for t in load_file(tiny_llama / "model.safetensors").values())
-    assert record["calibration"] | {"digest": 0} == {"source": "builtin", "samples": 4, "sequence_length": 64, "seed": 0, "digest": 0}
+    assert record["model"]["parameters"] == sum(
+        t.numel() for t in load_file(tiny_llama / "model.safetensors").values()
+    )
+    assert record["calibration"] | {"digest": 0} == {
+        "source": "builtin",
+        "samples": 4,
+        "sequence_length": 64,
+        "seed": 0,
+        "digest": 0,
+    }
     assert re.fullmatch(r"sha256:[0-9a-f]{64}", record["calibration"]["digest"])
     assert len(record["matrices"]) == 14
     assert record["totals"]["weights"] == 61440
@@ -228,7 +273,7 @@ def test_the_record_is_of_this_run(record, tiny_llama):
 
 
 def test_the_recipe_of_the_record_is_fully_resolved_and_runs_again(record):
-    from llmprune.recipe import from_dict
+    from llmprune.recipe.loading import from_dict
 
     assert record["recipe"]["pruner"]["name"] == "wanda"
     assert record["recipe"]["refiner"]["name"] == "dsnot"
@@ -246,7 +291,15 @@ def test_the_record_is_strict_json(tiny_run):
 
 
 def test_no_text_file_holds_a_local_path_or_a_token(tiny_run, tiny_llama):
-    private = [str(tiny_run[1]), str(tiny_llama), "/tmp/", str(Path.home()) + "/", os.getcwd(), sys.prefix, "hf_aVeryPrivateToken"]
+    private = [
+        str(tiny_run[1]),
+        str(tiny_llama),
+        "/tmp/",
+        str(Path.home()) + "/",
+        os.getcwd(),
+        sys.prefix,
+        "hf_aVeryPrivateToken",
+    ]
     for path in tiny_run[1].iterdir():
         if path.suffix != ".safetensors":
             found = [text for text in private if text in path.read_text(encoding="utf-8")]
@@ -274,7 +327,10 @@ def test_plain_transformers_loads_the_folder_and_finds_the_masks(tiny_run, tiny_
     for name, weight in dense.items():
         assert state[name].equal(weight * masks[name] if name in masks else weight), name
     tokens = AutoTokenizer.from_pretrained(tiny_run[1])("import os", return_tensors="pt")
-    assert pruned.generate(tokens["input_ids"], max_new_tokens=4, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 4
+    assert (
+        pruned.generate(tokens["input_ids"], max_new_tokens=4, do_sample=False).shape[1]
+        == tokens["input_ids"].shape[1] + 4
+    )
 
 
 def test_the_masks_are_stored_as_the_interface_says(tiny_run):
@@ -312,7 +368,9 @@ def test_inspect_recounts_what_the_record_claims(typed, tiny_run, record):
     counts = json.loads(out)
     assert counts["record_agrees"] is True
     assert (counts["zeros"], counts["weights"]) == (record["totals"]["zeros"], record["totals"]["weights"])
-    assert {m["name"]: m["sparsity"] for m in counts["matrices"]} == {m["name"]: m["sparsity"] for m in record["matrices"]}
+    assert {m["name"]: m["sparsity"] for m in counts["matrices"]} == {
+        m["name"]: m["sparsity"] for m in record["matrices"]
+    }
     code, out, err = typed("inspect", tiny_run[1])
     assert (code, err) == (0, "")
     assert "the record agrees" in out
@@ -344,7 +402,9 @@ def test_evaluate_gives_the_numbers_of_the_record(typed, tiny_run, tiny_llama, r
         code, out, _ = typed("eval", folder, *options)
         assert code == 0
         scores = json.loads(out)
-        assert scores["perplexity"]["builtin"]["value"] == pytest.approx(record["evaluation"]["perplexity"]["builtin"][which], rel=1e-5)
+        assert scores["perplexity"]["builtin"]["value"] == pytest.approx(
+            record["evaluation"]["perplexity"]["builtin"][which], rel=1e-5
+        )
         for metric in ("acc", "acc_norm"):
             claimed = record["evaluation"]["tasks"]["demo_continuation"].get(metric)
             if claimed:
@@ -366,10 +426,18 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_kind_of_checkpoint_comes_back_as_it_was_but_for_the_zeros(make_llama, calibration_tokens, tmp_path, variant):
+def test_every_kind_of_checkpoint_comes_back_as_it_was_but_for_the_zeros(
+    make_llama, calibration_tokens, tmp_path, variant
+):
     source = make_llama(**variant)
-    result = llmprune.prune(source, recipe="wanda", calibration=calibration_tokens, sparsity=0.5, output=tmp_path / "out")
-    dense, pruned, masks = weights(source), weights(result.output), read_masks(result.output / "masks.safetensors")
+    result = llmprune.prune(
+        source, recipe="wanda", calibration=calibration_tokens, sparsity=0.5, output=tmp_path / "out"
+    )
+    dense, pruned, masks = (
+        weights(source),
+        weights(result.output),
+        read_masks(result.output / "masks.safetensors"),
+    )
     assert set(pruned) == set(dense)
     for name, weight in dense.items():
         assert pruned[name].dtype == weight.dtype
@@ -398,17 +466,26 @@ def test_a_model_in_memory_is_pruned_and_left_as_it_was(tiny_llama, calibration_
 
 def test_strings_in_memory_calibrate(tiny_llama, tmp_path):
     result = llmprune.prune(
-        tiny_llama, recipe="magnitude", calibration=("def f(x): return x\n" * 9 for _ in range(40)), samples=4, seqlen=32,
+        tiny_llama,
+        recipe="magnitude",
+        calibration=("def f(x): return x\n" * 9 for _ in range(40)),
+        samples=4,
+        seqlen=32,
         output=tmp_path / "out",
-    )  # fmt: skip
-    assert (result.record["calibration"]["samples"], result.record["calibration"]["sequence_length"]) == (4, 32)
+    )
+    assert (result.record["calibration"]["samples"], result.record["calibration"]["sequence_length"]) == (
+        4,
+        32,
+    )
 
 
 # Flags
 
 
 def test_json_is_one_object_on_stdout(cli, tiny_llama):
-    done = cli("prune", tiny_llama, *SMALL, "--pattern", "2:4", "--recipe", "wanda", "--output", "out", "--json")
+    done = cli(
+        "prune", tiny_llama, *SMALL, "--pattern", "2:4", "--recipe", "wanda", "--output", "out", "--json"
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["output"] == "out"
@@ -440,15 +517,30 @@ def test_a_dry_run_lists_every_matrix_and_writes_nothing(typed, tiny_llama, tmp_
     code, out, err = typed("prune", tiny_llama, *SMALL, "--sparsity", "0.7", "--set", rules, "--dry-run")
     assert (code, err) == (0, "")
     for block in range(2):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"):
-            sparsity, by = ("0.25", r"rule '\*\.1\.\*q_proj'") if (block, name) == (1, "self_attn.q_proj") else ("0.7", "uniform")
-            assert re.search(rf"model\.layers\.{block}\.{name} +\d+ x \d+ +unstructured +{sparsity} +{by}", out), name
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
+            sparsity, by = (
+                ("0.25", r"rule '\*\.1\.\*q_proj'")
+                if (block, name) == (1, "self_attn.q_proj")
+                else ("0.7", "uniform")
+            )
+            assert re.search(
+                rf"model\.layers\.{block}\.{name} +\d+ x \d+ +unstructured +{sparsity} +{by}", out
+            ), name
         assert re.search(rf"model\.layers\.{block}\.mlp\.down_proj +skipped", out)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_as_json(typed, tiny_llama, tmp_path):
-    code, out, _ = typed("run", tiny_llama, *SMALL, "--limit", 1, "--perplexity", "builtin", "--dry-run", "--json")
+    code, out, _ = typed(
+        "run", tiny_llama, *SMALL, "--limit", 1, "--perplexity", "builtin", "--dry-run", "--json"
+    )
     assert code == 0
     summary = json.loads(out)
     assert len(summary["matrices"]) == 14
@@ -461,11 +553,25 @@ def test_without_output_the_folder_is_named_after_model_recipe_and_sparsity(type
     typed("prune", tiny_llama, *SMALL, "--sparsity", "0.3", "--recipe", "magnitude")
     typed("prune", tiny_llama, *SMALL, "--pattern", "2:4")
     assert {p.name for p in tmp_path.iterdir()} == {"tiny-llama-magnitude-0.3", "tiny-llama-dsnot-2to4"}
-    assert json.loads((tmp_path / "tiny-llama-dsnot-2to4" / "llmprune.json").read_text())["totals"]["sparsity"] == 0.5
+    assert (
+        json.loads((tmp_path / "tiny-llama-dsnot-2to4" / "llmprune.json").read_text())["totals"]["sparsity"]
+        == 0.5
+    )
 
 
 def test_flags_reach_the_recipe(typed, tiny_llama):
-    flags = ("--pruner", "sparsegpt", "--refiner", "none", "--seed", 3, "--set", "pruner.damp=0.05", "--set", "scope=matrix")
+    flags = (
+        "--pruner",
+        "sparsegpt",
+        "--refiner",
+        "none",
+        "--seed",
+        3,
+        "--set",
+        "pruner.damp=0.05",
+        "--set",
+        "scope=matrix",
+    )
     summary = json.loads(typed("prune", tiny_llama, *SMALL, *flags, "--output", "out", "--json")[1])
     assert summary["recipe"]["pruner"]["name"] == "sparsegpt"
     assert summary["recipe"]["pruner"]["damp"] == 0.05
@@ -478,12 +584,16 @@ def test_tokens_in_a_file_are_used_as_they_are(typed, tiny_llama, calibration_to
     from safetensors.torch import save_file
 
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
-    first = json.loads(typed("prune", tiny_llama, "--calibration", "tokens.safetensors", "--output", "one", "--json")[1])
+    first = json.loads(
+        typed("prune", tiny_llama, "--calibration", "tokens.safetensors", "--output", "one", "--json")[1]
+    )
     assert first["calibration"]["source"] == "tokens.safetensors"
     assert (first["calibration"]["samples"], first["calibration"]["sequence_length"]) == (8, 32)
     second = llmprune.prune(tiny_llama, calibration=calibration_tokens, output=tmp_path / "two").record
     assert second["calibration"]["digest"] == first["calibration"]["digest"]
-    assert (tmp_path / "one" / "masks.safetensors").read_bytes() == (tmp_path / "two" / "masks.safetensors").read_bytes()
+    assert (tmp_path / "one" / "masks.safetensors").read_bytes() == (
+        tmp_path / "two" / "masks.safetensors"
+    ).read_bytes()
 
 
 def test_the_same_command_writes_the_same_weights(typed, tiny_llama, tmp_path):
@@ -503,10 +613,15 @@ def test_run_demo_works_out_of_the_box(cli, tmp_path):
     assert summary["model"]["source"] == "demo"
     assert summary["output"] == "demo-dsnot-0.7"
     assert summary["totals"]["sparsity"] == pytest.approx(0.7, abs=0.01)
-    assert summary["evaluation"]["perplexity"]["builtin"]["dense"] < summary["evaluation"]["perplexity"]["builtin"]["pruned"]
+    assert (
+        summary["evaluation"]["perplexity"]["builtin"]["dense"]
+        < summary["evaluation"]["perplexity"]["builtin"]["pruned"]
+    )
     assert "demo_continuation" in summary["evaluation"]["tasks"]
     folder = tmp_path / "demo-dsnot-0.7"
-    assert FILES - {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)} <= {p.name for p in folder.iterdir()}
+    assert FILES - {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)} <= {
+        p.name for p in folder.iterdir()
+    }
     assert all(t.dtype == torch.bfloat16 for t in weights(folder).values())
 
 
@@ -519,7 +634,12 @@ def test_ctrl_c_ends_with_130_one_line_and_no_partial_folder(tiny_llama, tmp_pat
     before = contents(old_output(tmp_path / "out"))
     command = [sys.executable, "-m", "llmprune", "prune", tiny_llama, *options]
     with subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as running:
         try:
             wait_for(lambda: (tmp_path / ".out.partial").is_dir() or running.poll() is not None, 120)
@@ -542,7 +662,7 @@ def wait_for(condition, seconds):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "transformers", "llmprune.pipeline"])
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers", "llmprune.run.production"])
 def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_still_an_interrupt(tmp_path, module):
     """SIGTERM in the middle of an import, which ends in another error, as lazy imports make of it."""
     code = f"""
@@ -560,14 +680,19 @@ from llmprune.__main__ import main
 sys.meta_path.insert(0, Finder())
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, list(tmp_path.iterdir())) == (130, []), done.stderr
-    assert done.stderr == "llmprune: interrupted; nothing was changed in the output folder, run the same command again\n"
+    assert (
+        done.stderr
+        == "llmprune: interrupted; nothing was changed in the output folder, run the same command again\n"
+    )
 
 
 def test_processes_that_a_command_forks_die_of_sigterm():
     """lm-eval's bootstrap ends a pool of workers so, and waits for them."""
-    from llmprune.ending import Interrupts
+    from llmprune.machine.interrupts import Interrupts
 
     with Interrupts().watched():
         pid = os.fork()

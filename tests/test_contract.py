@@ -8,10 +8,10 @@ import torch
 from jobs import ALL, inputs, job, statistics
 
 from llmprune import registry
-from llmprune.allocation import balanced
 from llmprune.contracts import Allocator, BlockStep, Job, Pruned, Pruner, ScorePruner, Step
-from llmprune.matrix import check_promises
 from llmprune.patterns import NM, Unstructured
+from llmprune.planning.allocation import balanced
+from llmprune.run.matrix import check_promises
 
 PATTERNS = [Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(1, 8)]
 PRUNERS, REFINERS, UPDATES, ALLOCATORS = (registry.names(room) for room in registry.ROOMS)
@@ -30,7 +30,10 @@ def fresh(pattern):
 @pytest.mark.parametrize(("room", "name"), EVERY)
 def test_every_algorithm_is_one_documented_class_with_a_frozen_config(room, name):
     cls = registry.find(room, name)
-    assert issubclass(cls, {"pruners": Pruner, "refiners": Step, "updates": (Step, BlockStep), "allocators": Allocator}[room])
+    assert issubclass(
+        cls,
+        {"pruners": Pruner, "refiners": Step, "updates": (Step, BlockStep), "allocators": Allocator}[room],
+    )
     assert cls.__doc__ and registry.describe(room, name)["summary"]
     config = cls.Config()
     assert dataclasses.is_dataclass(config) and type(config).__dataclass_params__.frozen
@@ -41,7 +44,9 @@ def test_every_algorithm_is_one_documented_class_with_a_frozen_config(room, name
 @pytest.mark.parametrize(("room", "name"), [e for e in EVERY if e != ("allocators", "uniform")])
 def test_every_algorithm_has_an_oracle(room, name):
     if name != "random":  # noise has nothing to be checked against
-        assert any(name.replace("-", "_") in known for known in dir(oracles)), f"add an oracle for {name} to tests/oracles.py"
+        assert any(name.replace("-", "_") in known for known in dir(oracles)), (
+            f"add an oracle for {name} to tests/oracles.py"
+        )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["row", "matrix", "2:4", "1:8"])
@@ -55,7 +60,9 @@ def test_pruners_keep_the_promises(name, pattern):
     assert pruned.weight.dtype == pruned.score.dtype == torch.float32 and pruned.keep.dtype == torch.bool
     assert pruned.weight.shape == pruned.keep.shape == pruned.score.shape == dense.shape
     if isinstance(pruner, ScorePruner):
-        assert torch.equal(pruned.weight[pruned.keep], dense[pruned.keep]), "a score pruner leaves kept weights alone"
+        assert torch.equal(pruned.weight[pruned.keep], dense[pruned.keep]), (
+            "a score pruner leaves kept weights alone"
+        )
     again = pruner.prune(fresh(pattern))
     assert torch.equal(again.keep, pruned.keep) and torch.equal(again.weight, pruned.weight)
 
@@ -69,7 +76,9 @@ def test_refiners_keep_the_promises(name, pattern):
     refined = step.apply(work, start)
     check_promises(work, refined, step, start)
     assert step.changes == "mask"
-    assert torch.equal(start.weight, before.weight) and torch.equal(start.keep, before.keep), "the input is read-only"
+    assert torch.equal(start.weight, before.weight) and torch.equal(start.keep, before.keep), (
+        "the input is read-only"
+    )
     kept = refined.keep
     assert torch.equal(refined.weight[kept], work.weight[kept])
 
@@ -84,12 +93,17 @@ def test_updates_keep_the_promises(name, start, pattern):
     updated = step.apply(work, start)
     check_promises(work, updated, step, start)
     assert step.changes == "weights" and torch.equal(updated.keep, before.keep)
-    assert torch.equal(start.weight, before.weight) and torch.equal(start.keep, before.keep), "the input is read-only"
+    assert torch.equal(start.weight, before.weight) and torch.equal(start.keep, before.keep), (
+        "the input is read-only"
+    )
     again = step.apply(work, start)
     assert torch.equal(again.weight, updated.weight)
 
 
-@pytest.mark.parametrize(("room", "name"), [e for e in EVERY if e[0] != "allocators" and not issubclass(registry.find(*e), BlockStep)])
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [e for e in EVERY if e[0] != "allocators" and not issubclass(registry.find(*e), BlockStep)],
+)
 def test_declared_needs_are_enough_and_exact(room, name):
     algorithm, work = registry.build(room, name, {}), task(PATTERNS[0])
     only = statistics(inputs(64), algorithm.needs)
@@ -138,7 +152,10 @@ def test_a_broken_promise_is_caught_and_named():
     cases = {
         "broke the pattern": ("mask", lambda p: Pruned(work.weight, torch.ones_like(p.keep), p.score)),
         "left weights where": ("mask", lambda p: Pruned(work.weight, p.keep, p.score)),
-        "NaN or Inf": ("weights", lambda p: Pruned(p.weight.masked_fill(p.keep, float("nan")), p.keep, p.score)),
+        "NaN or Inf": (
+            "weights",
+            lambda p: Pruned(p.weight.masked_fill(p.keep, float("nan")), p.keep, p.score),
+        ),
         "changed the mask": ("weights", lambda p: moved),
     }
     for message, (changes, change) in cases.items():

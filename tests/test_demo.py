@@ -7,7 +7,7 @@ import pytest
 import llmprune
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.demo import text
-from llmprune.hub import demo_folder
+from llmprune.hub.download import demo_folder
 
 
 def test_it_is_small_and_tied_and_in_bf16():
@@ -19,7 +19,9 @@ def test_it_is_small_and_tied_and_in_bf16():
 
 
 def test_its_splits_share_no_document():
-    splits = [set(d()) for d in (text.training_documents, text.calibration_documents, text.held_out_documents)]
+    splits = [
+        set(d()) for d in (text.training_documents, text.calibration_documents, text.held_out_documents)
+    ]
     assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
     assert min(sum(map(len, s)) for s in splits) > 300_000
 
@@ -34,10 +36,16 @@ def test_the_training_log_belongs_to_it():
 def scores(tmp_path_factory):
     """Perplexity on held-out text, dense and at 70 % by recipe."""
     root = tmp_path_factory.mktemp("demo")
-    found = {"dense": llmprune.evaluate("demo", perplexity=["builtin"], limit=200)["perplexity"]["builtin"]["value"]}
+    found = {
+        "dense": llmprune.evaluate("demo", perplexity=["builtin"], limit=200)["perplexity"]["builtin"][
+            "value"
+        ]
+    }
     for recipe in ("magnitude", "wanda", "sparsegpt", "dsnot"):
         llmprune.prune("demo", recipe=recipe, sparsity=0.7, dtype="float32", output=root / recipe)
-        found[recipe] = llmprune.evaluate(root / recipe, perplexity=["builtin"], limit=200)["perplexity"]["builtin"]["value"]
+        found[recipe] = llmprune.evaluate(root / recipe, perplexity=["builtin"], limit=200)["perplexity"][
+            "builtin"
+        ]["value"]
     return found
 
 

@@ -5,12 +5,13 @@ import json
 import pytest
 
 import llmprune
-from llmprune import device as devices
-from llmprune import estimate, recipe
-from llmprune.data import shipped_names
+from llmprune.common.shipped import shipped_names
 from llmprune.evaluation.requests import requests_of
 from llmprune.evaluation.zeroshot import load_tasks
+from llmprune.machine import device as devices
 from llmprune.model.opening import open_model
+from llmprune.planning import estimate
+from llmprune.recipe import loading as recipe
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,11 @@ def test_every_recipe_has_an_estimate_and_more_work_takes_longer(tiny_llama):
     for name in shipped_names("recipes"):
         assert 0 < seconds(name, model) < seconds(name, model, samples=12800), name
     assert seconds("wanda", model) < seconds("sparsegpt", model) < seconds("best", model)
-    assert seconds("wanda", model) < seconds("wanda", model, allocator="owl") < seconds("wanda", model, allocator="atp")
+    assert (
+        seconds("wanda", model)
+        < seconds("wanda", model, allocator="owl")
+        < seconds("wanda", model, allocator="atp")
+    )
     for step in ("dsnot", "swaps"):
         assert seconds("wanda", model) < seconds("wanda", model, refiner=step)
     for step in ("obs", "least-squares", "block-tune"):
@@ -63,7 +68,9 @@ def test_plan_and_json_tell_the_estimates(typed, tiny_llama, tmp_path, monkeypat
     assert code == 0 and "of pruning, by estimate" in out and "of scoring" not in out
     summary = json.loads(typed("prune", tiny_llama, *options, "--json")[1])
     assert summary["pruning_seconds"] > 0 and summary["scoring_seconds"] is None
-    code, out, _ = typed("run", tiny_llama, *options, "--tasks", "demo_continuation", "--perplexity", "builtin")
+    code, out, _ = typed(
+        "run", tiny_llama, *options, "--tasks", "demo_continuation", "--perplexity", "builtin"
+    )
     assert "of scoring (dense and pruned), by estimate" in out and "come on top" not in out
     monkeypatch.setattr(estimate, "requests_of", lambda *_: None)
     out = typed("run", tiny_llama, *options, "--tasks", "demo_continuation")[1]
@@ -79,6 +86,8 @@ def test_the_machine_is_measured_once_and_soon(monkeypatch, tiny_llama):
     real = devices.matmul_rate
     monkeypatch.setattr(devices, "matmul_rate", lambda *a: calls.append(a) or real(*a))
     for _ in range(2):
-        plan = llmprune.prune(tiny_llama, calibration="builtin", samples=4, seqlen=32, dry_run=True, time_limit=0).plan
+        plan = llmprune.prune(
+            tiny_llama, calibration="builtin", samples=4, seqlen=32, dry_run=True, time_limit=0
+        ).plan
         assert 0 < plan.pruning_seconds < 60
     assert len(calls) == 2

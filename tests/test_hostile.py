@@ -26,25 +26,67 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import llmprune
-from llmprune import calibration, recipe
-from llmprune.api import inspect
+from llmprune import calibration
+from llmprune.api.checkpoints import inspect
 from llmprune.checkpoint.masks import read_masks
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.checkpoint.writer import CheckpointWriter
-from llmprune.data import shipped
-from llmprune.licence import read_licence
+from llmprune.common.shipped import shipped
 from llmprune.model.opening import open_model
+from llmprune.recipe import loading as recipe
+from llmprune.record.licence import read_licence
 
 KINDS = (
-    "safetensors", "index", "config", "recipe", "masks", "record", "tokens", "txt", "gzip", "jsonl", "chat", "parquet", "journal",
-    "card", "tokenizer",
-)  # fmt: skip
+    "safetensors",
+    "index",
+    "config",
+    "recipe",
+    "masks",
+    "record",
+    "tokens",
+    "txt",
+    "gzip",
+    "jsonl",
+    "chat",
+    "parquet",
+    "journal",
+    "card",
+    "tokenizer",
+)
 CASES = int(os.environ.get("LLMPRUNE_FUZZ_CASES", "500"))
 NASTY = [
-    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan"), "", "x" * 5000, "../../etc/passwd", "/etc/passwd",
-    "a/b", "\0", "\ud7ff\u202e", "a\ud800b", [], {}, [[]], [1, -1], [2**40, 2**40], {"": {}}, "model.safetensors", "F32", "BF16", "I64",
-    "nan", [None],
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "x" * 5000,
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/b",
+    "\0",
+    "\ud7ff\u202e",
+    "a\ud800b",
+    [],
+    {},
+    [[]],
+    [1, -1],
+    [2**40, 2**40],
+    {"": {}},
+    "model.safetensors",
+    "F32",
+    "BF16",
+    "I64",
+    "nan",
+    [None],
+]
 
 RENAMED = ["", "../x", "x" * 300, "__metadata__", "\0", "model.norm.weight"]
 
@@ -125,7 +167,9 @@ def damaged(data, todo, load=json.loads, as_yaml=False):
 def damaged_safetensors(data, todo):
     length = int.from_bytes(data[:8], "little")
     if any(d[0] in ("value", "delete", "rename", "nest") for d in todo):
-        head = damaged(data[8 : 8 + length], [d for d in todo if d[0] in ("value", "delete", "rename", "nest")])
+        head = damaged(
+            data[8 : 8 + length], [d for d in todo if d[0] in ("value", "delete", "rename", "nest")]
+        )
         data = len(head).to_bytes(8, "little") + head + data[8 + length :]
     for damage in todo:
         data = mangle(data, damage)
@@ -165,11 +209,16 @@ def fuzz(tmp_path_factory, tiny_llama):
     (root / "text.jsonl").write_text("\n".join(lines))
     (root / "text.txt").write_text("\n".join(lines))
     (root / "text.txt.gz").write_bytes(gzip.compress((root / "text.txt").read_bytes()))
-    chats = [json.dumps({"messages": [{"role": "user", "content": line}, {"from": "gpt", "value": line}]}) for line in lines]
+    chats = [
+        json.dumps({"messages": [{"role": "user", "content": line}, {"from": "gpt", "value": line}]})
+        for line in lines
+    ]
     (root / "chat.jsonl").write_text("\n".join(chats))
     table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
     pyarrow.parquet.write_table(table, root / "text.parquet")
-    recipe_text = shipped("recipes", "dsnot.yaml").read_text() + "rules: [{match: '*.q_proj', sparsity: 0.4}]\n"
+    recipe_text = (
+        shipped("recipes", "dsnot.yaml").read_text() + "rules: [{match: '*.q_proj', sparsity: 0.4}]\n"
+    )
     (root / "recipe.yaml").write_text(recipe_text)
     (root / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\n---\n# x\n")
     entry = {"block": 1, "file": "a", "bytes": 1, "sha256": "0", "rows": [], "seconds": {}}
@@ -188,11 +237,15 @@ def reader_of(kind, root, tokenizer, trial):
     def calibrate(name):
         samples, length = (None, None) if name.startswith("tokens") else (2, 16)
         path = str(trial / name)
-        return lambda: calibration.build(path, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=0)
+        return lambda: calibration.build(
+            path, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=0
+        )
 
     def speak():
         texts = ["a sentence with numbers 12 and \u00e9, more of it"] * 40
-        calibration.build(texts, open_model(trial).tokenizer, samples=2, length=16, limit=64, vocabulary=2048, seed=0)
+        calibration.build(
+            texts, open_model(trial).tokenizer, samples=2, length=16, limit=64, vocabulary=2048, seed=0
+        )
 
     def load_all():
         source = Checkpoint(trial)
@@ -212,21 +265,39 @@ def reader_of(kind, root, tokenizer, trial):
         "safetensors": (trial / shard, damaged_safetensors, load_all),
         "index": (trial / "model.safetensors.index.json", damaged, load_all),
         "config": (trial / "config.json", damaged, lambda: open_model(trial)),
-        "recipe": (root / "recipe.yaml", lambda d, t: damaged(d, t, yaml.safe_load, True), lambda: recipe.load(str(trial / "recipe.yaml"))),
-        "masks": (trial / "masks.safetensors", damaged_safetensors, lambda: read_masks(trial / "masks.safetensors")),
+        "recipe": (
+            root / "recipe.yaml",
+            lambda d, t: damaged(d, t, yaml.safe_load, True),
+            lambda: recipe.load(str(trial / "recipe.yaml")),
+        ),
+        "masks": (
+            trial / "masks.safetensors",
+            damaged_safetensors,
+            lambda: read_masks(trial / "masks.safetensors"),
+        ),
         "record": (trial / "llmprune.json", damaged, lambda: inspect(trial)),
         "tokens": (root / "tokens.safetensors", damaged_safetensors, calibrate("tokens.safetensors")),
         "txt": (root / "text.txt", bytes_only, calibrate("text.txt")),
         "gzip": (root / "text.txt.gz", bytes_only, calibrate("text.txt.gz")),
-        "jsonl": (root / "text.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("text.jsonl")),
-        "chat": (root / "chat.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d, calibrate("chat.jsonl")),
+        "jsonl": (
+            root / "text.jsonl",
+            lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d,
+            calibrate("text.jsonl"),
+        ),
+        "chat": (
+            root / "chat.jsonl",
+            lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n")[:3]) + d,
+            calibrate("chat.jsonl"),
+        ),
         "parquet": (root / "text.parquet", lambda d, t: bytes_only(d, t), calibrate("text.parquet")),
         "journal": (
-            root / "journal.jsonl", lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n") if x) + b"\n", resume
+            root / "journal.jsonl",
+            lambda d, t: b"\n".join(damaged(x, t) for x in d.split(b"\n") if x) + b"\n",
+            resume,
         ),
         "card": (root / "README.md", bytes_only, lambda: read_licence(trial)),
         "tokenizer": (trial / "tokenizer.json", lambda d, t: damaged(d, t), speak),
-    }[kind]  # fmt: skip
+    }[kind]
 
 
 def bytes_only(data, todo):
@@ -240,9 +311,12 @@ def test_it_is_read_or_refused_in_one_line(fuzz, tmp_path, kind):
     root, tokenizer = fuzz
 
     @settings(
-        max_examples=max(1, CASES // len(KINDS)), deadline=timedelta(seconds=20), derandomize=CASES <= 500, database=None,
+        max_examples=max(1, CASES // len(KINDS)),
+        deadline=timedelta(seconds=20),
+        derandomize=CASES <= 500,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(todo=damages)
     def cases(todo):
         trial = tmp_path / "trial"
@@ -266,7 +340,10 @@ def test_code_in_a_checkpoint_folder_runs_only_when_asked_for(tmp_path, tiny_lla
     )
     (folder / "own.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": "own.T"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": "own.T"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -17,7 +17,7 @@ import pytest
 from hub_server import COMMIT, TOKEN, Fault, serving
 from safetensors.torch import load_file
 
-from llmprune.hub import locate
+from llmprune.hub.download import locate
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs into the green hills beyond the river "
 # Every call in one process: importing torch and transformers costs seconds.
@@ -74,7 +74,9 @@ def dataset_folders(folder):
         (wikitext / config).mkdir(parents=True)
         for split in ("test", "train"):
             rows = {"text": [f"{config} {split} {i} {TEXT * 3}" for i in range(60)]}
-            pyarrow.parquet.write_table(pyarrow.table(rows), wikitext / config / f"{split}-00000-of-00001.parquet")
+            pyarrow.parquet.write_table(
+                pyarrow.table(rows), wikitext / config / f"{split}-00000-of-00001.parquet"
+            )
         files = "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("test", "train"))
         configs.append(f"- config_name: {config}\n  data_files:\n{files}")
     (wikitext / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
@@ -82,10 +84,20 @@ def dataset_folders(folder):
     (notes / "train.jsonl").write_text("".join(json.dumps({"body": f"note {i}"}) + "\n" for i in range(20)))
     chats = folder / "chats"
     chats.mkdir()
-    turns = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "an answer"}] for i in range(20)]
+    turns = [
+        [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "an answer"}]
+        for i in range(20)
+    ]
     bad = [{"role": "user", "content": None}]
-    (chats / "train.jsonl").write_text("".join(json.dumps({"messages": chat, "bad": bad}) + "\n" for chat in turns))
-    return {"allenai/c4": c4.parent, "Salesforce/wikitext": wikitext, "owner/notes": notes, "owner/chats": chats}
+    (chats / "train.jsonl").write_text(
+        "".join(json.dumps({"messages": chat, "bad": bad}) + "\n" for chat in turns)
+    )
+    return {
+        "allenai/c4": c4.parent,
+        "Salesforce/wikitext": wikitext,
+        "owner/notes": notes,
+        "owner/chats": chats,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +125,13 @@ def hub(make_llama, tmp_path_factory):
 
 
 def environment(hub, home):
-    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "LLMPRUNE_CACHE": str(home / "cache"), "HF_TOKEN": TOKEN}
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "LLMPRUNE_CACHE": str(home / "cache"),
+        "HF_TOKEN": TOKEN,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +139,14 @@ def called(hub, tmp_path_factory):
     """(what every call gave, the folder they ran in)."""
     home = tmp_path_factory.mktemp("called")
     code = CALLS.replace("COMMIT", repr(COMMIT))
-    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment(hub, home), capture_output=True, text=True, timeout=170)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=home,
+        env=environment(hub, home),
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), home
 
@@ -218,7 +243,10 @@ def test_a_column_of_any_hub_dataset(called):
 
 
 def test_chats_of_a_hub_dataset(called):
-    assert all(re.fullmatch(r"user: question \d+\nassistant: an answer", document) for document in value(called, "chats"))
+    assert all(
+        re.fullmatch(r"user: question \d+\nassistant: an answer", document)
+        for document in value(called, "chats")
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +311,10 @@ def tiny(own_hub, make_llama):
 
 def test_a_file_cut_in_the_middle_goes_on_where_it_stopped(tiny, make_llama, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096)
-    tiny.faults = [Fault(r"GET .*/model\.safetensors", cut=200_000), Fault(r"GET .*/model\.safetensors", cut=100_000)]
+    tiny.faults = [
+        Fault(r"GET .*/model\.safetensors", cut=200_000),
+        Fault(r"GET .*/model\.safetensors", cut=100_000),
+    ]
     assert weights(locate("owner/tiny").folder) == weights(make_llama())
     first, second = (int(re.search(r"bytes=(\d+)-", request)[1]) for request in tiny.ranges)
     assert 190_000 < first <= 200_000 and 290_000 < second <= 300_000, "nothing that arrived is fetched again"
@@ -299,7 +330,13 @@ def test_a_connection_reset_in_the_middle_is_tried_again_and_told(tiny, make_lla
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize(
-    "request_", ["GET /api/models/owner/tiny/revision", "GET .*/tree/", "HEAD .*/config.json", r"GET .*/model\.safetensors"]
+    "request_",
+    [
+        "GET /api/models/owner/tiny/revision",
+        "GET .*/tree/",
+        "HEAD .*/config.json",
+        r"GET .*/model\.safetensors",
+    ],
 )
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(tiny, make_llama, request_, status):
     tiny.faults = [Fault(request_, times=2, status=status)]
@@ -320,7 +357,9 @@ def test_a_wait_beyond_reason_is_not(tiny):
     assert tiny.slept == [300]
 
 
-@pytest.mark.parametrize(("status", "said"), [(429, r"429.*owner/tiny.*wait"), (500, r"owner/tiny.*500.*local folder or demo")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(429, r"429.*owner/tiny.*wait"), (500, r"owner/tiny.*500.*local folder or demo")]
+)
 def test_a_hub_that_stays_busy_is_given_up(tiny, status, said):
     tiny.faults = [Fault("GET /api/", times=10**6, status=status)]
     assert re.search(said, refusal("owner/tiny"))
@@ -359,7 +398,9 @@ def test_offline_mode_uses_the_cache_and_names_itself(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_cache_that_lacks_only_the_licence_is_good_without_the_hub(own_hub, llama_copy, monkeypatch, offline):
+def test_a_cache_that_lacks_only_the_licence_is_good_without_the_hub(
+    own_hub, llama_copy, monkeypatch, offline
+):
     (llama_copy / "README.md").write_text("---\nlicense: mit\n---\n")
     own_hub.add("owner/carded", llama_copy)
     folder = locate("owner/carded").folder
@@ -372,7 +413,10 @@ def test_a_cache_that_lacks_only_the_licence_is_good_without_the_hub(own_hub, ll
 def test_a_wrong_token_is_said_without_the_token(tiny, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_expiredLongAgo")
     said = refusal("owner/tiny")
-    assert re.search(r"refuses the token for owner/tiny.*hf auth login.*HF_TOKEN", said) and "expired" not in said
+    assert (
+        re.search(r"refuses the token for owner/tiny.*hf auth login.*HF_TOKEN", said)
+        and "expired" not in said
+    )
 
 
 def test_what_the_hub_says_is_told_without_the_token(tiny):
@@ -383,7 +427,9 @@ def test_what_the_hub_says_is_told_without_the_token(tiny):
 def test_a_cache_that_cannot_be_written_is_said(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
-    assert re.search(r"cannot store owner/tiny in the hub's cache \(.*Not a directory.*HF_HOME", refusal("owner/tiny"))
+    assert re.search(
+        r"cannot store owner/tiny in the hub's cache \(.*Not a directory.*HF_HOME", refusal("owner/tiny")
+    )
 
 
 def test_a_private_model_needs_a_token(own_hub, make_llama, monkeypatch):

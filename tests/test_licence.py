@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 import llmprune
-from llmprune.licence import read_licence
+from llmprune.record.licence import read_licence
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,10 @@ from llmprune.licence import read_licence
         ("---\nlicense: mit\n---\n# x", ("mit", None, None)),
         ("\ufeff---\r\nlicense: MIT\r\n---\r\n", ("mit", None, None)),
         ("---\nlicense:\n- llama2\ntags: [a]\n---", ("llama2", None, None)),
-        ("---\nlicense: other\nlicense_name: acme 1.0\nlicense_link: LICENSE\n---", ("other", "acme 1.0", "LICENSE")),
+        (
+            "---\nlicense: other\nlicense_name: acme 1.0\nlicense_link: LICENSE\n---",
+            ("other", "acme 1.0", "LICENSE"),
+        ),
         ("---\ntags: [unclosed\nlicense: mit\nother: {broken\n---", ("mit", None, None)),
         ("---\n" + "  filler: x\n" * 50_000 + "license: mit\n---", ("mit", None, None)),
         ("---\nlicense: mit\n" + "filler: x\n" * 500_000 + "---", (None, None, None)),
@@ -39,7 +42,9 @@ def test_the_licence_of_a_card_is_its_own_word_or_unknown(tmp_path, card, licenc
 
 def test_no_card_no_licence(make_llama, tmp_path):
     assert set(read_licence(tmp_path / "nowhere").values()) == {None} == set(read_licence(None).values())
-    record = llmprune.prune(make_llama(), output=tmp_path / "out", calibration="builtin", samples=4, seqlen=32).record
+    record = llmprune.prune(
+        make_llama(), output=tmp_path / "out", calibration="builtin", samples=4, seqlen=32
+    ).record
     assert record["model"]["license"] is None
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license" not in yaml.safe_load(card.split("---")[1]) and "look it up before you share" in card

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import llmprune
-from llmprune import device as devices
 from llmprune.evaluation.perplexity import perplexity
+from llmprune.machine import device as devices
 from llmprune.model import activations
 from llmprune.model.opening import open_model
-from llmprune.plan import with_scoring
-from llmprune.stats import Halted
+from llmprune.planning.plan import with_scoring
+from llmprune.statistics.collecting import Halted
 
 
 class Notes:
@@ -87,7 +87,11 @@ def little_memory(monkeypatch):
         def forward(self, x):
             if x.shape[0] > sequences:
                 self.gate_proj(x)
-                raise error("CUDA out of memory" if error is torch.cuda.OutOfMemoryError else "DefaultCPUAllocator: can't allocate memory")
+                raise error(
+                    "CUDA out of memory"
+                    if error is torch.cuda.OutOfMemoryError
+                    else "DefaultCPUAllocator: can't allocate memory"
+                )
             return real(self, x)
 
         monkeypatch.setattr(LlamaMLP, "forward", forward)
@@ -120,7 +124,9 @@ def test_out_of_memory_in_a_halted_pass_computes_again(prune, little_memory, mon
 
 
 def test_halted_passes_that_do_not_fit_are_given_up_for_the_run(prune, monkeypatch):
-    monkeypatch.setitem(activations._TOKENS, "cpu", 32)  # one sequence at a time: no smaller micro-batch is left
+    monkeypatch.setitem(
+        activations._TOKENS, "cpu", 32
+    )  # one sequence at a time: no smaller micro-batch is left
     order = {"settings": {"order": "group"}}
     whole, real, asked = prune("whole", **order), Halted.go_on, []
 
@@ -167,7 +173,9 @@ def test_the_plan_says_what_the_run_will_need(tiny_llama, calibration_tokens, ty
     monkeypatch.chdir(tmp_path)
     code, out, _ = typed("prune", tiny_llama, "--samples", "4", "--seqlen", "32", "--dry-run")
     assert code == 0
-    assert re.search(r"memory +about \d+\.\d MB at the peak of pruning; \d+\.\d\d GB free; block inputs in RAM", out)
+    assert re.search(
+        r"memory +about \d+\.\d MB at the peak of pruning; \d+\.\d\d GB free; block inputs in RAM", out
+    )
     assert re.search(r"disk +\d+\.\d MB in", out)
     assert re.search(r"model\.layers\.1\.mlp\.down_proj +64 x 96 +unstructured +0\.5 +uniform", out)
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +183,19 @@ def test_the_plan_says_what_the_run_will_need(tiny_llama, calibration_tokens, ty
 
 def test_the_plan_says_what_scoring_will_need(tiny_llama, typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ("run", tiny_llama, "--samples", "4", "--seqlen", "32", "--perplexity", "builtin", "--limit", "2", "--dry-run")
+    options = (
+        "run",
+        tiny_llama,
+        "--samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--perplexity",
+        "builtin",
+        "--limit",
+        "2",
+        "--dry-run",
+    )
     planned = {}
     for tasks in ((), ("--tasks", "demo_continuation")):
         code, out, err = typed(*options, *tasks, "--json")
@@ -192,11 +212,16 @@ def test_the_plan_says_what_scoring_will_need(tiny_llama, typed, tmp_path, monke
 def test_the_plan_counts_the_tokens_of_long_texts(prune, tiny_llama):
     reporter, opened = Notes(), open_model(tiny_llama)
     prune("out", reporter=reporter)
-    few, many = (with_scoring(reporter.made, opened.skeleton, opened.source, [(windows, 64)], False) for windows in (10**6, 2 * 10**6))
+    few, many = (
+        with_scoring(reporter.made, opened.skeleton, opened.source, [(windows, 64)], False)
+        for windows in (10**6, 2 * 10**6)
+    )
     assert many.memory - few.memory == many.scoring - few.scoring == 8 * 64 * 10**6
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell private pages apart")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="the system does not tell private pages apart"
+)
 def test_private_memory_sees_what_was_allocated_between():
     with devices.PrivateMemory() as memory:
         before = memory.peak
@@ -218,6 +243,8 @@ def test_a_checkpoint_that_shrinks_under_the_run_is_one_line_and_no_crash(llama_
 def test_written_shards_are_what_the_library_reads(prune, tmp_path, tiny_llama):
     prune("out")
     dense = load_file(tiny_llama / "model.safetensors")
-    read = {n: t for p in sorted((tmp_path / "out").glob("model-*.safetensors")) for n, t in load_file(p).items()}
+    read = {
+        n: t for p in sorted((tmp_path / "out").glob("model-*.safetensors")) for n, t in load_file(p).items()
+    }
     assert read.keys() == dense.keys()
     assert all(torch.equal(read[n], dense[n]) for n in dense if "proj" not in n)

@@ -45,7 +45,9 @@ def test_scores_equal_the_oracle(name, pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_alps_equals_the_oracle(pattern):
     work = task(pattern)
-    weight, keep = oracles.alps(array(work.weight), array(work.stats.gram), lambda score: masked(score, work, pattern))
+    weight, keep = oracles.alps(
+        array(work.weight), array(work.stats.gram), lambda score: masked(score, work, pattern)
+    )
     out = build("pruners", "alps", polish=200).prune(work)
     assert np.array_equal(out.keep.numpy(), keep)
     assert np.allclose(array(out.weight), weight, atol=2e-3)
@@ -60,7 +62,10 @@ def test_least_squares_equals_the_normal_equations(pattern):
     wanted = oracles.least_squares(array(work.weight), start.keep.numpy(), array(work.stats.gram))
     assert np.allclose(array(out.weight), wanted, atol=2e-3)
     few = build("updates", "least-squares", iterations=3).apply(work, start)
-    losses = [oracles.row_loss(array(work.weight), array(p.weight), array(work.stats.gram)).sum() for p in (start, few, out)]
+    losses = [
+        oracles.row_loss(array(work.weight), array(p.weight), array(work.stats.gram)).sum()
+        for p in (start, few, out)
+    ]
     assert losses[0] > losses[1] > losses[2] * 0.999
 
 
@@ -68,8 +73,14 @@ def test_obs_equals_elimination_and_sparsegpt():
     work = task("matrix")
     pruned = build("pruners", "sparsegpt").prune(work)
     out = build("updates", "obs", block=8).apply(work, pruned)
-    assert torch.allclose(out.weight, pruned.weight, atol=1e-4), "with SparseGPT's own mask these are SparseGPT's weights"
-    assert np.allclose(array(out.weight), oracles.obs(array(work.weight), pruned.keep.numpy(), array(work.stats.gram)), atol=1e-3)
+    assert torch.allclose(out.weight, pruned.weight, atol=1e-4), (
+        "with SparseGPT's own mask these are SparseGPT's weights"
+    )
+    assert np.allclose(
+        array(out.weight),
+        oracles.obs(array(work.weight), pruned.keep.numpy(), array(work.stats.gram)),
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
@@ -83,7 +94,10 @@ def test_swaps_equal_the_oracle_and_lower_every_row(pattern, pruner):
     wanted = oracles.swaps(w, array(start.weight), start.keep.numpy(), gram, width)
     # Where two swaps are equally good rounding decides, and the rows go separate ways from there.
     assert (out.keep.numpy() == wanted).all(axis=1).mean() >= 0.75
-    before, after = oracles.row_loss(w, array(start.weight), gram), oracles.row_loss(w, array(out.weight), gram)
+    before, after = (
+        oracles.row_loss(w, array(start.weight), gram),
+        oracles.row_loss(w, array(out.weight), gram),
+    )
     assert bool((after <= before * (1 + 1e-6)).all()) and after.sum() < before.sum()
     moved = np.where(wanted, np.where(start.keep.numpy() & wanted, array(start.weight), w), 0.0)
     assert after.sum() == pytest.approx(oracles.row_loss(w, moved, gram).sum(), rel=0.02)
@@ -114,4 +128,6 @@ def test_one_input_group_is_factored_once():
         build("pruners", name).prune(work)
         made = dict(work.stats._derived)
         build("pruners", name).prune(other)
-        assert work.stats._derived.keys() == made.keys() and all(work.stats._derived[k] is made[k] for k in made)
+        assert work.stats._derived.keys() == made.keys() and all(
+            work.stats._derived[k] is made[k] for k in made
+        )

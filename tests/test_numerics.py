@@ -6,9 +6,9 @@ from jobs import ALL, inputs, job, statistics
 
 from llmprune import registry
 from llmprune.contracts import InputStats, Job, Need, Step
-from llmprune.matrix import check_promises
-from llmprune.numerics import inverse_factor
+from llmprune.numerics.gram import inverse_factor
 from llmprune.patterns import NM, Unstructured
+from llmprune.run.matrix import check_promises
 
 COLUMNS = 32
 
@@ -26,7 +26,12 @@ INPUTS = {
     "copies of a feature": lambda: inputs(COLUMNS)[..., :1].expand(-1, -1, COLUMNS).contiguous(),
     "rounded to bfloat16": lambda: inputs(COLUMNS).bfloat16().float(),
 }
-STEPS = [(r, n) for r in ("refiners", "updates") for n in registry.names(r) if issubclass(registry.find(r, n), Step)]
+STEPS = [
+    (r, n)
+    for r in ("refiners", "updates")
+    for n in registry.names(r)
+    if issubclass(registry.find(r, n), Step)
+]
 METHODS = [("pruners", n) for n in registry.names("pruners")] + STEPS
 
 
@@ -41,7 +46,9 @@ def task(pattern, x, rows=12):
     return job(pattern, pattern.sparsity if isinstance(pattern, NM) else 0.6, rows=rows, columns=COLUMNS, x=x)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("matrix"), NM(2, 4)], ids=["row", "matrix", "2:4"])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("row"), Unstructured("matrix"), NM(2, 4)], ids=["row", "matrix", "2:4"]
+)
 @pytest.mark.parametrize("case", INPUTS)
 @pytest.mark.parametrize(("room", "name"), METHODS)
 def test_hard_inputs(room, name, case, pattern):
@@ -81,13 +88,20 @@ def given(gram):
     stats = statistics(inputs(len(gram)), ALL)
     values = {Need.GRAM: gram, Need.SECOND_MOMENT: stats.second_moment}
     return Job(
-        "model.layers.3.mlp.down_proj", torch.ones(4, len(gram)), InputStats(100, 10, values), Unstructured(), 0.5, torch.Generator()
+        "model.layers.3.mlp.down_proj",
+        torch.ones(4, len(gram)),
+        InputStats(100, 10, values),
+        Unstructured(),
+        0.5,
+        torch.Generator(),
     )
 
 
 def test_damping_is_raised_in_steps_and_told():
     gram = torch.full((4, 4), 1.0)
-    gram[0, 1] = gram[1, 0] = 1.15  # one eigenvalue is below zero: rounding of sums can do that, on a smaller scale
+    gram[0, 1] = gram[1, 0] = (
+        1.15  # one eigenvalue is below zero: rounding of sums can do that, on a smaller scale
+    )
     _, used = inverse_factor(given(gram), 0.01)
     assert used == pytest.approx(1.0)
     assert inverse_factor(given(torch.eye(4)), 0.01)[1] == 0.01

@@ -21,7 +21,13 @@ def scores(shape, seed, levels):
 
 
 @settings(max_examples=200, deadline=None)
-@given(SHAPES, st.floats(0, 0.999), st.sampled_from(["row", "matrix"]), st.integers(0, 99), st.sampled_from([0, 2, 3]))
+@given(
+    SHAPES,
+    st.floats(0, 0.999),
+    st.sampled_from(["row", "matrix"]),
+    st.integers(0, 99),
+    st.sampled_from([0, 2, 3]),
+)
 def test_unstructured_masks_are_exact_and_equal_the_oracle(shape, sparsity, scope, seed, levels):
     score = scores(shape, seed, levels)
     keep = Unstructured(scope).select(score, sparsity)
@@ -32,7 +38,12 @@ def test_unstructured_masks_are_exact_and_equal_the_oracle(shape, sparsity, scop
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))), st.data())
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))),
+    st.data(),
+)
 def test_n_m_masks_are_exact_and_equal_the_oracle(rows, groups, nm, data):
     n, m = nm
     score = scores((rows, groups * m), data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0, 2])))
@@ -46,7 +57,9 @@ def test_n_m_masks_are_exact_and_equal_the_oracle(rows, groups, nm, data):
 @given(SHAPES, st.floats(0, 0.999), st.sampled_from(["row", "matrix"]), st.integers(1, 40))
 def test_slices_add_up_to_the_exact_count(shape, sparsity, scope, width):
     pattern = Unstructured(scope)
-    parts = [pattern.select(s, sparsity, a * width) for a, s in enumerate(scores(shape, 0, 0).split(width, dim=1))]
+    parts = [
+        pattern.select(s, sparsity, a * width) for a, s in enumerate(scores(shape, 0, 0).split(width, dim=1))
+    ]
     pattern.check(torch.cat(parts, dim=1), sparsity)
 
 

@@ -20,20 +20,26 @@ from transformers import (
 )
 
 import llmprune
-from llmprune.channels import ChannelPermuter
+from llmprune.machine.processes import ALONE
 from llmprune.model.activations import BlockInputs
 from llmprune.model.opening import open_model
-from llmprune.permutation import _assigned, column_order, kept_score
-from llmprune.plan import make_plan
-from llmprune.processes import ALONE
-from llmprune.recipe import load
-from llmprune.stats import sample_positions
+from llmprune.numerics.permutation import _assigned, column_order, kept_score
+from llmprune.planning.plan import make_plan
+from llmprune.recipe.loading import load
+from llmprune.run.permuter import ChannelPermuter
+from llmprune.statistics.sums import sample_positions
 
 TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 
 
 def skewed(rows, columns, seed=0):
@@ -81,7 +87,10 @@ def models():
     torch.manual_seed(0)
     llama = {"intermediate_size": 64, **SIZES}
     return {
-        "llama": (LlamaForCausalLM(LlamaConfig(**llama)), {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}}),
+        "llama": (
+            LlamaForCausalLM(LlamaConfig(**llama)),
+            {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}},
+        ),
         "grouped queries": (
             LlamaForCausalLM(LlamaConfig(**llama, num_key_value_heads=2)),
             {"o_proj": {"v_proj"}, "down_proj": {"gate_proj", "up_proj"}},
@@ -94,7 +103,10 @@ def models():
             OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)),
             {"out_proj": {"v_proj"}, "fc2": {"fc1"}},
         ),
-        "gpt2": (GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)), {"mlp.c_proj": {"c_fc"}}),
+        "gpt2": (
+            GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+            {"mlp.c_proj": {"c_fc"}},
+        ),
         "phi3": (Phi3ForCausalLM(Phi3Config(**llama)), {"down_proj": {"gate_up_proj"}}),
     }
 
@@ -108,7 +120,13 @@ def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
     model.eval().save_pretrained(tmp_path / "in")
     opened = open_model(tmp_path / "in", dtype="float32")
     skeleton = opened.skeleton
-    plan = make_plan(load("wanda", {"pattern": "2:4", "permute": True}), skeleton, opened.source, len(TOKENS), TOKENS.shape[1])
+    plan = make_plan(
+        load("wanda", {"pattern": "2:4", "permute": True}),
+        skeleton,
+        opened.source,
+        len(TOKENS),
+        TOKENS.shape[1],
+    )
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
     permuter = ChannelPermuter(plan, skeleton, inputs, sample_positions(4, 16, 0), slice(0, 4), ALONE, 0)
     block = next(iter(skeleton.blocks))
@@ -121,7 +139,9 @@ def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
         assert torch.allclose(inputs.run(0, slice(0, 4), {}), dense, atol=1e-5)
     moved = {n.removeprefix(f"{block}.") for n, note in notes.items() if "columns_permuted" in note}
     made = {n.removeprefix(f"{block}.") for n, note in notes.items() if "rows_permuted" in note}
-    assert {m for m in moved if not any(m.endswith(e) for e in expected)} == set() and len(moved) == len(expected)
+    assert {m for m in moved if not any(m.endswith(e) for e in expected)} == set() and len(moved) == len(
+        expected
+    )
     assert {m.rpartition(".")[2] for m in made} == set().union(*expected.values())
     for note in notes.values():
         if "columns_permuted" in note:
@@ -133,17 +153,31 @@ def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
 
 
 def options(tokens, **more):
-    return {"pattern": "2:4", "calibration": tokens, "dtype": "float32", "settings": {"permute": True, **more.pop("settings", {})}} | more
+    return {
+        "pattern": "2:4",
+        "calibration": tokens,
+        "dtype": "float32",
+        "settings": {"permute": True, **more.pop("settings", {})},
+    } | more
 
 
 def test_a_permuted_model_loses_less_and_says_so(make_llama, calibration_tokens, tmp_path):
     model = make_llama(intermediate_size=256)
-    record = llmprune.prune(model, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens)).record
+    record = llmprune.prune(
+        model, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens)
+    ).record
     plain = llmprune.prune(
-        model, recipe="wanda", output=tmp_path / "plain", pattern="2:4", calibration=calibration_tokens, dtype="float32"
+        model,
+        recipe="wanda",
+        output=tmp_path / "plain",
+        pattern="2:4",
+        calibration=calibration_tokens,
+        dtype="float32",
     ).record
     for new, old in zip(record["matrices"], plain["matrices"], strict=True):
-        assert ("columns_permuted" in new) == ("o_proj" in new["name"] or "down_proj" in new["name"]), new["name"]
+        assert ("columns_permuted" in new) == ("o_proj" in new["name"] or "down_proj" in new["name"]), new[
+            "name"
+        ]
         if "down_proj" in new["name"]:
             assert new["relative_error"] < old["relative_error"]
         assert "columns_permuted" not in old
@@ -152,7 +186,9 @@ def test_a_permuted_model_loses_less_and_says_so(make_llama, calibration_tokens,
 
 
 @pytest.mark.parametrize("update", [None, "block-tune"])
-def test_a_permuted_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, tmp_path, monkeypatch, update):
+def test_a_permuted_run_resumes_to_the_same_bytes(
+    tiny_llama, calibration_tokens, tmp_path, monkeypatch, update
+):
     from llmprune.checkpoint.writer import CheckpointWriter
 
     chosen = {"order": "group"} | ({"update.steps": 20, "update.batch": 4} if update else {})
@@ -179,8 +215,16 @@ def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tok
     """Links are tried on the dense first block, though a resumed run finds it pruned: here a guess holds in no other block."""
     from llmprune.checkpoint.writer import CheckpointWriter
 
-    given, real, holds = options(calibration_tokens, recipe="wanda"), CheckpointWriter.block, ChannelPermuter._holds
-    monkeypatch.setattr(ChannelPermuter, "_holds", lambda self, link, number, targets: number == 0 and holds(self, link, number, targets))
+    given, real, holds = (
+        options(calibration_tokens, recipe="wanda"),
+        CheckpointWriter.block,
+        ChannelPermuter._holds,
+    )
+    monkeypatch.setattr(
+        ChannelPermuter,
+        "_holds",
+        lambda self, link, number, targets: number == 0 and holds(self, link, number, targets),
+    )
     whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
 
     def cut(self, number, *args):
@@ -199,7 +243,9 @@ def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tok
 
 def test_a_matrix_that_is_not_pruned_is_not_reordered(tiny_llama, calibration_tokens, tmp_path):
     rules = {"rules": [{"match": "*.v_proj", "skip": True}]}
-    record = llmprune.prune(tiny_llama, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens, settings=rules)).record
+    record = llmprune.prune(
+        tiny_llama, recipe="wanda", output=tmp_path / "out", **options(calibration_tokens, settings=rules)
+    ).record
     assert {m["name"].split(".")[4] for m in record["matrices"] if "columns_permuted" in m} == {"down_proj"}
     dense, pruned = (llmprune.load(folder).state_dict() for folder in (tiny_llama, tmp_path / "out"))
     assert all(torch.equal(dense[n], pruned[n]) for n in dense if "v_proj" in n)
@@ -210,4 +256,6 @@ def test_permuting_without_groups_is_refused(tiny_llama, calibration_tokens, tmp
     with pytest.raises(ValueError, match=r"permute .* N:M"):
         llmprune.prune(tiny_llama, output=tmp_path / "out", **given)
     with pytest.raises(ValueError, match="permute must be true or false"):
-        llmprune.prune(tiny_llama, output=tmp_path / "out", **options(calibration_tokens, settings={"permute": "maybe"}))
+        llmprune.prune(
+            tiny_llama, output=tmp_path / "out", **options(calibration_tokens, settings={"permute": "maybe"})
+        )

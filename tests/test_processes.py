@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
-from llmprune.processes import Team, share_out
+from llmprune.machine.processes import Team, share_out
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
@@ -27,12 +27,14 @@ def launch(tmp_path, calibration_tokens):
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
 
     def call(processes, *arguments, launcher=TORCHRUN, wait=True):
-        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0") if launcher is TORCHRUN else ()
+        rendezvous = (
+            ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0") if launcher is TORCHRUN else ()
+        )
         command = [*launcher, str(processes), *rendezvous, "-m", "llmprune", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )  # fmt: skip
+        )
         if not wait:
             return process
         out, err = process.communicate(timeout=240)
@@ -77,9 +79,17 @@ def comparable(folder):
 
 
 @pytest.mark.parametrize(("processes", "recipe"), [(2, "dsnot"), (4, "dsnot"), (2, "sparsegpt")])
-def test_several_processes_give_the_masks_and_the_record_of_one(launch, make_llama, tmp_path, calibration_tokens, processes, recipe):
+def test_several_processes_give_the_masks_and_the_record_of_one(
+    launch, make_llama, tmp_path, calibration_tokens, processes, recipe
+):
     model = make_llama(layers=3)
-    llmprune.prune(model, recipe=recipe, sparsity=0.6, calibration=tmp_path / "tokens.safetensors", output=tmp_path / "one")
+    llmprune.prune(
+        model,
+        recipe=recipe,
+        sparsity=0.6,
+        calibration=tmp_path / "tokens.safetensors",
+        output=tmp_path / "one",
+    )
     options = ("--recipe", recipe, "--sparsity", "0.6", "--calibration", "tokens.safetensors")
     code, out, err = launch(processes, "prune", model, *options, "--output", "many", "--json")
     assert code == 0, err
@@ -95,14 +105,17 @@ def test_two_processes_tune_a_block_as_one_does(launch, make_llama, tmp_path):
     model = make_llama(layers=3)
     settings = {"update.steps": 12, "update.batch": 3}
     tokens = tmp_path / "tokens.safetensors"
-    one = llmprune.prune(model, recipe="best", sparsity=0.6, calibration=tokens, settings=settings, output=tmp_path / "one").record
+    one = llmprune.prune(
+        model, recipe="best", sparsity=0.6, calibration=tokens, settings=settings, output=tmp_path / "one"
+    ).record
     options = ("--recipe", "best", "--sparsity", "0.6", "--calibration", "tokens.safetensors")
     changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     code, out, err = launch(2, "prune", model, *options, *changes, "--output", "many", "--json")
     assert code == 0, err
     # The first block sees the same sums; later ones see weights tuned from gradients that differ by rounding, which ADMM carries on.
     first, second = (
-        {n: m for n, m in read_masks(tmp_path / f / "masks.safetensors").items() if ".layers.0." in n} for f in ("one", "many")
+        {n: m for n, m in read_masks(tmp_path / f / "masks.safetensors").items() if ".layers.0." in n}
+        for f in ("one", "many")
     )
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert agreement(tmp_path / "one", tmp_path / "many") >= 0.95
@@ -115,10 +128,21 @@ def test_two_processes_measure_as_one_does(launch, make_llama, tmp_path):
     model, tokens = make_llama(layers=3), tmp_path / "tokens.safetensors"
     options = {"recipe": "wanda", "allocator": "owl", "sparsity": 0.6, "calibration": tokens}
     one = llmprune.prune(model, output=tmp_path / "one", **options).record
-    flags = ("--recipe", "wanda", "--allocator", "owl", "--sparsity", "0.6", "--calibration", "tokens.safetensors")
+    flags = (
+        "--recipe",
+        "wanda",
+        "--allocator",
+        "owl",
+        "--sparsity",
+        "0.6",
+        "--calibration",
+        "tokens.safetensors",
+    )
     code, out, err = launch(2, "prune", model, *flags, "--output", "many", "--json")
     assert code == 0, err
-    assert [m["target_sparsity"] for m in one["matrices"]] == [m["target_sparsity"] for m in json.loads(out)["matrices"]]
+    assert [m["target_sparsity"] for m in one["matrices"]] == [
+        m["target_sparsity"] for m in json.loads(out)["matrices"]
+    ]
     assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
 
 
@@ -138,22 +162,46 @@ assert team.tell(team.rank) == 0 and any("gloo" in name for name in threads())
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     # One that does aborts a finished process now and then: `terminate called without an active exception`.
     (tmp_path / "leaving.py").write_text(LEAVING)
-    out = subprocess.run([*TORCHRUN, "2", tmp_path / "leaving.py"], check=True, capture_output=True, text=True, timeout=240).stdout
+    out = subprocess.run(
+        [*TORCHRUN, "2", tmp_path / "leaving.py"], check=True, capture_output=True, text=True, timeout=240
+    ).stdout
     assert out.count("left") == 2 and "gloo" not in out
 
 
 def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
     # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or without.
     launcher = (
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes",
-    )  # fmt: skip
-    options = ("--calibration", "tokens.safetensors", "--perplexity", "builtin", "--eval-seqlen", "32", "--limit", "5")
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+    )
+    options = (
+        "--calibration",
+        "tokens.safetensors",
+        "--perplexity",
+        "builtin",
+        "--eval-seqlen",
+        "32",
+        "--limit",
+        "5",
+    )
     code, out, err = launch(2, "run", tiny_llama, *options, "--output", "out", "--json", launcher=launcher)
     assert code == 0, err
     summary = json.loads(out)
     assert summary["environment"]["processes"] == 2
-    alone = llmprune.evaluate(tmp_path / "out", perplexity=["builtin"], eval_seqlen=32, limit=5)["perplexity"]["builtin"]["value"]
+    alone = llmprune.evaluate(tmp_path / "out", perplexity=["builtin"], eval_seqlen=32, limit=5)[
+        "perplexity"
+    ]["builtin"]["value"]
     assert summary["evaluation"]["perplexity"]["builtin"]["pruned"] == pytest.approx(alone, rel=1e-6)
 
 
@@ -172,7 +220,9 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(launch, make_l
     assert process.returncode != 0 and len(lines) == 1, err
     assert re.search(r"another process of this run ended|interrupted", lines[0]), lines
     if victim == 1:
-        assert re.search(r"\d+ of 60 blocks are finished and kept; continue with the same command and --resume$", lines[0])
+        assert re.search(
+            r"\d+ of 60 blocks are finished and kept; continue with the same command and --resume$", lines[0]
+        )
     assert not (tmp_path / "out").exists()
     code, out, err = launch(2, "prune", model, *options, "--resume")
     assert code == 0, err
@@ -181,7 +231,17 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(launch, make_l
 
 
 def test_text_sampled_from_the_model_is_that_of_one_process(launch, tiny_llama, tmp_path, monkeypatch):
-    options = ("--recipe", "wanda", "--calibration", "self=0.5+tokens.safetensors=0.5", "--samples", "8", "--output", "many", "--json")
+    options = (
+        "--recipe",
+        "wanda",
+        "--calibration",
+        "self=0.5+tokens.safetensors=0.5",
+        "--samples",
+        "8",
+        "--output",
+        "many",
+        "--json",
+    )
     code, out, err = launch(2, "prune", tiny_llama, *options)
     assert code == 0, err
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "empty"))

@@ -9,14 +9,23 @@ import yaml
 from hub_server import READER, TOKEN, Fault
 
 import llmprune
-from llmprune.hub import locate
+from llmprune.hub.download import locate
 
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
 PUBLISHED = {
-    "README.md", "config.json", "generation_config.json", "llmprune.json", "masks.safetensors", "model-00001-of-00003.safetensors",
-    "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "model.safetensors.index.json", "report.html",
-    "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "llmprune.json",
+    "masks.safetensors",
+    "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors",
+    "model-00003-of-00003.safetensors",
+    "model.safetensors.index.json",
+    "report.html",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +34,9 @@ def finished(make_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     source = shutil.copytree(make_llama(), folder / "source")
     (source / "README.md").write_text("---\nlicense: Apache-2.0\ntags: [llama]\n---\n# The source\n")
-    return llmprune.run_model(source, output=folder / "out", perplexity=["builtin"], limit=2, **PRUNING).output
+    return llmprune.run_model(
+        source, output=folder / "out", perplexity=["builtin"], limit=2, **PRUNING
+    ).output
 
 
 @pytest.fixture
@@ -40,7 +51,11 @@ def contents(folder):
 
 def remote(hub, repository="me/pruned", revision="main"):
     """What the hub has of a repository, without its own file."""
-    return {n: c for n, c in contents(hub.repositories["models", repository].folder(revision)).items() if n != ".gitattributes"}
+    return {
+        n: c
+        for n, c in contents(hub.repositories["models", repository].folder(revision)).items()
+        if n != ".gitattributes"
+    }
 
 
 def refusal(*args, **options):
@@ -54,19 +69,32 @@ def refusal(*args, **options):
 
 def sent(hub):
     """Bytes of weights that arrived at the hub, by hash."""
-    return {path.removeprefix("/lfs/"): size for path, size in hub.received.items() if path.startswith("/lfs/") and path != "/lfs/verify"}
+    return {
+        path.removeprefix("/lfs/"): size
+        for path, size in hub.received.items()
+        if path.startswith("/lfs/") and path != "/lfs/verify"
+    }
 
 
 def test_a_push_is_private_and_byte_for_byte(own_hub, out):
     before = contents(out)
-    for stray in (".env", "notes.txt", "optimizer.safetensors", "model.safetensors", "train.py", "README.md.bak"):
+    for stray in (
+        ".env",
+        "notes.txt",
+        "optimizer.safetensors",
+        "model.safetensors",
+        "train.py",
+        "README.md.bak",
+    ):
         (out / stray).write_text("HF_TOKEN=hf_secret")
     (out / "checkpoints").mkdir()
     pushed = llmprune.push(out, "me/pruned")
     assert own_hub.repositories["models", "me/pruned"].private
     there = remote(own_hub)
     assert set(there) == PUBLISHED
-    assert {n: c for n, c in there.items() if n != "README.md"} == {n: c for n, c in before.items() if n != "README.md"}
+    assert {n: c for n, c in there.items() if n != "README.md"} == {
+        n: c for n, c in before.items() if n != "README.md"
+    }
     assert (out / "README.md").read_bytes() == before["README.md"], "the local card stays"
     assert {f["name"]: f["bytes"] for f in pushed["files"]} == {n: len(c) for n, c in there.items()}
     assert pushed["bytes"] == sum(map(len, there.values()))
@@ -79,13 +107,20 @@ def test_the_card_says_what_it_is_and_how_to_load_it(own_hub, out):
     card = remote(own_hub)["README.md"].decode()
     record = json.loads((out / "llmprune.json").read_text())
     front = yaml.safe_load(card.split("---")[1])
-    assert (front["license"], front["pipeline_tag"], front["library_name"]) == ("apache-2.0", "text-generation", "transformers")
+    assert (front["license"], front["pipeline_tag"], front["library_name"]) == (
+        "apache-2.0",
+        "text-generation",
+        "transformers",
+    )
     assert "base_model" not in front, "the source is a folder, not a hub id"
     assert {"pruned", "sparse", "llmprune"} <= set(front["tags"])
     assert 'from_pretrained("me/pruned", dtype="auto")' in card and "PATH_OR_ID" not in card
     scores = record["evaluation"]["perplexity"]["builtin"]
     change = f"{scores['pruned'] / scores['dense'] - 1:+.1%}"
-    assert f"| perplexity builtin | {scores['dense']:.2f} | {scores['pruned']:.2f} | {change} | 2 windows of 64 tokens" in card
+    assert (
+        f"| perplexity builtin | {scores['dense']:.2f} | {scores['pruned']:.2f} | {change} | 2 windows of 64 tokens"
+        in card
+    )
     assert scores["protocol"]["mean"] in card and "neither smaller on disk nor faster" in card
     recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == record["recipe"]
@@ -96,9 +131,13 @@ def test_the_recipe_of_a_card_makes_the_same_model_again(own_hub, make_llama, tm
     llmprune.prune("owner/tiny", output=tmp_path / "first", sparsity=0.6, **PRUNING)
     card = (tmp_path / "first" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/tiny"
-    source, revision = re.search(r"`llmprune prune (\S+) --revision (\S+) --recipe recipe.yaml`", card).groups()
+    source, revision = re.search(
+        r"`llmprune prune (\S+) --revision (\S+) --recipe recipe.yaml`", card
+    ).groups()
     (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
-    llmprune.prune(source, revision=revision, recipe=str(tmp_path / "recipe.yaml"), output=tmp_path / "second")
+    llmprune.prune(
+        source, revision=revision, recipe=str(tmp_path / "recipe.yaml"), output=tmp_path / "second"
+    )
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
     assert all(first[name] == second[name] for name in first if name.endswith(".safetensors"))
 
@@ -111,17 +150,24 @@ def test_what_was_pushed_can_be_used_by_its_id(own_hub, out):
     mine, theirs = (llmprune.load(path).state_dict() for path in (out, "me/pruned"))
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
     scores = llmprune.evaluate("me/pruned", perplexity=["builtin"], limit=2)["perplexity"]["builtin"]
-    assert scores["value"] == json.loads((out / "llmprune.json").read_text())["evaluation"]["perplexity"]["builtin"]["pruned"]
+    assert (
+        scores["value"]
+        == json.loads((out / "llmprune.json").read_text())["evaluation"]["perplexity"]["builtin"]["pruned"]
+    )
 
 
 def test_a_push_that_broke_off_sends_only_what_is_missing(own_hub, out):
     own_hub.faults = [Fault("PUT /lfs/", times=10**6, skip=2, cut=1000)]
-    assert re.search(r"cannot push to me/pruned .*again sends only what is missing", refusal(out, "me/pruned"))
+    assert re.search(
+        r"cannot push to me/pruned .*again sends only what is missing", refusal(out, "me/pruned")
+    )
     assert remote(own_hub) == {}, "nothing is visible of half a push"
     arrived, own_hub.faults = dict(own_hub.objects), []
     assert len(arrived) == 2 and sent(own_hub) == {oid: len(content) for oid, content in arrived.items()}
     llmprune.push(out, "me/pruned")
-    assert sent(own_hub) == {oid: len(content) for oid, content in own_hub.objects.items()}, "every byte was sent once"
+    assert sent(own_hub) == {oid: len(content) for oid, content in own_hub.objects.items()}, (
+        "every byte was sent once"
+    )
     assert set(remote(own_hub)) == PUBLISHED
 
 
@@ -138,10 +184,18 @@ def test_an_interrupted_push_says_how_to_go_on(own_hub, out, typed, monkeypatch)
 @pytest.mark.parametrize(
     "asked",
     [
-        "GET /api/models/me/pruned$", "POST /api/repos/create", "GET .*/tree/main", "POST /api/validate-yaml", "POST .*/preupload/",
-        "POST .*/objects/batch", "PUT /lfs/", "POST /lfs/verify", "POST .*/commit/", "GET .*/tree/[0-9a-f]{40}",
+        "GET /api/models/me/pruned$",
+        "POST /api/repos/create",
+        "GET .*/tree/main",
+        "POST /api/validate-yaml",
+        "POST .*/preupload/",
+        "POST .*/objects/batch",
+        "PUT /lfs/",
+        "POST /lfs/verify",
+        "POST .*/commit/",
+        "GET .*/tree/[0-9a-f]{40}",
     ],
-)  # fmt: skip
+)
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(own_hub, out, asked, status):
     own_hub.faults = [Fault(asked, times=2, status=status)]
     llmprune.push(out, "me/pruned")
@@ -186,7 +240,9 @@ def test_a_later_push_replaces_an_earlier_one_whole(own_hub, out, make_llama, tm
 
 def test_weights_of_others_are_never_removed_nor_mixed_with_ours(own_hub, out, make_llama):
     own_hub.add("me/dense", make_llama(), private=True)
-    assert re.search(r"me/dense holds other weights \(model.safetensors\).*another repository", refusal(out, "me/dense"))
+    assert re.search(
+        r"me/dense holds other weights \(model.safetensors\).*another repository", refusal(out, "me/dense")
+    )
     assert not own_hub.count("POST|PUT")
 
 
@@ -197,7 +253,10 @@ def test_a_branch_leaves_the_main_one_alone(own_hub, out):
     pushed = llmprune.push(out, "me/pruned", revision="seventy")
     assert remote(own_hub) == {} and set(remote(own_hub, revision="seventy")) == PUBLISHED
     assert pushed["url"].endswith("/me/pruned/tree/seventy")
-    assert 'from_pretrained("me/pruned", revision="seventy", dtype="auto")' in remote(own_hub, revision="seventy")["README.md"].decode()
+    assert (
+        'from_pretrained("me/pruned", revision="seventy", dtype="auto")'
+        in remote(own_hub, revision="seventy")["README.md"].decode()
+    )
     assert llmprune.inspect("me/pruned", revision="seventy")["record_agrees"] is True
 
 
@@ -235,13 +294,16 @@ def fewer_zeros(folder):
         lambda folder: lie(folder, lambda r: r["matrices"][0].update(sparsity=0.9)),
         lambda folder: lie(folder, lambda r: r["matrices"].pop()),
         lambda folder: lie(folder, lambda r: r["totals"].update(zeros=1)),
-        lambda folder: lie(folder, lambda r: r["matrices"][0].update(name="model.layers.9.self_attn.q_proj.weight")),
+        lambda folder: lie(
+            folder, lambda r: r["matrices"][0].update(name="model.layers.9.self_attn.q_proj.weight")
+        ),
     ],
 )
 def test_a_record_that_lies_is_not_published(own_hub, out, damage):
     damage(out)
     assert re.search(
-        r"llmprune.json in .*out does not fit its weights, so nothing is uploaded; see llmprune inspect", refusal(out, "me/pruned")
+        r"llmprune.json in .*out does not fit its weights, so nothing is uploaded; see llmprune inspect",
+        refusal(out, "me/pruned"),
     )
     assert own_hub.requests == []
 
@@ -252,7 +314,10 @@ def test_a_record_that_lies_is_not_published(own_hub, out, damage):
         (lambda f: (f / "llmprune.json").unlink(), r"has no llmprune.json.*llmprune run or prune"),
         (lambda f: (f / "config.json").unlink(), r"has no config.json"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), r"has no model.safetensors.index.json"),
-        (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), r"names model-00002-of-00003.safetensors, which is missing"),
+        (
+            lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+            r"names model-00002-of-00003.safetensors, which is missing",
+        ),
         (lambda f: (f / "llmprune.json").write_text("{}"), r"is not a record of this program"),
         (lambda f: (f / "README.md").write_bytes(b"\xff\xfe"), r"cannot read .*README.md"),
         (shutil.rmtree, r"no such folder"),
@@ -265,7 +330,20 @@ def test_an_unfinished_folder_is_not_published(own_hub, out, damage, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["pruned", "me/", "/x", "me/a/b", "me/a b", "https://hub/me/x", "me/a--b", "me/.x", "me/x.git", "../x", ""]
+    "name",
+    [
+        "pruned",
+        "me/",
+        "/x",
+        "me/a/b",
+        "me/a b",
+        "https://hub/me/x",
+        "me/a--b",
+        "me/.x",
+        "me/x.git",
+        "../x",
+        "",
+    ],
 )
 def test_a_name_that_is_no_repository_is_refused_without_the_hub(own_hub, out, name):
     assert re.search(r"cannot be a hub repository|owner/name", refusal(out, name))
@@ -307,7 +385,10 @@ def test_a_token_can_be_given(own_hub, out, monkeypatch):
         (Fault("POST .*/objects/batch", status=413), r"no room for it"),
         (Fault("POST .*/commit/", status=403), r"does not let this token write me/pruned \(fault 403\)"),
         (Fault("POST .*/commit/", status=400), r"cannot push to me/pruned .*fault 400"),
-        (Fault("POST .*/commit/", status=400, headers={"X-Error-Message": f"what is {TOKEN}?"}), r"what is \*\*\*\?"),
+        (
+            Fault("POST .*/commit/", status=400, headers={"X-Error-Message": f"what is {TOKEN}?"}),
+            r"what is \*\*\*\?",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_one_line(own_hub, out, fault, said):
@@ -316,7 +397,9 @@ def test_what_the_hub_refuses_is_said_in_one_line(own_hub, out, fault, said):
 
 
 def test_somebody_else_s_name_is_refused(own_hub, out):
-    assert re.search(r"does not let this token write others/pruned .*namespace 'others'", refusal(out, "others/pruned"))
+    assert re.search(
+        r"does not let this token write others/pruned .*namespace 'others'", refusal(out, "others/pruned")
+    )
 
 
 def test_offline_mode_is_named(own_hub, out, monkeypatch):
@@ -327,7 +410,9 @@ def test_offline_mode_is_named(own_hub, out, monkeypatch):
 def test_a_card_the_hub_would_refuse_is_found_before_the_upload(own_hub, out):
     card = (out / "README.md").read_text()
     (out / "README.md").write_text(card.replace("license: apache-2.0", "license: none-such"))
-    assert re.search(r'refuses the model card \(.*"license" must be one of.*README.md', refusal(out, "me/pruned"))
+    assert re.search(
+        r'refuses the model card \(.*"license" must be one of.*README.md', refusal(out, "me/pruned")
+    )
     assert not own_hub.count("PUT /lfs/")
 
 
@@ -341,7 +426,9 @@ def test_a_file_the_repository_ignores_does_not_go_missing_quietly(own_hub, out)
     llmprune.push(out, "me/pruned")
     own_hub.repositories["models", "me/pruned"].ignored = ("llmprune.json",)
     lie(out, lambda record: record.update(note="changed"))
-    assert re.search(r"llmprune.json did not arrive whole in me/pruned.*\.gitignore", refusal(out, "me/pruned"))
+    assert re.search(
+        r"llmprune.json did not arrive whole in me/pruned.*\.gitignore", refusal(out, "me/pruned")
+    )
 
 
 def test_the_command_says_where_it_lies_and_what_to_do_next(own_hub, out, typed):

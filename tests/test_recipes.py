@@ -5,15 +5,18 @@ import torch
 import yaml
 
 import llmprune
-from llmprune import recipe as recipes
-from llmprune.data import read_yaml, shipped, shipped_names
+from llmprune.common.shipped import read_yaml, shipped, shipped_names
+from llmprune.recipe import loading as recipes
+from llmprune.recipe import types
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("name", shipped_names("recipes"))
 def test_every_shipped_recipe_is_built_and_run(name, pattern, tiny_llama, calibration_tokens, tmp_path):
     options = {"pattern": pattern} if pattern else {"sparsity": 0.6}
-    result = llmprune.prune(tiny_llama, recipe=name, calibration=calibration_tokens, output=tmp_path / "out", **options)
+    result = llmprune.prune(
+        tiny_llama, recipe=name, calibration=calibration_tokens, output=tmp_path / "out", **options
+    )
     record = result.record
     assert record["recipe"]["name"] == name
     assert record["totals"]["sparsity"] == pytest.approx(0.5 if pattern else 0.6, abs=0.02)
@@ -47,11 +50,18 @@ def test_rules_are_ordered_and_the_first_match_wins(tiny_llama, calibration_toke
         {"match": "*.layers.*.mlp.*", "pattern": "1:4"},
     ]
     result = llmprune.prune(
-        tiny_llama, recipe="wanda", sparsity=0.5, settings={"rules": rules}, calibration=calibration_tokens, output=tmp_path / "out"
+        tiny_llama,
+        recipe="wanda",
+        sparsity=0.5,
+        settings={"rules": rules},
+        calibration=calibration_tokens,
+        output=tmp_path / "out",
     )
     rows = rows_of(result)
     assert not any(".layers.0." in name for name in rows)
-    down, up, query = (next(r for n, r in rows.items() if n.endswith(f"{k}_proj.weight")) for k in ("down", "up", "q"))
+    down, up, query = (
+        next(r for n, r in rows.items() if n.endswith(f"{k}_proj.weight")) for k in ("down", "up", "q")
+    )
     assert down["sparsity"] == 0.25 and down["pattern"] == "unstructured"
     assert up["sparsity"] == 0.75 and up["pattern"] == "1:4"
     assert query["sparsity"] == 0.5
@@ -62,10 +72,18 @@ def test_rules_are_ordered_and_the_first_match_wins(tiny_llama, calibration_toke
 @pytest.mark.parametrize("update", [None, "block-tune"])
 @pytest.mark.parametrize("order", ["block", "group"])
 def test_a_whole_block_may_stay_dense(order, update, make_llama, calibration_tokens, tmp_path):
-    model, settings = make_llama(layers=3), {"order": order, "rules": [{"match": "*.layers.1.*", "skip": True}]}
+    model, settings = (
+        make_llama(layers=3),
+        {"order": order, "rules": [{"match": "*.layers.1.*", "skip": True}]},
+    )
     settings |= {"update.steps": 4} if update else {}
     record = llmprune.prune(
-        model, recipe="sparsegpt", calibration=calibration_tokens, output=tmp_path / "out", update=update, settings=settings
+        model,
+        recipe="sparsegpt",
+        calibration=calibration_tokens,
+        output=tmp_path / "out",
+        update=update,
+        settings=settings,
     ).record
     assert {m["name"].split(".")[2] for m in record["matrices"]} == {"0", "2"}
     dense, pruned = (llmprune.load(folder).state_dict() for folder in (model, tmp_path / "out"))
@@ -73,19 +91,30 @@ def test_a_whole_block_may_stay_dense(order, update, make_llama, calibration_tok
 
 
 def test_overrides_reach_every_field():
-    built = recipes.load("dsnot", {"pruner": "sparsegpt", "pruner.damp": 0.1, "seed": 3, "calibration.samples": 5, "refiner.share": 0.5})
+    built = recipes.load(
+        "dsnot",
+        {
+            "pruner": "sparsegpt",
+            "pruner.damp": 0.1,
+            "seed": 3,
+            "calibration.samples": 5,
+            "refiner.share": 0.5,
+        },
+    )
     assert built.pruner.options["damp"] == 0.1 and built.seed == 3 and built.calibration.samples == 5
     assert built.refiner.options["share"] == 0.5
     assert recipes.load("dsnot", {"refiner": "none"}).refiner is None
     with pytest.raises(ValueError, match="refiner needs a name"):
         recipes.load("wanda", {"refiner.max_cycles": 3})
-    assert recipes.load("dsnot-paper", {"refiner": "dsnot"}).refiner.options["walk_on"] is True, "the same name keeps its options"
+    assert recipes.load("dsnot-paper", {"refiner": "dsnot"}).refiner.options["walk_on"] is True, (
+        "the same name keeps its options"
+    )
 
 
 def test_a_pattern_implies_its_sparsity():
     assert recipes.load("wanda", {"pattern": "2:4"}).sparsity == 0.5
     assert recipes.load("wanda", {"pattern": "1:4"}).sparsity == 0.75
-    assert recipes.load("wanda").sparsity == recipes.DEFAULT_SPARSITY
+    assert recipes.load("wanda").sparsity == types.DEFAULT_SPARSITY
 
 
 def test_one_seed_one_result(tiny_llama, tmp_path):
@@ -109,7 +138,11 @@ def test_a_pattern_on_the_command_line_overrides_the_sparsity_of_a_recipe_file(t
 
 
 def test_an_exchanged_pruner_compares_in_its_own_scope():
-    for recipe, pruner, scope in (("magnitude", "wanda", "row"), ("wanda", "sparsegpt", "matrix"), ("dsnot-paper", "wanda", "row")):
+    for recipe, pruner, scope in (
+        ("magnitude", "wanda", "row"),
+        ("wanda", "sparsegpt", "matrix"),
+        ("dsnot-paper", "wanda", "row"),
+    ):
         assert recipes.load(recipe, {"pruner": pruner}).pattern_for(None).scope == scope
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune import run, stats
 from llmprune.checkpoint.masks import read_masks, unpack
 from llmprune.contracts import InputStats, Need
+from llmprune.run import corridor as run
+from llmprune.statistics import collecting as stats
 
 ALL = {"refiner.targets": ["*"]}
 PUBLISHED = {"scope": "published"}
@@ -54,7 +55,9 @@ class PublishedSums(stats.StatsSums):
             self.squares = self.squares * shrink + torch.norm(columns, p=2, dim=1) ** 2 / number
             length = x.shape[0]
             seen = (number - 1) * length
-            self.variance = (torch.var(columns, dim=1, unbiased=False) * length + self.variance * seen) / (length + seen)
+            self.variance = (torch.var(columns, dim=1, unbiased=False) * length + self.variance * seen) / (
+                length + seen
+            )
             if Need.GRAM in self.needs:
                 scaled = (2 / number) ** 0.5 * columns.clone()
                 self.gram = self.gram * shrink + scaled.matmul(scaled.t())
@@ -68,7 +71,9 @@ class PublishedSums(stats.StatsSums):
             Need.GRAM: self.gram,
         }
         values = {need: value for need, value in published.items() if need in own.needs}
-        return InputStats(own.count, length, values | ({Need.SAMPLE: own.sample} if Need.SAMPLE in own.needs else {}))
+        return InputStats(
+            own.count, length, values | ({Need.SAMPLE: own.sample} if Need.SAMPLE in own.needs else {})
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -103,13 +108,17 @@ def prune(shared, model, tmp_path):
 
     def work(recipe, options):
         tokens = str(shared / "reference/calibration.safetensors")
-        return llmprune.prune(model, tokenizer=tokenizer, recipe=recipe, calibration=tokens, output=tmp_path / "out", **options)
+        return llmprune.prune(
+            model, tokenizer=tokenizer, recipe=recipe, calibration=tokens, output=tmp_path / "out", **options
+        )
 
     return work
 
 
 def test_dense_perplexity(shared, perplexity, reference):
-    assert perplexity(shared / "models/english-8m") == pytest.approx(reference["dense"]["perplexity"], rel=0.0001)
+    assert perplexity(shared / "models/english-8m") == pytest.approx(
+        reference["dense"]["perplexity"], rel=0.0001
+    )
 
 
 def published_rows(monkeypatch, wanted):

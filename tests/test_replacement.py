@@ -10,8 +10,8 @@ import pytest
 from outputs import contents, old_output
 
 import llmprune
-from llmprune import pipeline
 from llmprune.checkpoint import replacement, writer
+from llmprune.run.reporter import Silent
 
 
 @pytest.fixture
@@ -22,7 +22,11 @@ def prune(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
 
     def call(output="out", **options):
         return llmprune.prune(
-            options.pop("model", tiny_llama), recipe="magnitude", calibration=calibration_tokens, output=output, **options
+            options.pop("model", tiny_llama),
+            recipe="magnitude",
+            calibration=calibration_tokens,
+            output=output,
+            **options,
         )
 
     return call
@@ -55,13 +59,22 @@ def refused(call, said):
 
 def contents_of_all():
     """Every file and link below the working folder."""
-    return {str(p): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in sorted(Path().rglob("*"))}
+    return {
+        str(p): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in sorted(Path().rglob("*"))
+    }
 
 
 def test_a_journal_of_something_else_makes_no_output(prune):
     folder = Path("project")
     folder.mkdir()
-    for name, text in {"journal.jsonl": '{"day": 1}\n', "main.py": "", "README.md": "", "LICENSE": "", "tokenizer.py": ""}.items():
+    for name, text in {
+        "journal.jsonl": '{"day": 1}\n',
+        "main.py": "",
+        "README.md": "",
+        "LICENSE": "",
+        "tokenizer.py": "",
+    }.items():
         (folder / name).write_text(text)
     refused(lambda: prune("project", overwrite=True), "holds '.*' and .*, which llmprune has not written")
     (folder / "journal.jsonl").write_text('{"identity": {"name": "me"}}\n')
@@ -75,7 +88,11 @@ def test_files_of_the_same_name_and_another_size_are_not_ours(prune):
 
 
 @pytest.mark.parametrize(
-    "record", ['{"totals": {}, "matrices": 0}', '{"schema": 1, "totals": {"files": ["model.safetensors"]}, "matrices": []}']
+    "record",
+    [
+        '{"totals": {}, "matrices": 0}',
+        '{"schema": 1, "totals": {"files": ["model.safetensors"]}, "matrices": []}',
+    ],
 )
 def test_a_record_that_proves_nothing_opens_no_folder(prune, tiny_llama, record):
     shutil.copytree(tiny_llama, "out")
@@ -93,7 +110,10 @@ def test_names_of_unfinished_runs_are_no_outputs(prune, name):
 def test_a_finished_output_beside_it_is_not_taken_for_a_left_over(prune, kind, flags):
     prune("other")
     os.rename("other", f".out.{kind}")
-    refused(lambda: prune(**flags), rf"\.out\.{kind} (holds .*which llmprune has not written|is of no run into out)")
+    refused(
+        lambda: prune(**flags),
+        rf"\.out\.{kind} (holds .*which llmprune has not written|is of no run into out)",
+    )
 
 
 def test_a_model_whose_files_are_links_is_not_replaced_where_they_lie(prune, tiny_llama):
@@ -104,7 +124,9 @@ def test_a_model_whose_files_are_links_is_not_replaced_where_they_lie(prune, tin
     refused(lambda: prune("source", model="farm", overwrite=True), "holds the model, which is never replaced")
 
 
-@pytest.mark.parametrize("name", ["masks.safetensors", "config.json.tmp", "model-00002-of-00003.safetensors.tmp", "journal.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["masks.safetensors", "config.json.tmp", "model-00002-of-00003.safetensors.tmp", "journal.jsonl"]
+)
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
 @pytest.mark.parametrize("flags", [{"resume": True}, {"restart": True}, {}])
 def test_nothing_is_written_through_a_link(stopped, prune, name, link, flags):
@@ -119,7 +141,11 @@ def test_nothing_is_written_through_a_link(stopped, prune, name, link, flags):
 def test_what_is_no_plain_file_is_not_ours(prune, what):
     old_output(Path("out"))
     place = Path("out") / "config.json"
-    {"symbolic link": lambda: place.symlink_to("/etc/hostname"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[what]()
+    {
+        "symbolic link": lambda: place.symlink_to("/etc/hostname"),
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+    }[what]()
     refused(lambda: prune(overwrite=True), "holds 'config.json', which llmprune has not written")
 
 
@@ -147,7 +173,9 @@ def test_a_link_that_appears_during_the_run_is_not_followed(prune, monkeypatch):
         real(self)
 
     monkeypatch.setattr(writer.CheckpointWriter, "finish", finish)
-    with pytest.raises(RuntimeError, match=r"cannot be moved.*\.out\.replaced was put there meanwhile.*it lies whole in"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be moved.*\.out\.replaced was put there meanwhile.*it lies whole in"
+    ):
         prune(overwrite=True)
     assert contents(Path("other")) == before
     with pytest.raises(ValueError, match="is a link and no folder"):
@@ -168,7 +196,7 @@ def test_a_card_that_was_edited_by_hand_stays(prune):
     assert card.read_text() == edited
     told = []
 
-    class Listening(pipeline.Silent):
+    class Listening(Silent):
         def note(self, text):
             told.append(text)
 
@@ -176,12 +204,19 @@ def test_a_card_that_was_edited_by_hand_stays(prune):
     Path("other.txt").write_text("plain words " * 400)
     prune(evaluation=spec, resume=True, reporter=Listening())
     assert card.read_text() == edited and any("edited by hand" in text for text in told)
-    assert set(json.loads(Path("out/llmprune.json").read_text())["evaluation"]["perplexity"]) == {"builtin", "other.txt"}
+    assert set(json.loads(Path("out/llmprune.json").read_text())["evaluation"]["perplexity"]) == {
+        "builtin",
+        "other.txt",
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("n" * 246, r"output name 'n+.* is too long"), ("n" * 300, r"output name 'n+.* is too long"), (os.fsdecode(b"\xff"), "is not UTF-8")],
+    [
+        ("n" * 246, r"output name 'n+.* is too long"),
+        ("n" * 300, r"output name 'n+.* is too long"),
+        (os.fsdecode(b"\xff"), "is not UTF-8"),
+    ],
 )
 def test_a_name_that_cannot_be_finished_under_is_refused_at_once(prune, name, said):
     refused(lambda: prune(name), said)
@@ -194,7 +229,10 @@ def test_a_tilde_is_the_home(prune, tmp_path, monkeypatch):
     assert (tmp_path / "home" / "out" / "llmprune.json").is_file() and not Path("~").exists()
 
 
-@pytest.mark.parametrize("make", [lambda p: p.write_bytes(b"\xff\xfe"), lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to("mine")])
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: p.write_bytes(b"\xff\xfe"), lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to("mine")],
+)
 def test_a_lock_that_is_none_is_one_line(prune, make):
     Path("mine").touch()
     make(Path(".out.lock"))
@@ -218,7 +256,9 @@ def killed_while_moving(prune, monkeypatch, renames, **options):
             prune(overwrite=True, **options)
 
 
-@pytest.mark.parametrize("flags", [{"resume": True, "overwrite": True}, {"resume": True}, {"restart": True, "overwrite": True}])
+@pytest.mark.parametrize(
+    "flags", [{"resume": True, "overwrite": True}, {"resume": True}, {"restart": True, "overwrite": True}]
+)
 def test_a_run_that_died_between_its_renames_goes_on(prune, monkeypatch, flags):
     prune(sparsity=0.3)
     killed_while_moving(prune, monkeypatch, 1, sparsity=0.6)
@@ -238,7 +278,7 @@ def test_an_old_output_that_was_moved_away_is_put_back_where_it_may_not_be_repla
 
 @pytest.mark.parametrize("moment", ["moved", "completed", "printed"])
 def test_an_interrupt_says_what_the_disk_holds(tiny_llama, tmp_path, typed, monkeypatch, moment):
-    from llmprune import screen
+    from llmprune.terminal import screen
 
     monkeypatch.chdir(tmp_path)
 
@@ -266,7 +306,7 @@ def test_an_interrupt_says_what_the_disk_holds(tiny_llama, tmp_path, typed, monk
 
 
 def test_a_signal_that_is_swallowed_ends_the_run_at_its_next_step(tiny_llama, tmp_path, typed, monkeypatch):
-    from llmprune import run
+    from llmprune.run import corridor as run
 
     monkeypatch.chdir(tmp_path)
     real, struck = run.prune_matrix, []
@@ -281,7 +321,9 @@ def test_a_signal_that_is_swallowed_ends_the_run_at_its_next_step(tiny_llama, tm
         return real(*args)
 
     monkeypatch.setattr(run, "prune_matrix", matrix)
-    code, _, err = typed("prune", tiny_llama, "--recipe", "magnitude", "--samples", 2, "--seqlen", 16, "--output", "out")
+    code, _, err = typed(
+        "prune", tiny_llama, "--recipe", "magnitude", "--samples", 2, "--seqlen", 16, "--output", "out"
+    )
     assert code == 130 and "1 of 2 blocks are finished and kept; continue with" in err
     assert not Path("out").exists()
 
@@ -290,14 +332,21 @@ def test_a_companion_that_appears_is_told(prune, tiny_llama, tmp_path, monkeypat
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     told = []
 
-    class Listening(pipeline.Silent):
+    class Listening(Silent):
         def note(self, text):
             told.append(text)
 
     real = writer.CheckpointWriter.rest
-    monkeypatch.setattr(writer.CheckpointWriter, "rest", lambda self, source: (real(self, source), (model / "chat_template.jinja").touch()))
+    monkeypatch.setattr(
+        writer.CheckpointWriter,
+        "rest",
+        lambda self, source: (real(self, source), (model / "chat_template.jinja").touch()),
+    )
     prune(model=model, reporter=Listening())
-    assert any("chat_template.jinja appeared" in text for text in told) and not Path("out/chat_template.jinja").exists()
+    assert (
+        any("chat_template.jinja appeared" in text for text in told)
+        and not Path("out/chat_template.jinja").exists()
+    )
 
 
 def test_every_output_may_be_replaced_by_another(prune):

@@ -15,10 +15,11 @@ from outputs import contents, old_output
 from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import report, run
 from llmprune.checkpoint import files
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
+from llmprune.record import report
+from llmprune.run import corridor as run
 
 
 @pytest.fixture
@@ -26,7 +27,12 @@ def start(make_llama, calibration_tokens, tmp_path):
     """A run over four blocks into `out`."""
 
     def call(**more):
-        options = {"recipe": "dsnot", "sparsity": 0.6, "calibration": calibration_tokens, "output": tmp_path / "out"} | more
+        options = {
+            "recipe": "dsnot",
+            "sparsity": 0.6,
+            "calibration": calibration_tokens,
+            "output": tmp_path / "out",
+        } | more
         return llmprune.prune(options.pop("model", make_llama(layers=4)), **options)
 
     return call
@@ -55,25 +61,39 @@ def unfinished(start, monkeypatch):
     return stop
 
 
-def test_a_run_goes_on_where_it_stopped_and_ends_with_the_same_bytes(start, unfinished, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stopped_and_ends_with_the_same_bytes(
+    start, unfinished, tmp_path, monkeypatch
+):
     assert unfinished().kept == "2 of 4 blocks are finished and kept"
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.lock"))
     pruned = []
     real = run.prune_matrix
-    monkeypatch.setattr(run, "prune_matrix", lambda target, *args: (pruned.append(target.name), real(target, *args))[1])
+    monkeypatch.setattr(
+        run, "prune_matrix", lambda target, *args: (pruned.append(target.name), real(target, *args))[1]
+    )
     start(resume=True)
-    assert len(pruned) == 14 and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in pruned)
+    assert len(pruned) == 14 and all(
+        name.startswith(("model.layers.2.", "model.layers.3.")) for name in pruned
+    )
     resumed = contents(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     start(overwrite=True)
     assert contents(tmp_path / "out") == resumed
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 @pytest.mark.parametrize("where", ["record", "masks", "last shard"])
-def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(start, tmp_path, monkeypatch, where, failure):
+def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(
+    start, tmp_path, monkeypatch, where, failure
+):
     old = contents(old_output(tmp_path / "out"))
-    place = {"record": (report, "write_durably"), "masks": (MaskFile, "write"), "last shard": (files, "save_tensors")}[where]
+    place = {
+        "record": (report, "write_durably"),
+        "masks": (MaskFile, "write"),
+        "last shard": (files, "save_tensors"),
+    }[where]
     real, calls = getattr(*place), []
 
     def failing(*args):
@@ -85,7 +105,10 @@ def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(start, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(*place, failing)
         if where == "last shard":
-            patch.setattr("llmprune.checkpoint.writer.save_tensors", lambda p, t: failing(p, t) if "00005-of" in p.name else real(p, t))
+            patch.setattr(
+                "llmprune.checkpoint.writer.save_tensors",
+                lambda p, t: failing(p, t) if "00005-of" in p.name else real(p, t),
+            )
         with pytest.raises(type(failure)) as raised:
             start(overwrite=True)
     assert re.fullmatch(r"[234] of 4 blocks are finished and kept", raised.value.kept)
@@ -97,7 +120,10 @@ def test_a_run_that_fails_late_keeps_the_old_output_and_its_work(start, tmp_path
 
 def test_an_unfinished_run_is_not_thrown_away_unless_asked(start, unfinished, tmp_path):
     unfinished()
-    with pytest.raises(ValueError, match=r"unfinished run into .*out holds 2 finished blocks; continue it with --resume or .*--restart"):
+    with pytest.raises(
+        ValueError,
+        match=r"unfinished run into .*out holds 2 finished blocks; continue it with --resume or .*--restart",
+    ):
         start()
     start(restart=True)
     assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
@@ -135,18 +161,38 @@ def test_another_run_does_not_continue_it(start, unfinished, make_llama, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"--sparsity": 0.5}, {"--recipe": "wanda"}, {"--seed": 3}, {"--dtype": "bfloat16"}, {"--calibration": "builtin"}, "damage"]
+    "change",
+    [
+        {"--sparsity": 0.5},
+        {"--recipe": "wanda"},
+        {"--seed": 3},
+        {"--dtype": "bfloat16"},
+        {"--calibration": "builtin"},
+        "damage",
+    ],
 )
-def test_a_refused_resume_does_not_offer_itself(unfinished, make_llama, calibration_tokens, tmp_path, typed, monkeypatch, change):
+def test_a_refused_resume_does_not_offer_itself(
+    unfinished, make_llama, calibration_tokens, tmp_path, typed, monkeypatch, change
+):
     unfinished()
     monkeypatch.chdir(tmp_path)
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
-    options = {"--recipe": "dsnot", "--sparsity": 0.6, "--calibration": "tokens.safetensors", "--output": "out"}
+    options = {
+        "--recipe": "dsnot",
+        "--sparsity": 0.6,
+        "--calibration": "tokens.safetensors",
+        "--output": "out",
+    }
     if change == "damage":
         shard = tmp_path / ".out.partial" / "model-00001-of-00005.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         change = {}
-    code, _, err = typed("prune", make_llama(layers=4), *(x for pair in {**options, **change}.items() for x in pair), "--resume")
+    code, _, err = typed(
+        "prune",
+        make_llama(layers=4),
+        *(x for pair in {**options, **change}.items() for x in pair),
+        "--resume",
+    )
     assert code == 1 and len(err.splitlines()) == 1, err
     assert "continue with" not in err and re.search(r"--restart$", err.strip()), err
 
@@ -174,7 +220,10 @@ def test_a_finished_block_that_was_changed_is_noticed(start, unfinished, tmp_pat
     tensors = load_file(shard)
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, shard)
-    with pytest.raises(ValueError, match=r"model-00001-of-00005.safetensors was removed or changed since it was finished.*--restart"):
+    with pytest.raises(
+        ValueError,
+        match=r"model-00001-of-00005.safetensors was removed or changed since it was finished.*--restart",
+    ):
         start(resume=True)
 
 
@@ -210,7 +259,7 @@ def test_resume_and_restart_exclude_each_other(start):
 
 
 def test_scores_are_not_lost_either(start, tmp_path, monkeypatch):
-    from llmprune import pipeline
+    from llmprune.run import production as pipeline
 
     labels = []
     real = pipeline.score
@@ -235,7 +284,10 @@ def test_scores_are_not_lost_either(start, tmp_path, monkeypatch):
 
 def test_the_second_of_two_runs_is_refused_and_says_who_holds_the_folder(start, tmp_path):
     held = Lock(tmp_path / ".out.lock", "x")
-    with pytest.raises(ValueError, match=r"output .*out is being written by process \d+ on \S+ since \d{4}-.*another --output"):
+    with pytest.raises(
+        ValueError,
+        match=r"output .*out is being written by process \d+ on \S+ since \d{4}-.*another --output",
+    ):
         start()
     held.release()
     start()
@@ -251,9 +303,22 @@ def test_a_lock_left_by_a_dead_process_does_not_hold(start, tmp_path):
 def test_an_interrupt_ends_with_the_command_that_resumes(make_llama, calibration_tokens, tmp_path, number):
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
     model = make_llama(layers=40)
-    command = ["prune", str(model), "--recipe", "sparsegpt", "--calibration", "tokens.safetensors", "--output", "my out"]
+    command = [
+        "prune",
+        str(model),
+        "--recipe",
+        "sparsegpt",
+        "--calibration",
+        "tokens.safetensors",
+        "--output",
+        "my out",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmprune", *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "llmprune", *command],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     journal = tmp_path / ".my out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 120
@@ -261,11 +326,15 @@ def test_an_interrupt_ends_with_the_command_that_resumes(make_llama, calibration
         time.sleep(0.002)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    line = re.fullmatch(r"llmprune: interrupted; (\d+) of 40 blocks are finished and kept; continue with: (.*)\n", err)
+    line = re.fullmatch(
+        r"llmprune: interrupted; (\d+) of 40 blocks are finished and kept; continue with: (.*)\n", err
+    )
     assert process.returncode == 130 and line and int(line[1]) >= 2, err
     words = shlex.split(line[2])
     assert words[0] == "llmprune" and words[-1] == "--resume"
-    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{line[1]} of 40 blocks are finished; their outputs are computed again", done.stdout)
     assert llmprune.inspect(tmp_path / "my out")["record_agrees"] is True
@@ -275,8 +344,10 @@ def test_faults_at_random_moments_lose_nothing():
     """SIGKILL at 50 seeded random moments, and write errors and full disks; `faults.py` says how."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "faults.py"), "--kills", "50", "--errors", "15"],
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     struck = [int(line.split()[0]) for line in done.stdout.splitlines() if "as in an undisturbed run" in line]
     assert len(struck) == 3 and struck[0] >= 50 and min(struck) >= 15, done.stdout

@@ -13,9 +13,16 @@ import pytest
 import yaml
 
 import llmprune
-from llmprune import advice, choice, console, hub, layout, lists, progress, registry, report, words
-from llmprune import recipe as recipes
-from llmprune.data import shipped_names
+from llmprune import registry
+from llmprune.cli import lists
+from llmprune.common.shipped import shipped_names
+from llmprune.hub import download as hub
+from llmprune.planning import advice, choice
+from llmprune.recipe import loading as recipes
+from llmprune.record import figures as words
+from llmprune.record import report
+from llmprune.run import progress
+from llmprune.terminal import console, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--samples", 4, "--seqlen", 32)
@@ -38,8 +45,17 @@ def typed(typed, tmp_path, monkeypatch):
 def finished(tiny_llama, tmp_path_factory):
     """A tiny model pruned and scored. Treat as read-only."""
     output = tmp_path_factory.mktemp("finished") / "my-model"
-    options = {"recipe": "wanda", "sparsity": 0.6, "calibration": "builtin", "samples": 4, "seqlen": 32, "limit": 4}
-    return llmprune.run_model(tiny_llama, perplexity="builtin", tasks="demo_continuation", output=output, **options)
+    options = {
+        "recipe": "wanda",
+        "sparsity": 0.6,
+        "calibration": "builtin",
+        "samples": 4,
+        "seqlen": 32,
+        "limit": 4,
+    }
+    return llmprune.run_model(
+        tiny_llama, perplexity="builtin", tasks="demo_continuation", output=output, **options
+    )
 
 
 # Tables
@@ -81,7 +97,13 @@ def test_words_longer_than_a_line_stay_whole():
 @pytest.mark.parametrize("width", [40, 80, 140])
 def test_every_screen_fits_its_width(width, typed, finished, monkeypatch, tiny_llama):
     monkeypatch.setenv("COLUMNS", str(width))
-    commands = [("inspect", finished.output), ("recipes",), ("methods",), ("models",), ("prune", tiny_llama, *SMALL, "--dry-run")]
+    commands = [
+        ("inspect", finished.output),
+        ("recipes",),
+        ("methods",),
+        ("models",),
+        ("prune", tiny_llama, *SMALL, "--dry-run"),
+    ]
     for command in commands:
         out = typed(*command)[1]
         for line in out.splitlines():
@@ -98,7 +120,10 @@ def test_a_pipe_is_not_folded(typed, finished, monkeypatch):
 
 
 def entry(dense, pruned, stderr, documents=200):
-    task = {"acc": {"dense": dense, "pruned": pruned, "stderr": stderr}, "protocol": {"documents": documents, "shots": 0, "version": 1}}
+    task = {
+        "acc": {"dense": dense, "pruned": pruned, "stderr": stderr},
+        "protocol": {"documents": documents, "shots": 0, "version": 1},
+    }
     return words.score_rows({"evaluation": {"perplexity": {}, "tasks": {"t": task}}})[0]
 
 
@@ -151,13 +176,19 @@ def test_built_in_text_for_a_model_that_is_not_the_demo_is_told(typed, tiny_llam
     text.write_text("Plain English text of some length, long enough for a few rows of tokens. " * 60)
     told = plan_of(typed, tiny_llama)
     assert "is calibrated and scored on program source" in told
-    assert "--calibration FILE_OR_SOURCE and --perplexity FILE" in told and "c4" in told and "needs network" in told
+    assert (
+        "--calibration FILE_OR_SOURCE and --perplexity FILE" in told
+        and "c4" in told
+        and "needs network" in told
+    )
     calibrated = plan_of(typed, tiny_llama, "--perplexity", text)
     assert "is calibrated on program source" in calibrated and "--perplexity FILE" not in calibrated
     scored = plan_of(typed, tiny_llama, "--calibration", text)
     assert "is scored on program source" in scored and "c4" not in scored
     assert "program source" not in plan_of(typed, tiny_llama, "--calibration", text, "--perplexity", text)
-    assert "program source" not in plan_of(typed, tiny_llama, "--calibration", "builtin", "--perplexity", "builtin"), "asked for by name"
+    assert "program source" not in plan_of(
+        typed, tiny_llama, "--calibration", "builtin", "--perplexity", "builtin"
+    ), "asked for by name"
     assert "program source" not in plan_of(typed, "demo")
     summary = json.loads(typed("run", tiny_llama, *SMALL, "--limit", 1, "--dry-run", "--json")[1])
     assert "program source" in summary["remarks"][0]
@@ -182,7 +213,11 @@ def test_a_named_pruner_says_where_the_refiner_comes_from(typed, tiny_llama):
     said = "refiner dsnot comes from recipe dsnot"
     told = plan_of(typed, tiny_llama, "--pruner", "sparsegpt")
     assert said in told and "--refiner none leaves it out" in told
-    for options in (("--pruner", "sparsegpt", "--refiner", "none"), ("--pruner", "sparsegpt", "--recipe", "dsnot"), ("--sparsity", 0.6)):
+    for options in (
+        ("--pruner", "sparsegpt", "--refiner", "none"),
+        ("--pruner", "sparsegpt", "--recipe", "dsnot"),
+        ("--sparsity", 0.6),
+    ):
         assert said not in plan_of(typed, tiny_llama, *options), options
     assert choice.inherited({"pruner": "sparsegpt"}, recipes.load("dsnot", {"pruner": "sparsegpt"}))
 
@@ -194,7 +229,10 @@ def test_card_and_report_are_filled_in(finished):
     card, page = ((finished.output / name).read_text() for name in ("README.md", "report.html"))
     record = finished.record
     share = words.share_of_all(record)
-    assert 'from_pretrained("my-model", dtype="auto")' in card and 'AutoTokenizer.from_pretrained("my-model")' in card
+    assert (
+        'from_pretrained("my-model", dtype="auto")' in card
+        and 'AutoTokenizer.from_pretrained("my-model")' in card
+    )
     assert "PATH_OR_ID" not in card and share in card and share in page
     assert "| | dense | pruned | change | |" in card and "<th>change</th>" in page
     folded = re.search(r"<details><summary>.*?</summary>\n\n```yaml\n(.*?)```\n\n</details>", card, re.DOTALL)
@@ -205,14 +243,16 @@ def test_card_and_report_are_filled_in(finished):
 
 
 def test_a_pushed_card_loads_from_the_repository_whatever_the_folder_was_called(finished):
-    from llmprune.upload import card_text
+    from llmprune.record.card import card_text
 
     card = report.model_card(finished.record, 'an "odd" name')
     by_hand = card.replace("## Scores", 'Try `AutoModel.from_pretrained("base/model")` first.\n\n## Scores')
-    pushed = report.published(by_hand, "me/pruned", "v2")
+    pushed = card.published(by_hand, "me/pruned", "v2")
     assert pushed.count('from_pretrained("me/pruned", revision="v2"') == 2 and "odd" not in pushed
     assert 'AutoModel.from_pretrained("base/model")' in pushed, "what was written by hand stays"
-    assert report.published('from_pretrained("PATH_OR_ID")', "me/pruned", None) == 'from_pretrained("me/pruned")'
+    assert (
+        card.published('from_pretrained("PATH_OR_ID")', "me/pruned", None) == 'from_pretrained("me/pruned")'
+    )
     assert 'from_pretrained("me/pruned", dtype="auto")' in card_text(finished.output, "me/pruned", None)
 
 
@@ -220,7 +260,9 @@ def test_a_folder_given_by_a_roundabout_path_has_a_name(tiny_llama, tmp_path, mo
     (tmp_path / "here").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    llmprune.prune(tiny_llama, recipe="magnitude", calibration="builtin", samples=4, seqlen=32, output="../here/.")
+    llmprune.prune(
+        tiny_llama, recipe="magnitude", calibration="builtin", samples=4, seqlen=32, output="../here/."
+    )
     assert 'from_pretrained("here", dtype="auto")' in (tmp_path / "here" / "README.md").read_text()
 
 
@@ -235,7 +277,10 @@ def test_every_recipe_has_its_figures(typed):
     for entries in (known["recipes"], *(known[room] for room in registry.ROOMS)):
         for name, figures in entries.items():
             assert figures["time"] > 0 and figures["memory"] > 1, name
-            assert set(figures["perplexity"]) == {0.5, 0.7} and figures["perplexity"][0.7] > known["about"]["dense"], name
+            assert (
+                set(figures["perplexity"]) == {0.5, 0.7}
+                and figures["perplexity"][0.7] > known["about"]["dense"]
+            ), name
     listed = json.loads(typed("recipes", "--json")[1])
     assert listed["best"]["perplexity"]["0.7"] == known["recipes"]["best"]["perplexity"][0.7]
     assert {"summary", "time", "memory_gb", "perplexity"} == set(listed["dsnot"])
@@ -250,7 +295,10 @@ def test_the_memory_of_the_list_is_what_the_plan_says():
     spec.loader.exec_module(costs)
     known = lists.costs()
     for (room, name), recipe, overrides in costs.entries():
-        assert known[room][name]["memory"] == pytest.approx(costs.memory(recipe, **overrides), rel=0.1), (room, name)
+        assert known[room][name]["memory"] == pytest.approx(costs.memory(recipe, **overrides), rel=0.1), (
+            room,
+            name,
+        )
 
 
 def test_the_figures_travel_in_the_wheel():
@@ -261,8 +309,12 @@ def test_the_figures_travel_in_the_wheel():
 def test_methods_line_up(typed, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     out = typed("methods")[1]
-    rows = [line for line in out.partition("refiners")[0].splitlines()[2:] if line and not line.startswith(" ")]
-    assert len({line.index(" GB") for line in rows}) <= 2 and any(line.startswith("sparsegpt-saliency  ") for line in rows)
+    rows = [
+        line for line in out.partition("refiners")[0].splitlines()[2:] if line and not line.startswith(" ")
+    ]
+    assert len({line.index(" GB") for line in rows}) <= 2 and any(
+        line.startswith("sparsegpt-saliency  ") for line in rows
+    )
 
 
 # Strict
@@ -291,15 +343,29 @@ def test_a_strict_inspection_fails_where_record_and_weights_disagree(typed, fini
 @pytest.mark.parametrize(
     ("args", "keys"),
     [
-        (("inspect", "DIR"), {"model", "matrices", "weights", "zeros", "sparsity", "patterns", "bytes", "record_agrees"}),
+        (
+            ("inspect", "DIR"),
+            {"model", "matrices", "weights", "zeros", "sparsity", "patterns", "bytes", "record_agrees"},
+        ),
         (
             ("eval", "DIR", "--perplexity", "builtin", "--limit", 1),
-            {"model", "perplexity", "tasks", "seconds", "peak_memory_bytes", "peak_private_memory_bytes", "environment"},
+            {
+                "model",
+                "perplexity",
+                "tasks",
+                "seconds",
+                "peak_memory_bytes",
+                "peak_private_memory_bytes",
+                "environment",
+            },
         ),
         (("methods",), set(registry.ROOMS)),
         (("recipes",), set(shipped_names("recipes"))),
         (("models",), {"demo", *hub.ALIASES}),
-        (("prune", "DIR", *SMALL, "--recipe", "wanda", "--overwrite", "--output", "out"), {"output", *RECORD}),
+        (
+            ("prune", "DIR", *SMALL, "--recipe", "wanda", "--overwrite", "--output", "out"),
+            {"output", *RECORD},
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -319,12 +385,18 @@ def gone(tmp_path, *args):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "llmprune", *map(str, args)]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=180)
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=180
+    )
     os.close(writer)
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("args", [("--version",), ("--help",), ("recipes",), ("models", "--json"), ("inspect", "demo")], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [("--version",), ("--help",), ("recipes",), ("models", "--json"), ("inspect", "demo")],
+    ids=" ".join,
+)
 def test_an_output_nobody_reads_ends_quietly(args, tmp_path):
     code, err = gone(tmp_path, *args)
     assert code == 141 and "Traceback" not in err and "BrokenPipe" not in err
@@ -364,14 +436,22 @@ def test_the_estimate_is_told_once_where_it_holds(monkeypatch):
 
 def test_the_estimate_is_renewed_where_it_changes_much_but_not_for_ever(monkeypatch):
     notes = told([10, 10, 40, 40, 40, 40], 20, monkeypatch)
-    assert len(notes) == 2 and notes[1] == "block 4 done after 1 min 40 s; now about 10 min 40 s for the other 16"
+    assert (
+        len(notes) == 2
+        and notes[1] == "block 4 done after 1 min 40 s; now about 10 min 40 s for the other 16"
+    )
     assert len(told([1, 100] * 20, 40, monkeypatch)) <= 4
 
 
 def test_a_time_limit_that_will_not_hold_is_told_once(monkeypatch):
     notes = told([100] * 8, 8, monkeypatch, limit=600)
-    assert len(notes) == 2 and notes[1].startswith("pruning will take about 13 min 20 s, more than the time limit of 10 min 0 s")
-    assert all(said in notes[1] for said in ("Ctrl-C keeps", "--resume", "--recipe dsnot", "--samples", "--time-limit"))
+    assert len(notes) == 2 and notes[1].startswith(
+        "pruning will take about 13 min 20 s, more than the time limit of 10 min 0 s"
+    )
+    assert all(
+        said in notes[1]
+        for said in ("Ctrl-C keeps", "--resume", "--recipe dsnot", "--samples", "--time-limit")
+    )
     assert "--recipe dsnot" not in told([100] * 8, 8, monkeypatch, limit=600, recipe="dsnot")[1]
     assert len(told([100] * 8, 8, monkeypatch, limit=900)) == 1
 
@@ -387,13 +467,15 @@ def test_the_time_limit_reaches_the_run(tiny_llama, tmp_path, calibration_tokens
 
 def test_a_metric_that_only_one_model_has_is_shown_as_such():
     from llmprune.evaluation.scores import Scores
-    from llmprune.record import add_scores
-    from llmprune.words import score_rows
+    from llmprune.record.figures import score_rows
+    from llmprune.record.record import add_scores
 
     protocol = {"documents": 4, "shots": 0, "version": 1, "higher_is_better": {}}
     dense = Scores({}, {"t": {"acc": {"value": 0.5, "stderr": 0.1}, "protocol": protocol}}, 1.0)
     pruned = Scores({}, {"t": {"f1": {"value": 0.25, "stderr": None}, "protocol": protocol}}, 1.0)
-    record = add_scores({"totals": {"seconds": {"total": 1.0}}, "evaluation": {"perplexity": {}, "tasks": {}}}, dense, pruned)
+    record = add_scores(
+        {"totals": {"seconds": {"total": 1.0}}, "evaluation": {"perplexity": {}, "tasks": {}}}, dense, pruned
+    )
     assert [(r.name, r.dense, r.pruned, r.change) for r in score_rows(record)] == [
         ("t acc", "0.500", "none", "not comparable"),
         ("t f1", "none", "0.250", "not comparable"),
@@ -411,9 +493,14 @@ def test_a_run_that_loses_its_reader_says_what_is_kept(typed, tiny_llama, monkey
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # stdout is this process's own
     code, _, err = typed("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
     assert code == 141 and len(err.splitlines()) == 1
-    assert re.search(r"the output was closed; 1 of 2 blocks are finished and kept; continue with: llmprune prune .* --resume", err)
+    assert re.search(
+        r"the output was closed; 1 of 2 blocks are finished and kept; continue with: llmprune prune .* --resume",
+        err,
+    )
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     resumed = ("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out", "--resume")
-    done = subprocess.run([sys.executable, "-m", "llmprune", *map(str, resumed)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmprune", *map(str, resumed)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

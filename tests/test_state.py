@@ -15,7 +15,7 @@ from outputs import contents
 from torch import nn
 
 import llmprune
-from llmprune.device import exact_matmul
+from llmprune.machine.device import exact_matmul
 
 
 def state():
@@ -31,8 +31,16 @@ def state():
         "a parameter's device": fresh.device.type,
         "a parameter's dtype": fresh.dtype,
         "gradients": torch.is_grad_enabled(),
-        "matmul": (backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32),
-        "deterministic": (torch.are_deterministic_algorithms_enabled(), backends.cudnn.deterministic, backends.cudnn.benchmark),
+        "matmul": (
+            backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            backends.cudnn.allow_tf32,
+        ),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            backends.cudnn.deterministic,
+            backends.cudnn.benchmark,
+        ),
         "threads": torch.get_num_threads(),
         "torch's numbers": numbers.tolist(),
         "numpy's numbers": np.random.get_state()[1].tolist(),
@@ -40,7 +48,10 @@ def state():
         "environment": dict(os.environ),
         "streams": (sys.stdout, sys.stderr),
         "warnings": list(warnings.filters),
-        "loggers": {name: logging.getLogger(name).level for name in ("", "lm_eval", "transformers", "datasets", "llmprune")},
+        "loggers": {
+            name: logging.getLogger(name).level
+            for name in ("", "lm_eval", "transformers", "datasets", "llmprune")
+        },
         "signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
         "folder": os.getcwd(),
     }
@@ -55,7 +66,9 @@ def differences(before):
 def warm(tiny_llama, tmp_path_factory):
     """Everything is imported once: an import may leave its mark."""
     out = tmp_path_factory.mktemp("warm") / "out"
-    llmprune.run_model(tiny_llama, output=out, recipe="magnitude", samples=2, seqlen=16, limit=2, tasks=["demo_continuation"])
+    llmprune.run_model(
+        tiny_llama, output=out, recipe="magnitude", samples=2, seqlen=16, limit=2, tasks=["demo_continuation"]
+    )
 
 
 RUNS = {
@@ -82,13 +95,17 @@ def test_a_run_leaves_no_trace_in_the_process(warm, tiny_llama, tmp_path, what):
 
 def test_scoring_and_loading_leave_no_trace_in_the_process(warm, tiny_llama, tmp_path):
     before = state()
-    llmprune.evaluate(tiny_llama, perplexity=["builtin"], tasks=["demo_continuation"], limit=2, dtype="bfloat16")
+    llmprune.evaluate(
+        tiny_llama, perplexity=["builtin"], tasks=["demo_continuation"], limit=2, dtype="bfloat16"
+    )
     llmprune.inspect(tiny_llama)
     llmprune.load(tiny_llama, dtype="bfloat16")
     assert not differences(before)
 
 
-def test_a_failure_while_the_skeleton_is_built_leaves_no_trace_either(warm, tiny_llama, monkeypatch, tmp_path):
+def test_a_failure_while_the_skeleton_is_built_leaves_no_trace_either(
+    warm, tiny_llama, monkeypatch, tmp_path
+):
     from transformers import LlamaForCausalLM
 
     before = state()
@@ -123,7 +140,11 @@ def test_runs_in_several_threads_end_with_the_bytes_of_one(warm, make_llama, cal
     before = state()
 
     def pruning(number, name):
-        options = {"recipe": "sparsegpt", "calibration": calibration_tokens, "dtype": ("bfloat16", "float32")[number]}
+        options = {
+            "recipe": "sparsegpt",
+            "calibration": calibration_tokens,
+            "dtype": ("bfloat16", "float32")[number],
+        }
         return lambda: llmprune.prune(models[number], output=tmp_path / name / str(number), **options)
 
     alone = [pruning(number, "alone")() for number in (0, 1)]
@@ -196,10 +217,18 @@ def test_a_default_dtype_of_the_user_moves_nothing(warm, tiny_llama, calibration
 
 
 FAMILIES = {
-    "gemma2": {"head_dim": 16}, "gpt2": {}, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "bloom": {}, "apertus": {}, "gptj": {},
-    "phi3": {"pad_token_id": 0}, "deepseek_v3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
-    "falcon": {}, "mamba": {}, "gemma3_text": {"head_dim": 16},
-}  # fmt: skip
+    "gemma2": {"head_dim": 16},
+    "gpt2": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "bloom": {},
+    "apertus": {},
+    "gptj": {},
+    "phi3": {"pad_token_id": 0},
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+    "falcon": {},
+    "mamba": {},
+    "gemma3_text": {"head_dim": 16},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,10 +237,19 @@ def test_an_empty_model_is_as_transformers_makes_it(family):
 
     from llmprune.model.empty import build_empty
 
-    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = AutoConfig.for_model(family, **{**small, **FAMILIES[family]})
     for dtype in (torch.float32, torch.bfloat16):
-        wanted, made = AutoModelForCausalLM.from_config(config, dtype=dtype), build_empty(config, dtype, False)
+        wanted, made = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype),
+            build_empty(config, dtype, False),
+        )
         assert type(made) is type(wanted) and made.config.to_dict() == wanted.config.to_dict()
         buffers, others = dict(wanted.named_buffers()), dict(made.named_buffers())
         assert buffers.keys() == others.keys()

@@ -22,15 +22,21 @@ from transformers import (
 )
 
 import llmprune
-from llmprune import plan
 from llmprune.checkpoint.masks import read_masks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
 from llmprune.model.activations import BlockInputs, micro_batch
 from llmprune.model.opening import open_model
 from llmprune.model.targets import find_targets
+from llmprune.planning import plan
 
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 TOKENS = torch.randint(0, 96, (7, 16), generator=torch.Generator().manual_seed(3))
 
 
@@ -79,7 +85,9 @@ def test_streamed_perplexity_equals_the_whole_model(tmp_path, tied):
     losses = []
     with torch.no_grad():
         for part in batches():
-            for row, logits in zip(TOKENS[part], model(input_ids=TOKENS[part], use_cache=False).logits, strict=True):
+            for row, logits in zip(
+                TOKENS[part], model(input_ids=TOKENS[part], use_cache=False).logits, strict=True
+            ):
                 losses.append(cross_entropy(logits[:-1], row[1:]).item())
     opened = open_model(save(model, tmp_path))
     assert perplexity(opened.skeleton, TOKENS) == math.exp(sum(losses) / len(losses))
@@ -146,10 +154,14 @@ def test_half_precision_checkpoints_keep_their_dtype_and_untouched_tensors_their
 def other_architectures():
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64))
-    opt = OPTForCausalLM(OPTConfig(**SIZES | {"num_hidden_layers": 2}, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0))
+    opt = OPTForCausalLM(
+        OPTConfig(**SIZES | {"num_hidden_layers": 2}, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+    )
     # Their loops take the first item of what a block returns.
     bloom = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=5, n_head=4))
-    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=96, n_embd=32, n_layer=5, n_head=4, n_positions=64, rotary_dim=4))
+    gptj = GPTJForCausalLM(
+        GPTJConfig(vocab_size=96, n_embd=32, n_layer=5, n_head=4, n_positions=64, rotary_dim=4)
+    )
     return {"gpt2": gpt2.eval(), "opt": opt.eval(), "bloom": bloom.eval(), "gptj": gptj.eval()}
 
 
@@ -185,12 +197,18 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
             llmprune.prune(folder, output=tmp_path / way, **options)
         passes[way] = len(calls)
         calls.clear()
-    blocks = json.loads((tmp_path / "in" / "config.json").read_text()).get("num_hidden_layers", 5 if name in ("bloom", "gptj") else 2)
+    blocks = json.loads((tmp_path / "in" / "config.json").read_text()).get(
+        "num_hidden_layers", 5 if name in ("bloom", "gptj") else 2
+    )
     if name in ("bloom", "gptj"):  # their attention would keep all its weights
         assert passes["halted"] == passes["again"]
     else:
-        assert passes["halted"] == 4 * blocks < passes["again"]  # three micro-batches, and one sequence to see the groups
-    one, two = (load_file(next((tmp_path / way).glob("model-00001*.safetensors"))) for way in ("halted", "again"))
+        assert (
+            passes["halted"] == 4 * blocks < passes["again"]
+        )  # three micro-batches, and one sequence to see the groups
+    one, two = (
+        load_file(next((tmp_path / way).glob("model-00001*.safetensors"))) for way in ("halted", "again")
+    )
     for key, tensor in one.items():
         assert torch.allclose(tensor, two[key], atol=1e-6), key
     one, two = (read_masks(tmp_path / way / "masks.safetensors") for way in ("halted", "again"))
@@ -199,9 +217,9 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
     from llmprune.contracts import Need
-    from llmprune.observing import Observer
-    from llmprune.processes import ALONE
-    from llmprune.stats import sample_positions
+    from llmprune.machine.processes import ALONE
+    from llmprune.run.observer import Observer
+    from llmprune.statistics.sums import sample_positions
 
     opened = open_model(save(llama(), tmp_path))
     skeleton = opened.skeleton

@@ -22,10 +22,12 @@ from conftest import ROOT
 from tokenizers_of_all_kinds import KINDS, gpt2, nasty, prose, unigram, word_piece, wrapped
 
 import llmprune
-from llmprune import device as devices
-from llmprune import text, textfiles, tokenisation
 from llmprune.calibration import build, packing
 from llmprune.evaluation.perplexity import windows
+from llmprune.machine import device as devices
+from llmprune.text import files as textfiles
+from llmprune.text import sources as text
+from llmprune.text import tokenisation
 
 CASES = int(os.environ.get("LLMPRUNE_TEXT_CASES", "10"))
 
@@ -33,7 +35,13 @@ CASES = int(os.environ.get("LLMPRUNE_TEXT_CASES", "10"))
 @pytest.fixture
 def small(monkeypatch):
     """Windows so small that a short text has many."""
-    for name, value in {"PIECE": 1500, "OVERLAP": 400, "MARGIN": 100, "STRETCH": 100, "LONGEST": 6000}.items():
+    for name, value in {
+        "PIECE": 1500,
+        "OVERLAP": 400,
+        "MARGIN": 100,
+        "STRETCH": 100,
+        "LONGEST": 6000,
+    }.items():
         monkeypatch.setattr(tokenisation, name, value)
 
 
@@ -63,7 +71,10 @@ def read(pieces, tokenizer, **options):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_tokens_of_pieces_are_those_of_the_whole(kind, small):
     valid = ROOT.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
-    tokenizer, english = wrapped(kind()), valid.read_text() if valid.is_file() else prose(random.Random(0), 1_100_000)
+    tokenizer, english = (
+        wrapped(kind()),
+        valid.read_text() if valid.is_file() else prose(random.Random(0), 1_100_000),
+    )
     refused = 0
     for seed in range(CASES):
         rng = random.Random(seed)
@@ -100,7 +111,10 @@ def test_what_repeats_itself_is_cut_rightly_or_refused(small, one, byte_level):
 
 def test_a_stretch_without_a_place_to_cut_is_refused(small):
     for kind in (unigram, word_piece):
-        with pytest.raises(ValueError, match=r"^the text: the [\d,]+ characters from character 1 on hold no place.*spaces or line breaks"):
+        with pytest.raises(
+            ValueError,
+            match=r"^the text: the [\d,]+ characters from character 1 on hold no place.*spaces or line breaks",
+        ):
             read(["abcdefg" * 3000], wrapped(kind()))
 
 
@@ -133,7 +147,10 @@ def test_a_tokenizer_written_in_python_takes_a_text_whole_or_refuses_it(small, m
     whole = prose(random.Random(1), 5000)
     assert read([whole[:3000], whole[3000:]], slow := Slow()) == Slow()(whole)["input_ids"]
     assert slow.sizes[-1] == 5000
-    with pytest.raises(ValueError, match=r"^the text is longer than 5,000 characters, and tokenizer Slow can only take a text whole"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the text is longer than 5,000 characters, and tokenizer Slow can only take a text whole",
+    ):
         read([whole, "x"], Slow())
 
 
@@ -187,7 +204,10 @@ def test_memory_stays_a_small_part_of_what_the_whole_would_take(folder, byte_lev
 
 def test_calibration_rows_are_those_of_the_whole_text(folder, byte_level):
     rng = random.Random(4)
-    documents = [prose(rng, rng.choice([0, 30, 900, 3000])) for _ in range(150)] + [prose(rng, 200_000), prose(rng, 40)]
+    documents = [prose(rng, rng.choice([0, 30, 900, 3000])) for _ in range(150)] + [
+        prose(rng, 200_000),
+        prose(rng, 40),
+    ]
     (folder / "a.txt").write_text("".join(documents))
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in [*documents, " \n"]))
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "a.parquet")
@@ -197,12 +217,20 @@ def test_calibration_rows_are_those_of_the_whole_text(folder, byte_level):
         ("a.parquet", documents),
         (documents, documents),
     ):
-        tokens = list(itertools.chain.from_iterable(byte_level(t, verbose=False)["input_ids"] for t in texts if t.strip()))
+        tokens = list(
+            itertools.chain.from_iterable(
+                byte_level(t, verbose=False)["input_ids"] for t in texts if t.strip()
+            )
+        )
         for samples, length in ((4, 32), (200, 128)):
             rows = torch.tensor(tokens[: 8 * samples * length])
             rows = rows[: len(rows) // length * length].view(-1, length)
-            expected = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))[:samples].sort().values]
-            found = build(name, byte_level, samples=samples, length=length, limit=None, vocabulary=700, seed=7).tokens
+            expected = rows[
+                torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))[:samples].sort().values
+            ]
+            found = build(
+                name, byte_level, samples=samples, length=length, limit=None, vocabulary=700, seed=7
+            ).tokens
             assert torch.equal(found, expected), (name, samples)
 
 
@@ -272,12 +300,18 @@ def test_a_parquet_file_under_another_name_is_refused(folder):
 def test_text_that_only_begins_like_a_format_is_text(folder, byte_level):
     for begin in ("PK is a name. ", "PAR1 too. ", "%PDF- is how a PDF begins. ", "BZh. ", "GGUF. "):
         (folder / "a.txt").write_text(begin + prose(random.Random(1), 3000))
-        assert len(build("a.txt", byte_level, samples=2, length=16, limit=None, vocabulary=700, seed=0).tokens) == 2
+        assert (
+            len(build("a.txt", byte_level, samples=2, length=16, limit=None, vocabulary=700, seed=0).tokens)
+            == 2
+        )
 
 
 def test_bytes_further_on_that_are_no_utf_8_are_told(folder, byte_level):
     (folder / "a.txt").write_bytes(b"words " * 20_000 + b"\xff")
-    with pytest.raises(ValueError, match=r"^cannot read a\.txt: it is not UTF-8 throughout \(byte 0xff\); convert it to UTF-8$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^cannot read a\.txt: it is not UTF-8 throughout \(byte 0xff\); convert it to UTF-8$",
+    ):
         windows(text.evaluation_text("a.txt"), byte_level, 16, None, 700, "a.txt")
 
 
@@ -299,14 +333,22 @@ def test_compressed_nothing_is_refused_at_once(folder, byte_level, one):
         lambda: list(text.evaluation_text("a.txt.gz")),
         lambda: build("a.txt.gz", byte_level, samples=2, length=16, limit=None, vocabulary=700, seed=0),
     ):
-        with pytest.raises(ValueError, match=r"it is binary \(zero bytes|begins with more than 1,048,576 characters of white space"):
+        with pytest.raises(
+            ValueError,
+            match=r"it is binary \(zero bytes|begins with more than 1,048,576 characters of white space",
+        ):
             work()
 
 
 def test_a_line_without_end_is_refused(folder, monkeypatch, byte_level):
     monkeypatch.setattr(textfiles, "LONGEST_ROW", 1000)
-    (folder / "a.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "long " * 300}))
-    with pytest.raises(ValueError, match=r"^a\.jsonl, line 2 is longer than 1,000 characters; a \.jsonl file holds a document per line$"):
+    (folder / "a.jsonl").write_text(
+        json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "long " * 300})
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^a\.jsonl, line 2 is longer than 1,000 characters; a \.jsonl file holds a document per line$",
+    ):
         list(text.file_documents("a.jsonl"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["short", "long " * 300]}), folder / "a.parquet")
     with pytest.raises(ValueError, match=r"^a\.parquet, row 2 is longer than 1,000 characters; split it"):
@@ -323,9 +365,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(folder, tiny_llama,
     }
     for name, written in rows.items():
         (folder / name).write_text(written)
-    said = (
-        r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no tokenizer takes; mend or remove the row"
-    )
+    said = r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no tokenizer takes; mend or remove the row"
     options = {"recipe": "magnitude", "samples": 2, "seqlen": 8, "output": "out"}
     for source, where in (
         ("a.jsonl", r"^a\.jsonl, line 2 " + said.format("d800", 1)),
@@ -336,7 +376,10 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(folder, tiny_llama,
             llmprune.prune(tiny_llama, calibration=source, **options)
     with pytest.raises(ValueError, match=r"^a\.jsonl, line 2 " + said.format("d800", 1)):
         llmprune.evaluate(tiny_llama, perplexity=["a.jsonl"])
-    for command in (("prune", tiny_llama, "--calibration", "a.jsonl"), ("eval", tiny_llama, "--perplexity", "a.jsonl")):
+    for command in (
+        ("prune", tiny_llama, "--calibration", "a.jsonl"),
+        ("eval", tiny_llama, "--perplexity", "a.jsonl"),
+    ):
         code, _, err = typed(*command)
         assert (code, len(err.splitlines())) == (1, 1) and "half a character" in err
     assert not (folder / "out").exists()
@@ -366,9 +409,15 @@ class Wrong(Slow):
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([], r"^the tokenizer makes no tokens of .*: it is damaged or belongs to another language; use the model's own$"),
+        (
+            [],
+            r"^the tokenizer makes no tokens of .*: it is damaged or belongs to another language; use the model's own$",
+        ),
         ([0] * 300, r"^the tokenizer makes only special tokens \(0\) of "),
-        ([5, 9999] * 300, r"^(calibration )?tokens of .* range from 5 to 9999, the model knows 0 to 699; use its own tokenizer$"),
+        (
+            [5, 9999] * 300,
+            r"^(calibration )?tokens of .* range from 5 to 9999, the model knows 0 to 699; use its own tokenizer$",
+        ),
         ([5, -1] * 300, r"range from -1 to 5, the model knows 0 to 699"),
         ([3, None, 4] * 300, r"^the tokenizer gives no token ids for .*; its files are damaged$"),
         (None, r"^the tokenizer fails on .* \(KeyError: 'vocab'\); its files are damaged"),

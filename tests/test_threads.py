@@ -20,7 +20,13 @@ print(json.dumps([{name: os.environ.get(name) for name in names}, torch.get_num_
 def started(code=ASKED, **environment):
     names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run([sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
@@ -34,8 +40,16 @@ def group(folder, **files):
 def test_threads_that_wait_sleep_soon_unless_the_user_chose():
     chosen, count = started()
     assert chosen["GOMP_SPINCOUNT"] == "20000" and count == threads.usable_processors()
-    assert started(OMP_WAIT_POLICY="ACTIVE")[0] == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": None, "GOMP_SPINCOUNT": None}
-    assert started(GOMP_SPINCOUNT="7")[0] == {"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": None, "GOMP_SPINCOUNT": "7"}
+    assert started(OMP_WAIT_POLICY="ACTIVE")[0] == {
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "OMP_NUM_THREADS": None,
+        "GOMP_SPINCOUNT": None,
+    }
+    assert started(GOMP_SPINCOUNT="7")[0] == {
+        "OMP_WAIT_POLICY": None,
+        "OMP_NUM_THREADS": None,
+        "GOMP_SPINCOUNT": "7",
+    }
     assert started(OMP_NUM_THREADS="1")[1] == 1
 
 

@@ -12,7 +12,7 @@ import llmprune
 from llmprune import registry
 from llmprune.contracts import BlockJob, InputStats, Job, Need
 from llmprune.patterns import Unstructured
-from llmprune.stats import StatsSums, sample_positions
+from llmprune.statistics.sums import StatsSums, sample_positions
 
 
 def block_job(sequences=8, mine=None, batch=3, seed=0, add=lambda *tensors: None):
@@ -23,21 +23,35 @@ def block_job(sequences=8, mine=None, batch=3, seed=0, add=lambda *tensors: None
     y = x @ dense.T + 0.1 * torch.randn(sequences, 5, 4, generator=generator)
     keep = torch.rand(4, 6, generator=generator) > 0.5
     work = BlockJob(
-        "block", {"w": dense * keep}, {"w": keep}, sequences, mine or range(sequences), batch,
-        lambda weights, rows: x[rows] @ weights["w"].T, lambda rows: y[rows], add, torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        "block",
+        {"w": dense * keep},
+        {"w": keep},
+        sequences,
+        mine or range(sequences),
+        batch,
+        lambda weights, rows: x[rows] @ weights["w"].T,
+        lambda rows: y[rows],
+        add,
+        torch.Generator().manual_seed(seed),
+    )
     return work, x, y
 
 
 def test_tuning_equals_the_oracle():
     work, x, y = block_job()
-    step = registry.build("updates", "block-tune", {"steps": 25, "batch": 3, "rates": [0.01], "held_out": 0.25})
+    step = registry.build(
+        "updates", "block-tune", {"steps": 25, "batch": 3, "rates": [0.01], "held_out": 0.25}
+    )
     tuned = step.apply(work)
     generator = torch.Generator().manual_seed(0)  # the same draws as the step's, in the same order
     order = torch.randperm(8, generator=generator).tolist()
     batches_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))
-    batches = oracles.block_tune_batches(order[2:], 3, 25, lambda n: torch.randperm(n, generator=batches_generator).tolist())
-    wanted = oracles.block_tune(array(work.weights["w"]), work.keeps["w"].numpy(), array(x), array(y), batches, 0.01)
+    batches = oracles.block_tune_batches(
+        order[2:], 3, 25, lambda n: torch.randperm(n, generator=batches_generator).tolist()
+    )
+    wanted = oracles.block_tune(
+        array(work.weights["w"]), work.keeps["w"].numpy(), array(x), array(y), batches, 0.01
+    )
     assert np.allclose(array(tuned.weights["w"]), wanted, atol=1e-5)
     note = tuned.notes["tune"]
     assert note["applied"] and note["held_out_after"] < note["held_out_before"]
@@ -71,14 +85,19 @@ def test_micro_batches_do_not_change_the_result():
     assert torch.allclose(whole, parts, atol=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"steps": 0}, {"batch": 0}, {"rates": []}, {"rates": [2.0]}, {"rates": ["fast"]}, {"held_out": 1.0}])
+@pytest.mark.parametrize(
+    "option",
+    [{"steps": 0}, {"batch": 0}, {"rates": []}, {"rates": [2.0]}, {"rates": ["fast"]}, {"held_out": 1.0}],
+)
 def test_bad_options_are_named(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         registry.build("updates", "block-tune", option)
 
 
 def run(model, tokens, output, recipe="wanda", **options):
-    result = llmprune.prune(model, recipe=recipe, sparsity=0.6, calibration=tokens, output=output, dtype="float32", **options)
+    result = llmprune.prune(
+        model, recipe=recipe, sparsity=0.6, calibration=tokens, output=output, dtype="float32", **options
+    )
     return result.record
 
 
@@ -91,7 +110,10 @@ def test_a_tuned_run_keeps_masks_and_lowers_the_error_of_the_block(tiny_llama, c
     run(tiny_llama, calibration_tokens, tmp_path / "plain")
     masks = [(tmp_path / name / "masks.safetensors") for name in ("tuned", "plain")]
     first = [m for m in record["matrices"] if ".layers.0." in m["name"]]
-    assert all(m["steps"] == ["block-tune"] and m["tune"]["held_out_after"] < m["tune"]["held_out_before"] for m in first)
+    assert all(
+        m["steps"] == ["block-tune"] and m["tune"]["held_out_after"] < m["tune"]["held_out_before"]
+        for m in first
+    )
     tuned, plain = (llmprune.load(tmp_path / name).state_dict() for name in ("tuned", "plain"))
     name = first[0]["name"]
     assert torch.equal(tuned[name] != 0, plain[name] != 0) and not torch.equal(tuned[name], plain[name])
@@ -124,9 +146,17 @@ def test_a_rate_that_diverges_loses(tiny_llama, calibration_tokens, tmp_path, mo
     from llmprune.updates import block_tune
 
     real = block_tune._error
-    monkeypatch.setattr(block_tune, "_error", lambda job, weights, held: next(first, None) or real(job, weights, held))
+    monkeypatch.setattr(
+        block_tune, "_error", lambda job, weights, held: next(first, None) or real(job, weights, held)
+    )
     first = iter([float("nan")])
-    record = run(tiny_llama, calibration_tokens, tmp_path / "out", update="block-tune", settings=small(**{"update.rates": [0.9, 1e-3]}))
+    record = run(
+        tiny_llama,
+        calibration_tokens,
+        tmp_path / "out",
+        update="block-tune",
+        settings=small(**{"update.rates": [0.9, 1e-3]}),
+    )
     assert record["matrices"][0]["tune"]["rate"] == 1e-3
 
 
@@ -137,9 +167,11 @@ def test_group_order_sees_what_the_pruned_matrices_before_it_make(tiny_llama, ca
     model = llmprune.load(tiny_llama)
     block = model.model.layers[0]
     groups = (
-        [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj], [block.self_attn.o_proj],
-        [block.mlp.gate_proj, block.mlp.up_proj], [block.mlp.down_proj],
-    )  # fmt: skip
+        [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj],
+        [block.self_attn.o_proj],
+        [block.mlp.gate_proj, block.mlp.up_proj],
+        [block.mlp.down_proj],
+    )
     for group in groups:
         seen = []
         handle = group[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
@@ -168,13 +200,17 @@ def test_the_cross_gram_matrix_is_what_it_says():
     assert np.allclose(array(cross_stats(x, dense).cross), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("room", "name"), [("pruners", "alps"), ("updates", "least-squares"), ("refiners", "swaps")])
+@pytest.mark.parametrize(
+    ("room", "name"), [("pruners", "alps"), ("updates", "least-squares"), ("refiners", "swaps")]
+)
 def test_a_corrected_layer_is_nearer_to_the_dense_outputs(room, name):
     clean = inputs(24, sequences=20)
     x = clean + 0.5 * clean.roll(1, dims=-1)
     both = cross_stats(x, clean)
     task = job(Unstructured("row"), 0.5, rows=10, columns=24, x=x)
-    values = {need: getattr(task.stats, need.name.lower()) for need in (Need.MEAN, Need.SECOND_MOMENT, Need.GRAM)}
+    values = {
+        need: getattr(task.stats, need.name.lower()) for need in (Need.MEAN, Need.SECOND_MOMENT, Need.GRAM)
+    }
     stats = InputStats(task.stats.count, task.stats.sequence_length, values | {Need.CROSS: both.cross})
     task = Job(task.name, task.weight, stats, task.pattern, task.sparsity, task.generator)
     start = registry.build("pruners", "wanda", {}).prune(task)
@@ -190,11 +226,15 @@ def test_a_corrected_layer_is_nearer_to_the_dense_outputs(room, name):
 
 def test_without_cross_terms_nothing_needs_them():
     assert statistics(inputs(8), Need.GRAM).needs == Need.GRAM
-    assert all(Need.CROSS not in registry.build("pruners", name, {}).needs for name in registry.names("pruners"))
+    assert all(
+        Need.CROSS not in registry.build("pruners", name, {}).needs for name in registry.names("pruners")
+    )
 
 
 def test_the_record_of_a_tuned_run_is_plain_json(tiny_llama, calibration_tokens, tmp_path):
-    record = run(tiny_llama, calibration_tokens, tmp_path / "out", update="least-squares,block-tune", settings={})
+    record = run(
+        tiny_llama, calibration_tokens, tmp_path / "out", update="least-squares,block-tune", settings={}
+    )
     assert json.loads(json.dumps(record)) == json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert record["matrices"][0]["steps"] == ["least-squares", "block-tune"]
     assert [u["name"] for u in record["recipe"]["update"]] == ["least-squares", "block-tune"]

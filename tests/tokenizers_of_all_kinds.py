@@ -10,20 +10,94 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = ["<unk>", "<s>", "</s>"]
 GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = [
-    "the", "of", "and", "in", "to", "a", "was", "The", "for", "on", "as", "is", "with", "by", "he",
-    "that", "from", "at", "were", "an", "it", "his", "which", "are", "not", "or", "be", "had", "this", "film", "season",
-]  # fmt: skip
+    "the",
+    "of",
+    "and",
+    "in",
+    "to",
+    "a",
+    "was",
+    "The",
+    "for",
+    "on",
+    "as",
+    "is",
+    "with",
+    "by",
+    "he",
+    "that",
+    "from",
+    "at",
+    "were",
+    "an",
+    "it",
+    "his",
+    "which",
+    "are",
+    "not",
+    "or",
+    "be",
+    "had",
+    "this",
+    "film",
+    "season",
+]
 FRAGMENTS = [
-    " ", "  ", "\n", "\r\n", "\n\n\n", "\t", "😀", "👩‍👩‍👧‍👦", "é", "e\u0301\u0301", "\u200b", "\u200d", "\ufeff", "日本", "語。", "哈",
-    "12345", "3.14159", "aaaa", "a", "ab", "<s>", "</s>", "<mask>", " <mask> ", "of the", "xx", "...", "!!", "'s", "ﬁ", "½", "İ", "Σ",
-    "\u0000", "\u00a0", "\u3000", "Wörld", "▁", "##ing", "<0x0A>", "\u2028", "👍🏽", "नमस्ते", "ไทย", "ـ", "\U0001f1e9\U0001f1ea",
-]  # fmt: skip
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\n\n\n",
+    "\t",
+    "😀",
+    "👩‍👩‍👧‍👦",
+    "é",
+    "e\u0301\u0301",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "日本",
+    "語。",
+    "哈",
+    "12345",
+    "3.14159",
+    "aaaa",
+    "a",
+    "ab",
+    "<s>",
+    "</s>",
+    "<mask>",
+    " <mask> ",
+    "of the",
+    "xx",
+    "...",
+    "!!",
+    "'s",
+    "ﬁ",
+    "½",
+    "İ",
+    "Σ",
+    "\u0000",
+    "\u00a0",
+    "\u3000",
+    "Wörld",
+    "▁",
+    "##ing",
+    "<0x0A>",
+    "\u2028",
+    "👍🏽",
+    "नमस्ते",
+    "ไทย",
+    "ـ",
+    "\U0001f1e9\U0001f1ea",
+]
 
 
 def prose(rng, length):
     """Something like English."""
     words = [
-        rng.choice(WORDS) if rng.random() < 0.6 else "".join(rng.choices("etaoinshr", k=rng.randrange(2, 9))) for _ in range(length // 4)
+        rng.choice(WORDS) if rng.random() < 0.6 else "".join(rng.choices("etaoinshr", k=rng.randrange(2, 9)))
+        for _ in range(length // 4)
     ]
     return "".join(w + rng.choice([" ", " ", " ", " ", ", ", ". ", "\n"]) for w in words)[:length]
 
@@ -60,7 +134,13 @@ def _bpe(pre=None, normalizer=None, alphabet=(), **model):
     suffix = {"end_of_word_suffix": model["end_of_word_suffix"]} if "end_of_word_suffix" in model else {}
     made.train_from_iterator(
         _corpus(),
-        trainers.BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=list(alphabet), special_tokens=SPECIAL, **suffix),
+        trainers.BpeTrainer(
+            vocab_size=700,
+            show_progress=False,
+            initial_alphabet=list(alphabet),
+            special_tokens=SPECIAL,
+            **suffix,
+        ),
     )
     return made
 
@@ -80,7 +160,8 @@ def _with_bytes(made):
 
 def _around(made, right=False):
     made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if right else "<s> $A", special_tokens=[(t, made.token_to_id(t)) for t in ("<s>", "</s>")]
+        single="<s> $A </s>" if right else "<s> $A",
+        special_tokens=[(t, made.token_to_id(t)) for t in ("<s>", "</s>")],
     )
     return made
 
@@ -103,9 +184,16 @@ def roberta():
 
 
 def llama3():
-    parts = [pre_tokenizers.Split(Regex(GPT4), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    made = _changed(_bpe(pre_tokenizers.Sequence(parts), normalizers.NFC(), _byte_level()[1]), ignore_merges=True)
-    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    parts = [
+        pre_tokenizers.Split(Regex(GPT4), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    made = _changed(
+        _bpe(pre_tokenizers.Sequence(parts), normalizers.NFC(), _byte_level()[1]), ignore_merges=True
+    )
+    template = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
     made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     return made
 
@@ -126,7 +214,9 @@ def unigram():
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(vocab_size=500, show_progress=False, special_tokens=SPECIAL, unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=500, show_progress=False, special_tokens=SPECIAL, unk_token="<unk>"
+    )
     made.train_from_iterator(_corpus(), trainer)
     return _around(made, right=True)
 
@@ -134,28 +224,44 @@ def unigram():
 def word_piece():
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(_corpus(), trainers.WordPieceTrainer(vocab_size=700, show_progress=False, special_tokens=SPECIAL))
+    made.train_from_iterator(
+        _corpus(), trainers.WordPieceTrainer(vocab_size=700, show_progress=False, special_tokens=SPECIAL)
+    )
     return _around(made, right=True)
 
 
 def words():
     made = Tokenizer(models.WordLevel(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.train_from_iterator(_corpus(), trainers.WordLevelTrainer(vocab_size=700, show_progress=False, special_tokens=SPECIAL))
+    made.train_from_iterator(
+        _corpus(), trainers.WordLevelTrainer(vocab_size=700, show_progress=False, special_tokens=SPECIAL)
+    )
     return _around(made)
 
 
 def clip():
     return _around(
-        _bpe(pre_tokenizers.WhitespaceSplit(), normalizers.Lowercase(), unk_token="<unk>", end_of_word_suffix="</w>"), right=True
+        _bpe(
+            pre_tokenizers.WhitespaceSplit(),
+            normalizers.Lowercase(),
+            unk_token="<unk>",
+            end_of_word_suffix="</w>",
+        ),
+        right=True,
     )
 
 
 def odd():
-    parts = [pre_tokenizers.UnicodeScripts(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+    parts = [
+        pre_tokenizers.UnicodeScripts(),
+        pre_tokenizers.Punctuation(),
+        pre_tokenizers.Digits(individual_digits=True),
+    ]
     clean = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Strip()]
     made = _bpe(pre_tokenizers.Sequence(parts), normalizers.Sequence(clean), unk_token="<unk>")
-    made.add_tokens([AddedToken("of the", lstrip=True, rstrip=True, normalized=True), AddedToken("xx", single_word=True)])
+    made.add_tokens(
+        [AddedToken("of the", lstrip=True, rstrip=True, normalized=True), AddedToken("xx", single_word=True)]
+    )
     return _around(made)
 
 
@@ -164,4 +270,6 @@ KINDS = (gpt2, roberta, llama3, llama2, llama2_first, unigram, word_piece, words
 
 def wrapped(made):
     """As transformers loads it."""
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

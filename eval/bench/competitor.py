@@ -36,7 +36,9 @@ def seconds(environment, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=float, default=240, help="seconds after which a run is ended")
     arguments = parser.parse_args()
@@ -46,7 +48,9 @@ def main():
         for beside in (False, True):
             other = subprocess.Popen([sys.executable, "-c", COMPETITOR]) if beside else None
             try:
-                taken = statistics.median(seconds(environment, arguments.limit) for _ in range(arguments.runs))
+                taken = statistics.median(
+                    seconds(environment, arguments.limit) for _ in range(arguments.runs)
+                )
             finally:
                 if other:
                     other.kill()

@@ -33,7 +33,9 @@ def bare(model, tokens, dtype):
 def whole(model, path, dtype, recipe):
     """The record's seconds by phase, of a run at 60 %."""
     with tempfile.TemporaryDirectory() as folder:
-        run = llmprune.prune(model, recipe=recipe, sparsity=0.6, calibration=path, dtype=dtype, output=f"{folder}/out")
+        run = llmprune.prune(
+            model, recipe=recipe, sparsity=0.6, calibration=path, dtype=dtype, output=f"{folder}/out"
+        )
     return run.record["totals"]["seconds"]
 
 
@@ -53,7 +55,10 @@ def main():
             runs = (whole(arguments.model, arguments.tokens, dtype, recipe) for _ in range(arguments.repeats))
             seconds = min(runs, key=lambda s: s["total"])
             phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "total")
-            print(f"  {recipe:<10} {seconds['total']:.2f} s ({phases}): {seconds['total'] / best:.2f} times the bare passes", flush=True)
+            print(
+                f"  {recipe:<10} {seconds['total']:.2f} s ({phases}): {seconds['total'] / best:.2f} times the bare passes",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import yaml
 from transformers import LlamaConfig
 
 import llmprune
-from llmprune import recipe as recipes
 from llmprune import registry
 from llmprune.checkpoint.reader import TensorInfo
-from llmprune.data import shipped_names
+from llmprune.common.shipped import shipped_names
 from llmprune.model.skeleton import Skeleton
-from llmprune.plan import make_plan
+from llmprune.planning.plan import make_plan
+from llmprune.recipe import loading as recipes
 
 AMOUNTS = (0.5, 0.7)
 ON_WANDA = {"pruners": "pruner", "refiners": "refiner", "updates": "update", "allocators": "allocator"}
@@ -37,15 +37,22 @@ class Shapes:
             from transformers import LlamaForCausalLM
 
             names = LlamaForCausalLM(config).state_dict()
-        self.tensors = {n: TensorInfo(tuple(t.shape), torch.bfloat16, 2 * t.numel()) for n, t in names.items()}
+        self.tensors = {
+            n: TensorInfo(tuple(t.shape), torch.bfloat16, 2 * t.numel()) for n, t in names.items()
+        }
 
 
 @functools.cache
 def seven_billion():
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    )
     source = Shapes(config)
     return Skeleton(config, source, torch.bfloat16, torch.device("cpu")), source
 
@@ -73,9 +80,14 @@ def measured(arguments, recipe, overrides):
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
             llmprune.prune(
-                arguments.model, recipe=recipe, settings=overrides, sparsity=amount, calibration=arguments.tokens, dtype="float32",
+                arguments.model,
+                recipe=recipe,
+                settings=overrides,
+                sparsity=amount,
+                calibration=arguments.tokens,
+                dtype="float32",
                 output=f"{folder}/out",
-            )  # fmt: skip
+            )
             seconds = time.process_time() - started
             options = {"eval_seqlen": 256, "limit": 200, "dtype": "float32"}
             scores = llmprune.evaluate(f"{folder}/out", perplexity=[arguments.text], **options)
@@ -84,7 +96,9 @@ def measured(arguments, recipe, overrides):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?")
     parser.add_argument("text", nargs="?")
     parser.add_argument("tokens", nargs="?")

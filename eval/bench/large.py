@@ -17,7 +17,12 @@ MAKE = Path(__file__).with_name("make_model.py")
 def program(*arguments):
     """The program's summary, and the seconds it took."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "llmprune", *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmprune", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout), time.monotonic() - started
 
 
@@ -31,8 +36,22 @@ def main():
     for blocks in arguments.blocks:
         model, output = arguments.folder / f"random-{blocks}", arguments.folder / f"pruned-{blocks}"
         if not model.exists():
-            subprocess.run([sys.executable, MAKE, model, "--blocks", str(blocks)], check=True, capture_output=True)
-        options = (model, "--sparsity", "0.6", "--recipe", arguments.recipe, "--samples", "8", "--seqlen", "512", "--output", output)
+            subprocess.run(
+                [sys.executable, MAKE, model, "--blocks", str(blocks)], check=True, capture_output=True
+            )
+        options = (
+            model,
+            "--sparsity",
+            "0.6",
+            "--recipe",
+            arguments.recipe,
+            "--samples",
+            "8",
+            "--seqlen",
+            "512",
+            "--output",
+            output,
+        )
         planned, _ = program("prune", *options, "--dry-run")
         record, seconds = program("prune", *options, "--overwrite", "--restart")
         totals = record["totals"]
@@ -44,7 +63,11 @@ def main():
             flush=True,
         )
         phases = {k: v for k, v in totals["seconds"].items() if k != "total"}
-        print("  " + ", ".join(f"{k} {v:.1f} s ({v / totals['seconds']['total']:.0%})" for k, v in phases.items()), flush=True)
+        print(
+            "  "
+            + ", ".join(f"{k} {v:.1f} s ({v / totals['seconds']['total']:.0%})" for k, v in phases.items()),
+            flush=True,
+        )
         text = ("--perplexity", "builtin", "--eval-seqlen", "512", "--limit", "16")
         scoring, _ = program("run", *options, *text, "--dry-run")
         scores, seconds = program("eval", output, *text)

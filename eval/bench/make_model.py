@@ -8,17 +8,24 @@ import torch
 from transformers import LlamaConfig
 
 from llmprune.checkpoint.files import save_tensors
-from llmprune.hub import demo_folder
+from llmprune.hub.download import demo_folder
 
 
 def block(config, generator):
     """The tensors of one block, by their names below `model.layers.N.`."""
-    d, m, kv = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    d, m, kv = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.hidden_size // config.num_attention_heads * config.num_key_value_heads,
+    )
     attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
     shapes = {f"self_attn.{n}.weight": s for n, s in attention.items()}
     shapes |= {"mlp.gate_proj.weight": (m, d), "mlp.up_proj.weight": (m, d), "mlp.down_proj.weight": (d, m)}
     tensors = {name: matrix(*shape, generator) for name, shape in shapes.items()}
-    return tensors | {f"{n}.weight": torch.ones(d, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")}
+    return tensors | {
+        f"{n}.weight": torch.ones(d, dtype=torch.bfloat16)
+        for n in ("input_layernorm", "post_attention_layernorm")
+    }
 
 
 def matrix(rows, columns, generator):
@@ -35,10 +42,16 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=32000)
     arguments = parser.parse_args()
     config = LlamaConfig(
-        vocab_size=arguments.vocabulary, hidden_size=arguments.width, intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.blocks, num_attention_heads=arguments.heads, num_key_value_heads=arguments.heads,
-        max_position_embeddings=2048, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.width,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.blocks,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.heads,
+        max_position_embeddings=2048,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
     arguments.folder.mkdir(parents=True)
     config.save_pretrained(arguments.folder)
     for file in demo_folder().glob("tokenizer*"):  # its 2048 tokens are ids of the larger vocabulary too
@@ -50,7 +63,10 @@ def main():
             tensors = {f"model.layers.{number}.{n}": t for n, t in block(config, generator).items()}
         else:
             v, d = arguments.vocabulary, arguments.width
-            tensors = {"model.embed_tokens.weight": matrix(v, d, generator), "lm_head.weight": matrix(v, d, generator)}
+            tensors = {
+                "model.embed_tokens.weight": matrix(v, d, generator),
+                "lm_head.weight": matrix(v, d, generator),
+            }
             tensors["model.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
         name = f"model-{number + 1:05d}-of-{arguments.blocks + 1:05d}.safetensors"
         save_tensors(arguments.folder / name, tensors)

@@ -15,13 +15,28 @@ def main():
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("options", nargs="*", help="more options of llmprune prune, after --")
     arguments = parser.parse_args()
-    print(f"{arguments.model}: seconds of the whole command / of the run itself (forwards, pruning) / peak resident memory")
+    print(
+        f"{arguments.model}: seconds of the whole command / of the run itself (forwards, pruning) / peak resident memory"
+    )
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "llmprune", "prune", arguments.model, "--sparsity", "0.7", "--recipe", recipe]
+            command = [
+                sys.executable,
+                "-m",
+                "llmprune",
+                "prune",
+                arguments.model,
+                "--sparsity",
+                "0.7",
+                "--recipe",
+                recipe,
+            ]
             started = time.perf_counter()
             done = subprocess.run(
-                [*command, "--output", f"{folder}/out", "--json", *arguments.options], capture_output=True, text=True, check=True
+                [*command, "--output", f"{folder}/out", "--json", *arguments.options],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             whole = time.perf_counter() - started
         totals = json.loads(done.stdout)["totals"]

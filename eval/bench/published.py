@@ -25,7 +25,11 @@ class Seen:
     def __init__(self, module, second_order):
         self.module, self.second_order, self.tokens = module, second_order, 0
         columns = module.in_features
-        self.squares, self.sums, self.within = torch.zeros(columns), torch.zeros(columns), torch.zeros(columns)
+        self.squares, self.sums, self.within = (
+            torch.zeros(columns),
+            torch.zeros(columns),
+            torch.zeros(columns),
+        )
         self.gram = torch.zeros(columns, columns) if second_order else None
 
     def __call__(self, module, inputs):
@@ -44,9 +48,10 @@ class Seen:
             self.module.weight.data = sparsegpt.plain(weight, self.gram / self.tokens, sparsity)
             return
         values = {
-            Need.MEAN: self.sums / self.tokens, Need.SECOND_MOMENT: self.squares / self.tokens,
+            Need.MEAN: self.sums / self.tokens,
+            Need.SECOND_MOMENT: self.squares / self.tokens,
             Need.WITHIN_VARIANCE: self.within / self.tokens,
-        }  # fmt: skip
+        }
         score = weight.abs() * values[Need.SECOND_MOMENT].sqrt()
         order = torch.sort(score, dim=1, stable=True).indices[:, : int(score.shape[1] * sparsity)]
         keep = torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
@@ -91,20 +96,36 @@ def published(folder, tokens, method, sparsity):
 def ours(folder, path, method, sparsity, dtype, order):
     """The record's seconds, and the pruned model."""
     recipe = {"dsnot": "dsnot-paper", "alps": "sparsegpt"}.get(method, method)
-    settings = {"order": order} | {"dsnot": {"refiner.targets": ["*"]}, "alps": {"pruner": "alps"}}.get(method, {})
+    settings = {"order": order} | {"dsnot": {"refiner.targets": ["*"]}, "alps": {"pruner": "alps"}}.get(
+        method, {}
+    )
     with tempfile.TemporaryDirectory() as out:
-        run = llmprune.prune(folder, recipe=recipe, sparsity=sparsity, calibration=path, dtype=dtype, settings=settings, output=f"{out}/m")
+        run = llmprune.prune(
+            folder,
+            recipe=recipe,
+            sparsity=sparsity,
+            calibration=path,
+            dtype=dtype,
+            settings=settings,
+            output=f"{out}/m",
+        )
         return run.record["totals"]["seconds"]["total"], llmprune.load(f"{out}/m").float()
 
 
 def agreement(a, b):
     """The share of mask entries that agree."""
-    pairs = [(x, y) for (n, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True) if "proj" in n]
+    pairs = [
+        (x, y)
+        for (n, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True)
+        if "proj" in n
+    ]
     return sum(int(((x != 0) == (y != 0)).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("tokens")
     parser.add_argument("--sparsity", type=float, default=0.6)
@@ -112,7 +133,10 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["wanda", "dsnot", "sparsegpt"])
     arguments = parser.parse_args()
     tokens = load_file(arguments.tokens)["tokens"]
-    print("| | published flow, float32 | " + " | ".join(f"ours, {label}" for label, *_ in SIDES) + " |", flush=True)
+    print(
+        "| | published flow, float32 | " + " | ".join(f"ours, {label}" for label, *_ in SIDES) + " |",
+        flush=True,
+    )
     print("|---" * (len(SIDES) + 2) + "|", flush=True)
     for method in arguments.methods:
         theirs, cells, fastest = [], [], [float("inf")] * len(SIDES)
@@ -121,19 +145,32 @@ def main():
             seconds, model = published(arguments.model, tokens, method, arguments.sparsity)
             theirs.append(seconds)
             for i, (_, dtype, order) in enumerate(SIDES):
-                seconds, pruned = ours(arguments.model, arguments.tokens, method, arguments.sparsity, dtype, order)
+                seconds, pruned = ours(
+                    arguments.model, arguments.tokens, method, arguments.sparsity, dtype, order
+                )
                 fastest[i], agreed[i] = min(fastest[i], seconds), agreement(model, pruned)
         for seconds, agrees in zip(fastest, agreed, strict=True):
-            cells.append(f"{seconds:.2f} s, {min(theirs) / seconds:.1f} times faster, masks agree {agrees:.2%}")
+            cells.append(
+                f"{seconds:.2f} s, {min(theirs) / seconds:.1f} times faster, masks agree {agrees:.2%}"
+            )
         print(f"| {method} | {min(theirs):.2f} s | {' | '.join(cells)} |", flush=True)
     times = {
-        method: min(ours(arguments.model, arguments.tokens, method, arguments.sparsity, "float32", "block")[0] for _ in range(2))
+        method: min(
+            ours(arguments.model, arguments.tokens, method, arguments.sparsity, "float32", "block")[0]
+            for _ in range(2)
+        )
         for method in ("sparsegpt", "alps")
     }
-    print(f"\nsparsegpt {times['sparsegpt']:.2f} s, alps {times['alps']:.2f} s: {times['alps'] / times['sparsegpt']:.1f} times as long")
+    print(
+        f"\nsparsegpt {times['sparsegpt']:.2f} s, alps {times['alps']:.2f} s: {times['alps'] / times['sparsegpt']:.1f} times as long"
+    )
 
 
-SIDES = (("float32", "float32", "block"), ("bfloat16", "bfloat16", "block"), ("bfloat16, order group", "bfloat16", "group"))
+SIDES = (
+    ("float32", "float32", "block"),
+    ("bfloat16", "bfloat16", "block"),
+    ("bfloat16, order group", "bfloat16", "group"),
+)
 
 
 if __name__ == "__main__":

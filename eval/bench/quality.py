@@ -12,18 +12,26 @@ import tempfile
 from pathlib import Path
 
 import llmprune
-from llmprune.recipe import parse_assignment
+from llmprune.recipe.loading import parse_assignment
 
 
 def scores_of(folder, arguments):
     """Perplexity, and the accuracy on the task (None where none was asked for)."""
     scores = llmprune.evaluate(
-        folder, perplexity=[arguments.text], eval_seqlen=arguments.seqlen, limit=arguments.limit, dtype=arguments.dtype
+        folder,
+        perplexity=[arguments.text],
+        eval_seqlen=arguments.seqlen,
+        limit=arguments.limit,
+        dtype=arguments.dtype,
     )
     accuracy = None
     if arguments.task:
         found = llmprune.evaluate(
-            folder, tasks=[arguments.task], task_data=arguments.task_data, limit=arguments.task_limit, dtype=arguments.dtype
+            folder,
+            tasks=[arguments.task],
+            task_data=arguments.task_data,
+            limit=arguments.task_limit,
+            dtype=arguments.dtype,
         )
         accuracy = found["tasks"][arguments.task]["acc"]["value"]
     return next(iter(scores["perplexity"].values()))["value"], accuracy
@@ -36,9 +44,14 @@ def pruned(label, amount, arguments):
     options = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
     with tempfile.TemporaryDirectory() as out:
         run = llmprune.prune(
-            arguments.model, recipe=recipe, settings=settings, calibration=arguments.calibration, dtype=arguments.dtype,
-            output=f"{out}/model", **options,
-        )  # fmt: skip
+            arguments.model,
+            recipe=recipe,
+            settings=settings,
+            calibration=arguments.calibration,
+            dtype=arguments.dtype,
+            output=f"{out}/model",
+            **options,
+        )
         totals = run.record["totals"]
         return scores_of(f"{out}/model", arguments), totals["seconds"]["total"], totals["sparsity"]
 
@@ -48,7 +61,9 @@ def _cell(accuracy):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--calibration", default="builtin")
@@ -60,7 +75,11 @@ def main():
     parser.add_argument("--task", help="a task whose accuracy is shown too, such as blimp_local")
     parser.add_argument("--task-data")
     parser.add_argument("--task-limit", type=int, default=6700)
-    parser.add_argument("--reference", type=Path, help="results.json with published gaps to divide by, for wanda and sparsegpt")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="results.json with published gaps to divide by, for wanda and sparsegpt",
+    )
     arguments = parser.parse_args()
     dense, accuracy = scores_of(arguments.model, arguments)
     print(f"dense: {dense:.4f}{_cell(accuracy)}\n")
@@ -69,7 +88,9 @@ def main():
     published = json.loads(arguments.reference.read_text())["results"] if arguments.reference else {}
     for amount in arguments.amounts:
         gaps = {
-            m: math.log(published[f"{m}-{amount}"]["perplexity"] / dense) for m in ("wanda", "sparsegpt") if f"{m}-{amount}" in published
+            m: math.log(published[f"{m}-{amount}"]["perplexity"] / dense)
+            for m in ("wanda", "sparsegpt")
+            if f"{m}-{amount}" in published
         }
         for label in arguments.recipes:
             (value, accuracy), seconds, sparsity = pruned(label, amount, arguments)
@@ -77,7 +98,8 @@ def main():
             gaps.setdefault(label, gap)
             shares = " | ".join(f"{gap / gaps[m]:.3f}" if m in gaps else "" for m in ("wanda", "sparsegpt"))
             print(
-                f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | {seconds:.0f}{_cell(accuracy)} |", flush=True
+                f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | {seconds:.0f}{_cell(accuracy)} |",
+                flush=True,
             )
 
 

@@ -40,11 +40,23 @@ def main():
     for name in arguments.names or (n for n in results if n != "dense"):
         for label, recipe, options in variants(name):
             with tempfile.TemporaryDirectory() as out:
-                run = llmprune.prune(model, tokenizer=tokenizer, recipe=recipe, calibration=tokens, output=f"{out}/m", **options)
-                ours = llmprune.evaluate(f"{out}/m", perplexity=[text], eval_seqlen=256, limit=200)["perplexity"]["test.txt"]["value"]
+                run = llmprune.prune(
+                    model,
+                    tokenizer=tokenizer,
+                    recipe=recipe,
+                    calibration=tokens,
+                    output=f"{out}/m",
+                    **options,
+                )
+                ours = llmprune.evaluate(f"{out}/m", perplexity=[text], eval_seqlen=256, limit=200)[
+                    "perplexity"
+                ]["test.txt"]["value"]
             wanted = results[name]["perplexity"]
             what = f"{name} ({label})" if label else name
-            print(f"| {what} | {wanted:.4f} | {ours:.4f} | {ours / wanted - 1:+.2%} | {run.record['totals']['sparsity']:.6f} |", flush=True)
+            print(
+                f"| {what} | {wanted:.4f} | {ours:.4f} | {ours / wanted - 1:+.2%} | {run.record['totals']['sparsity']:.6f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -24,11 +24,19 @@ def main():
     row, pattern = Unstructured("row"), NM(2, 4)
     assert torch.equal(row.select(score, SPARSITY), full_sort(score))
     assert torch.equal(pattern.select(score, 0.5), sort_groups(score))
-    ours, sort, reading = best(lambda: row.select(score, SPARSITY), lambda: full_sort(score), lambda: [score.sum() for _ in range(4)])
-    print(f"unstructured, per row: {ours:.3f} s, full stable sort {sort:.3f} s: {sort / ours:.1f} times faster")
-    print(f"                       reading the matrix four times {reading:.3f} s: selection takes {ours / reading:.1f} times that")
+    ours, sort, reading = best(
+        lambda: row.select(score, SPARSITY), lambda: full_sort(score), lambda: [score.sum() for _ in range(4)]
+    )
+    print(
+        f"unstructured, per row: {ours:.3f} s, full stable sort {sort:.3f} s: {sort / ours:.1f} times faster"
+    )
+    print(
+        f"                       reading the matrix four times {reading:.3f} s: selection takes {ours / reading:.1f} times that"
+    )
     ours, sort = best(lambda: pattern.select(score, 0.5), lambda: sort_groups(score))
-    print(f"2:4:                   {ours:.3f} s, sorting every group {sort:.3f} s: {sort / ours:.1f} times faster")
+    print(
+        f"2:4:                   {ours:.3f} s, sorting every group {sort:.3f} s: {sort / ours:.1f} times faster"
+    )
 
 
 if __name__ == "__main__":

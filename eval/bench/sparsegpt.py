@@ -11,7 +11,7 @@ from timing import best
 from llmprune.contracts import InputStats, Job, Need
 from llmprune.patterns import Unstructured
 from llmprune.registry import build
-from llmprune.stats import StatsSums, sample_positions
+from llmprune.statistics.sums import StatsSums, sample_positions
 
 
 def plain(weight, gram, sparsity, damp=0.01, block=128):
@@ -55,13 +55,19 @@ def main():
     weight = torch.randn(size, size, generator=generator)
 
     def ours():
-        job = Job("layer", weight, InputStats(2048, 512, {Need.GRAM: gram}), Unstructured("matrix"), 0.6, generator)
+        job = Job(
+            "layer", weight, InputStats(2048, 512, {Need.GRAM: gram}), Unstructured("matrix"), 0.6, generator
+        )
         return build("pruners", "sparsegpt", {}).prune(job)
 
     slow, fast = best(lambda: plain(weight, gram, 0.6), ours, repeats=2)
-    print(f"sparsegpt {size} x {size}: {fast:.2f} s, plain column loop {slow:.2f} s: {slow / fast:.1f} times faster")
+    print(
+        f"sparsegpt {size} x {size}: {fast:.2f} s, plain column loop {slow:.2f} s: {slow / fast:.1f} times faster"
+    )
     three, two, one = best(lambda: collect(x, 3), lambda: collect(x, 2), lambda: collect(x, 1))
-    print(f"Gram matrix of {size} inputs, 2048 tokens: {one:.3f} s for all who share it, {two:.3f} s for two, {three:.3f} s for three")
+    print(
+        f"Gram matrix of {size} inputs, 2048 tokens: {one:.3f} s for all who share it, {two:.3f} s for two, {three:.3f} s for three"
+    )
     print(f"shared by q, k, v: {three / one:.1f} times faster; by gate, up: {two / one:.1f} times")
 
 

@@ -38,8 +38,21 @@ def measured(command, most, stop_after=None):
         process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
         peak, why, told = 0, None, None
         while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text() if os.path.exists(f"/proc/{process.pid}") else ""
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))])
+            status = (
+                Path(f"/proc/{process.pid}/status").read_text()
+                if os.path.exists(f"/proc/{process.pid}")
+                else ""
+            )
+            peak = max(
+                [
+                    peak,
+                    *(
+                        int(line.split()[1]) * 1024
+                        for line in status.splitlines()
+                        if line.startswith("VmHWM")
+                    ),
+                ]
+            )
             if peak > most:
                 why = f"stopped at {most / 1e9:.0f} GB"
                 process.kill()
@@ -52,7 +65,13 @@ def measured(command, most, stop_after=None):
             time.sleep(0.02)
         seconds = time.monotonic() - (told or started)
         out.seek(0), err.seek(0)
-        return peak, seconds, why or process.returncode, out.read(), (err.read().strip().splitlines() or [""])[-1]
+        return (
+            peak,
+            seconds,
+            why or process.returncode,
+            out.read(),
+            (err.read().strip().splitlines() or [""])[-1],
+        )
 
 
 def main():
@@ -67,15 +86,33 @@ def main():
         for name, path in write_files(folder):
             if arguments.only not in name:
                 continue
-            prune = [*program, "prune", "demo", "--recipe", "magnitude", "--calibration", str(path), "--output", f"{folder}/out"]
+            prune = [
+                *program,
+                "prune",
+                "demo",
+                "--recipe",
+                "magnitude",
+                "--calibration",
+                str(path),
+                "--output",
+                f"{folder}/out",
+            ]
             score = [*program, "eval", "demo", "--perplexity", str(path), "--json"]
             for what, command, stop in (
-                ("calibration", [*prune, "--dry-run", "--json"], None), ("perplexity", [*score, "--limit", "4"], None),
+                ("calibration", [*prune, "--dry-run", "--json"], None),
+                ("perplexity", [*score, "--limit", "4"], None),
                 ("perplexity of all, SIGTERM after 12 s", score, 12),
-            ):  # fmt: skip
+            ):
                 peak, seconds, code, out, said = measured(command, most, stop)
-                planned = f", planned {json.loads(out)['memory_bytes'] / 1e9:.2f} GB" if what == "calibration" and code == 0 else ""
-                print(f"{name:<26} {what:<38} {peak / 1e9:5.2f} GB{planned} in {seconds:5.1f} s, exit {code} {said[:150]}", flush=True)
+                planned = (
+                    f", planned {json.loads(out)['memory_bytes'] / 1e9:.2f} GB"
+                    if what == "calibration" and code == 0
+                    else ""
+                )
+                print(
+                    f"{name:<26} {what:<38} {peak / 1e9:5.2f} GB{planned} in {seconds:5.1f} s, exit {code} {said[:150]}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,25 @@ from llmprune.demo import train
 def build(vocabulary):
     return OPTForCausalLM(
         OPTConfig(
-            vocab_size=vocabulary, hidden_size=192, ffn_dim=768, num_hidden_layers=6, num_attention_heads=6, word_embed_proj_dim=192,
-            max_position_embeddings=train.SEQUENCE, dropout=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            vocab_size=vocabulary,
+            hidden_size=192,
+            ffn_dim=768,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            word_embed_proj_dim=192,
+            max_position_embeddings=train.SEQUENCE,
+            dropout=0.0,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )
-    )  # fmt: skip
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)

@@ -25,7 +25,9 @@ class ATP(Allocator):
             if not self.slopes or not all(-1 <= slope <= 1 for slope in self.slopes):
                 raise ValueError(f"slopes must be shares in [-1, 1], got {list(self.slopes)}")
             if self.trial and len(self.slopes) < 2:
-                raise ValueError("trial is the pruner that compares several slopes, and there is one; leave it out")
+                raise ValueError(
+                    "trial is the pruner that compares several slopes, and there is one; leave it out"
+                )
 
     @property
     def trials(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -47,6 +49,8 @@ class ATP(Allocator):
         numbers = sorted({blocks[name] for name in shapes})
         half = self.config.slopes[trial] * min(sparsity, 1 - sparsity)  # from the middle block to the last
         steps = (
-            {number: 2 * i / max(1, len(numbers) - 1) - 1 for i, number in enumerate(numbers)} if len(numbers) > 1 else {numbers[0]: 0.0}
+            {number: 2 * i / max(1, len(numbers) - 1) - 1 for i, number in enumerate(numbers)}
+            if len(numbers) > 1
+            else {numbers[0]: 0.0}
         )
         return {name: sparsity + half * steps[blocks[name]] for name in shapes}

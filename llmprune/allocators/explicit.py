@@ -31,10 +31,14 @@ class Explicit(Allocator):
         sparsity: float,
         trial: int = 0,
     ) -> dict[str, float]:
-        wished = {n: next((s for p, s in self.config.sparsity.items() if fnmatchcase(n, p)), None) for n in shapes}
+        wished = {
+            n: next((s for p, s in self.config.sparsity.items() if fnmatchcase(n, p)), None) for n in shapes
+        }
         for pattern in self.config.sparsity:
             if not any(fnmatchcase(n, pattern) for n in shapes):
-                raise ValueError(f"pattern {pattern!r} of allocator 'explicit' matches no matrix, such as {next(iter(shapes))!r}")
+                raise ValueError(
+                    f"pattern {pattern!r} of allocator 'explicit' matches no matrix, such as {next(iter(shapes))!r}"
+                )
         sizes = {n: r * c for n, (r, c) in shapes.items()}
         rest = sum(sizes[n] for n, s in wished.items() if s is None)
         left = sparsity * sum(sizes.values()) - sum(sizes[n] * s for n, s in wished.items() if s is not None)

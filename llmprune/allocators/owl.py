@@ -33,7 +33,9 @@ class OWL(Allocator):
             if not self.limit or not all(0 <= limit < 0.5 for limit in self.limit):
                 raise ValueError(f"limit must be in [0, 0.5), got {list(self.limit)}")
             if self.trial and len(self.limit) < 2:
-                raise ValueError("trial is the pruner that compares several limits, and there is one; leave it out")
+                raise ValueError(
+                    "trial is the pruner that compares several limits, and there is one; leave it out"
+                )
 
     @property
     def trials(self) -> tuple[str, ...]:  # type: ignore[override]

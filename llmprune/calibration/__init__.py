@@ -8,19 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.calibration import mixture
 from llmprune.calibration.rows import Maker
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import check_tokens, digest, read_tokens
 from llmprune.contracts import CalibrationSet
+from llmprune.text import mixture
+from llmprune.text.tokenisation import default_length
 
 SAMPLES = 128
-SEQUENCE_LENGTH = 2048
-
-
-def default_length(limit: int | None) -> int:
-    """Tokens per row unless asked: min(2048, the model's limit). Recent limits (131072) would ask for hundreds of GB."""
-    return min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
 
 
 def build(
@@ -52,9 +47,14 @@ def build(
     if isinstance(source, Tensor) or (isinstance(source, str) and source.endswith(".safetensors")):
         name = "tokens in memory" if isinstance(source, Tensor) else Path(source).name
         tokens = check_tokens(source.cpu(), name) if isinstance(source, Tensor) else read_tokens(Path(source))
-        for option, asked, have in (("samples", samples, tokens.shape[0]), ("seqlen", length, tokens.shape[1])):
+        for option, asked, have in (
+            ("samples", samples, tokens.shape[0]),
+            ("seqlen", length, tokens.shape[1]),
+        ):
             if asked is not None and asked != have:
-                raise ValueError(f"{name} is used exactly as it is and has {option} {have}, got {option} {asked}; leave the option out")
+                raise ValueError(
+                    f"{name} is used exactly as it is and has {option} {have}, got {option} {asked}; leave the option out"
+                )
         return _set(maker.checked(tokens, name), name, seed)
     samples, length = SAMPLES if samples is None else samples, length or default_length(limit)
     maker.check(source, samples, length)
@@ -62,14 +62,18 @@ def build(
     return _set(tokens, _name(source), seed, details)
 
 
-def _mixed(weights: dict[str, float], maker: Maker, samples: int | None, length: int | None) -> CalibrationSet:
+def _mixed(
+    weights: dict[str, float], maker: Maker, samples: int | None, length: int | None
+) -> CalibrationSet:
     """Rows of every part, in an order drawn with the seed. Token files set the length where it is not asked for."""
     ready = [read_tokens(Path(part)).shape[1] for part in weights if part.endswith(".safetensors")]
     length = length or (ready[0] if ready else default_length(maker.limit))
     shares = mixture.shares(weights, SAMPLES if samples is None else samples)
     names = {part: _name(part) for part in weights}
     if len(set(names.values())) < len(names):
-        raise ValueError(f"files of a mixture go by their names, which must differ, got {', '.join(names.values())}; rename one")
+        raise ValueError(
+            f"files of a mixture go by their names, which must differ, got {', '.join(names.values())}; rename one"
+        )
     for part, share in shares.items():  # every part is looked at before the first one costs time
         maker.check(part, share, length)
     rows: list[Tensor] = []

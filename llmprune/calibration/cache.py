@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.calibration.tokens import digest, read_tokens
-from llmprune.data import first_line
+from llmprune.common.messages import first_line
 
 Made = tuple[Tensor, dict[str, Any]]  # rows, and what the record says of how they were made
 _log = logging.getLogger(__name__)
@@ -38,13 +38,20 @@ class Cache:
     def rows(self, key: tuple[object, ...], shape: tuple[int, int], make: Callable[[], Made]) -> Made:
         """Rows [N, T] from the cache, or made and put there. The file's name is the hash of the key."""
         try:
-            path = cache_folder() / "calibration" / f"{hashlib.sha256(repr(('digest', key)).encode()).hexdigest()[:32]}.safetensors"
+            path = (
+                cache_folder()
+                / "calibration"
+                / f"{hashlib.sha256(repr(('digest', key)).encode()).hexdigest()[:32]}.safetensors"
+            )
             kept = _read(path, shape) if path.exists() else None
         except (OSError, RuntimeError) as error:  # no access; no home folder
             self._tell(f"the cache of calibration tokens cannot be read ({first_line(error)})")
             return make()
         except ValueError as error:
-            self._tell(f"a file of the cache of calibration tokens is damaged and made again ({first_line(error)})", remedy="")
+            self._tell(
+                f"a file of the cache of calibration tokens is damaged and made again ({first_line(error)})",
+                remedy="",
+            )
             kept = None
         if kept is not None:
             return kept
@@ -55,7 +62,9 @@ class Cache:
             self._tell(f"the cache of calibration tokens cannot be written ({first_line(error)})")
         return made
 
-    def _tell(self, what: str, remedy: str = "; going on without it: LLMPRUNE_CACHE names another folder") -> None:
+    def _tell(
+        self, what: str, remedy: str = "; going on without it: LLMPRUNE_CACHE names another folder"
+    ) -> None:
         if not self._told:
             _log.warning("%s%s", what, remedy)
         self._told = True
@@ -80,7 +89,11 @@ def _write(path: Path, made: Made) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({"tokens": made[0]}, temporary, metadata={"details": json.dumps(made[1]), "digest": digest(made[0])})
+        save_file(
+            {"tokens": made[0]},
+            temporary,
+            metadata={"details": json.dumps(made[1]), "digest": digest(made[0])},
+        )
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmprune.data import first_line, shown
+from llmprune.common.messages import first_line, shown
 
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT -> those chat templates know
@@ -35,11 +35,19 @@ class Chats:
             return Templated(self._tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception as error:  # a template raises what it likes
             line = first_line(error)
-            raise ValueError(f"{where}: the tokenizer's chat template refuses this chat ({line}); mend or remove the row") from None
+            raise ValueError(
+                f"{where}: the tokenizer's chat template refuses this chat ({line}); mend or remove the row"
+            ) from None
 
 
 def _turn(message: Any, where: str) -> dict[str, str]:
     for who, what in _KEYS:
-        if isinstance(message, dict) and isinstance(message.get(who), str) and isinstance(message.get(what), str):
+        if (
+            isinstance(message, dict)
+            and isinstance(message.get(who), str)
+            and isinstance(message.get(what), str)
+        ):
             return {"role": _ROLES.get(message[who], message[who]), "content": message[what]}
-    raise ValueError(f"{where} is no {{role, content}} or {{from, value}} with texts, got {shown(message)}; mend or remove the row")
+    raise ValueError(
+        f"{where} is no {{role, content}} or {{from, value}} with texts, got {shown(message)}; mend or remove the row"
+    )

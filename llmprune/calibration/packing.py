@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune import tokenisation
 from llmprune.calibration.chat import Templated
-from llmprune.textfiles import Document, written
-from llmprune.tokenisation import Ids, check_made, encoded, first_tokens, ids_of, tokens_of
+from llmprune.text import tokenisation
+from llmprune.text.files import Document, written
+from llmprune.text.tokenisation import Ids, check_made, encoded, first_tokens, ids_of, tokens_of
 
 _BATCH = 64  # documents tokenised together
 _SPREAD = 8  # a finite source is packed into up to this many times the rows asked for, then drawn from
@@ -47,7 +47,15 @@ def _token_stream(documents: Iterable[Document], tokenizer: Any, name: str) -> I
             yield from tokens_of(pieces, tokenizer, name, special)
 
 
-def pack(documents: Iterable[Document], tokenizer: Any, samples: int, length: int, seed: int, finite: bool, source: str) -> Tensor:
+def pack(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    finite: bool,
+    source: str,
+) -> Tensor:
     """Token rows int64 [N, T]: documents tokenised as the tokenizer does by default, laid end to end, cut into rows.
 
     From a finite source the rows are drawn at random (seeded) out of up to 8 N, and no more is read; from a stream the first N are taken.

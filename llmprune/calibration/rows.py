@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune import __version__, text
+from llmprune import __version__
 from llmprune.calibration.cache import Cache, Made
 from llmprune.calibration.chat import Chats
 from llmprune.calibration.packing import pack
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import read_tokens
-from llmprune.textfiles import whole_characters
-from llmprune.tokenisation import check_known
+from llmprune.text import sources as text
+from llmprune.text.files import whole_characters
+from llmprune.text.tokenisation import check_known
 
 Plain = str | Iterable[str]
 
@@ -39,10 +40,14 @@ class Maker:
     def check(self, source: Plain, samples: int, length: int) -> None:
         """Raise `ValueError` for what can be known to fail before any long work."""
         if self.limit and length > self.limit:
-            raise ValueError(f"sequence length {length} is over the model's limit of {self.limit}; use --seqlen {self.limit} or less")
+            raise ValueError(
+                f"sequence length {length} is over the model's limit of {self.limit}; use --seqlen {self.limit} or less"
+            )
         if source == "self":
             if self.sampler is None:
-                raise ValueError("calibration source 'self' is sampled from a model, and none was given; name another source")
+                raise ValueError(
+                    "calibration source 'self' is sampled from a model, and none was given; name another source"
+                )
             self.sampler.check(length)
         elif isinstance(source, str) and source.endswith(".safetensors"):
             _check_drawn(Path(source), samples, length)
@@ -57,7 +62,10 @@ class Maker:
         """Rows int64 [N, T] of a checked source, and what the record says of how they were made."""
         if not isinstance(source, str):
             name = "text in memory"
-            made: Made = pack(_strings(iter(source)), self.tokenizer, samples, length, self.seed, True, name), {}
+            made: Made = (
+                pack(_strings(iter(source)), self.tokenizer, samples, length, self.seed, True, name),
+                {},
+            )
         elif source == "self":
             name, made = source, self._sampled(samples, length)
         elif source.endswith(".safetensors"):
@@ -80,9 +88,14 @@ class Maker:
 
     def _sampled(self, samples: int, length: int) -> Made:
         assert self.sampler is not None
-        sampler, details = self.sampler, {"temperature": self.sampler.temperature, "top_p": self.sampler.top_p}
+        sampler, details = (
+            self.sampler,
+            {"temperature": self.sampler.temperature, "top_p": self.sampler.top_p},
+        )
         key = (__version__, "self", *sampler.key(), samples, length, self.seed)
-        return self.cache.rows(key, (samples, length), lambda: (sampler.sample(samples, length, self.seed), details))
+        return self.cache.rows(
+            key, (samples, length), lambda: (sampler.sample(samples, length, self.seed), details)
+        )
 
     def _text(self, source: str, name: str, samples: int, length: int) -> Made:
         chats = Chats(self.tokenizer)
@@ -115,9 +128,13 @@ def _library(tokens: int) -> Iterator[text.Document]:
 def _check_drawn(path: Path, samples: int, length: int) -> None:
     rows, have = read_tokens(path).shape
     if have != length:
-        raise ValueError(f"{path.name} is used exactly as it is and has seqlen {have}, got seqlen {length}; use --seqlen {have}")
+        raise ValueError(
+            f"{path.name} is used exactly as it is and has seqlen {have}, got seqlen {length}; use --seqlen {have}"
+        )
     if rows < samples:
-        raise ValueError(f"{path.name} holds {rows} rows and the mixture takes {samples} of it; lower its weight or --samples")
+        raise ValueError(
+            f"{path.name} holds {rows} rows and the mixture takes {samples} of it; lower its weight or --samples"
+        )
 
 
 def _drawn(path: Path, samples: int, seed: int) -> Tensor:
@@ -133,7 +150,11 @@ def _identity(source: str) -> tuple[object, ...]:
         return (source, sys.version)
     if text.is_file(source):
         path = text.file_path(source)
-        return (source, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (source,)
+        return (
+            (source, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+            if path.is_file()
+            else (source,)
+        )
     return (source,)
 
 

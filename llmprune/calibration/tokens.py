@@ -17,7 +17,9 @@ def read_tokens(path: Path) -> Tensor:
         raise ValueError(f"no such token file: {path}")
     file = WeightFile(path)
     if "tokens" not in file.entries:
-        raise ValueError(f"{path} has no tensor 'tokens' (it has: {', '.join(sorted(file.entries))[:120] or 'none'})")
+        raise ValueError(
+            f"{path} has no tensor 'tokens' (it has: {', '.join(sorted(file.entries))[:120] or 'none'})"
+        )
     return check_tokens(file.load("tokens"), str(path))
 
 

@@ -15,11 +15,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,
-    "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -42,11 +55,18 @@ def read_header(path: Path) -> dict[str, Entry]:
             listed = json.loads(file.read(length))
         listed.pop("__metadata__", None)
         return {
-            name: Entry(t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1])
+            name: Entry(
+                t["dtype"],
+                tuple(t["shape"]),
+                8 + length + t["data_offsets"][0],
+                8 + length + t["data_offsets"][1],
+            )
             for name, t in listed.items()
         }
     except (SafetensorError, OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({_line(error)}); download it again") from None
+        raise ValueError(
+            f"{path} is damaged or not safetensors ({_line(error)}); download it again"
+        ) from None
 
 
 def _line(error: Exception) -> str:
@@ -139,7 +159,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def layout(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:
+def layout(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
     """The header of a safetensors file with these tensors (name -> dtype name, shape), in this order, and where each will lie."""
     listed: dict[str, object] = {"__metadata__": dict(metadata)}
     spans, end = {}, 0
@@ -150,14 +172,19 @@ def layout(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[
     encoded = json.dumps(listed, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     head = len(encoded).to_bytes(8, "little") + encoded
-    return head, {name: Entry(dtype, shape, len(head) + start, len(head) + end) for name, (dtype, shape, start, end) in spans.items()}
+    return head, {
+        name: Entry(dtype, shape, len(head) + start, len(head) + end)
+        for name, (dtype, shape, start, end) in spans.items()
+    }
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write a safetensors file durably; returns its bytes and SHA-256."""
     # Wide dtypes first: every tensor then starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    head, _ = layout({name: (_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, {"format": "pt"})
+    head, _ = layout(
+        {name: (_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, {"format": "pt"}
+    )
     return write_durably(path, [head, *(raw(tensors[name]) for name in order)])
 
 

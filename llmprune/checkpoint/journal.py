@@ -27,7 +27,9 @@ class Journal:
             self.identity: Identity | None = lines[0]["identity"] if lines else None
             self.entries = [dict(line) for line in lines[1:]]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"{path} is damaged, so the unfinished run cannot go on; begin anew with --restart") from None
+            raise ValueError(
+                f"{path} is damaged, so the unfinished run cannot go on; begin anew with --restart"
+            ) from None
         self._length = len(whole) + 1 if whole else 0
 
     @property
@@ -75,7 +77,11 @@ def difference(before: Identity, now: Identity) -> str | None:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
+        return {
+            k: v
+            for name, inner in value.items()
+            for k, v in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
     return {prefix: value}
 
 

@@ -31,7 +31,9 @@ class Lock:
                 self._file.seek(0)
                 owner = _owner(self._file.read(1000))
                 self._file.close()
-                raise ValueError(f"{what} is being written by {owner}; wait for it to end, or choose another --output") from None
+                raise ValueError(
+                    f"{what} is being written by {owner}; wait for it to end, or choose another --output"
+                ) from None
             if path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
                 break
             self._file.close()  # the holder before us removed the file between our opening and our locking it
@@ -39,10 +41,15 @@ class Lock:
         # Torn by a crash it may be, but not something else.
         if (note := self._file.read(1000).strip("\0")) and not note.startswith('{"pid"'):
             self._file.close()
-            raise ValueError(f"{path} is no lock of llmprune and would have to be replaced; move it away, or choose another --output")
+            raise ValueError(
+                f"{path} is no lock of llmprune and would have to be replaced; move it away, or choose another --output"
+            )
         self._file.seek(0)
         self._file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, self._file)
+        json.dump(
+            {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")},
+            self._file,
+        )
         self._file.flush()
 
     def release(self) -> None:
@@ -62,7 +69,9 @@ def _opened(path: Path) -> TextIO:
         return os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
     except OSError as error:
         if error.errno in (None, errno.EISDIR, errno.ELOOP, errno.ENXIO):
-            raise ValueError(f"{path} is no lock of llmprune and would have to be replaced; move it away") from None
+            raise ValueError(
+                f"{path} is no lock of llmprune and would have to be replaced; move it away"
+            ) from None
         raise
 
 

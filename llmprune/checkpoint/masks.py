@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import layout, raw
-from llmprune.data import shown
+from llmprune.common.messages import shown
 
 
 def pack(keep: Tensor) -> Tensor:
@@ -23,7 +23,9 @@ def pack(keep: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
     """The bool mask [R, C] of packed bits."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little").astype(bool))
+    return torch.from_numpy(
+        np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little").astype(bool)
+    )
 
 
 class MaskFile:
@@ -33,7 +35,9 @@ class MaskFile:
         metadata = {"format": "llmprune-keep-masks", "shapes": json.dumps(dict(shapes))}
         head, self._entries = layout({n: ("U8", (r, -(-c // 8))) for n, (r, c) in shapes.items()}, metadata)
         self._path = path
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # what a run left, but never what a link leads to
+        handle = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
+        )  # what a run left, but never what a link leads to
         self._file = os.fdopen(handle, "r+b")
         self._file.write(head)
         self._file.truncate(max((e.end for e in self._entries.values()), default=len(head)))
@@ -60,7 +64,9 @@ def read_masks(path: Path) -> dict[str, Tensor]:
         for name, packed in masks.items():
             rows, columns = shapes[name]
             if packed.dtype != torch.uint8 or list(packed.shape) != [rows, -(-columns // 8)]:
-                raise ValueError(f"{name} is {packed.dtype} {list(packed.shape)}, not the bits of {rows} x {columns}")
+                raise ValueError(
+                    f"{name} is {packed.dtype} {list(packed.shape)}, not the bits of {rows} x {columns}"
+                )
         return {name: unpack(packed, shapes[name][1]) for name, packed in masks.items()}
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmprune.checkpoint.contents import INDEX, RECORD, SCHEMA, SINGLE
 from llmprune.checkpoint.files import DTYPES, WeightFile, raw
-from llmprune.counts import all_finite
-from llmprune.data import shown
+from llmprune.common.messages import shown
+from llmprune.numerics.counts import all_finite
 
 _PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,12 +77,22 @@ class Checkpoint:
         if not (self.folder / INDEX).is_file():
             raise ValueError(self._no_safetensors())
         weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-            raise ValueError(f"{self.folder / INDEX} has no usable weight_map (tensor name -> file); download the checkpoint again")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
+            raise ValueError(
+                f"{self.folder / INDEX} has no usable weight_map (tensor name -> file); download the checkpoint again"
+            )
         listing: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
             # A plain file name cannot leave the folder. (Resolving instead would refuse the hub cache, whose files are links.)
-            if file in ("", ".", "..") or len(file.encode(errors="replace")) > 255 or any(c in file for c in "/\\\0"):
+            if (
+                file in ("", ".", "..")
+                or len(file.encode(errors="replace")) > 255
+                or any(c in file for c in "/\\\0")
+            ):
                 raise ValueError(
                     f"{self.folder / INDEX} names {shown(file)} for {shown(name)}: shards must be plain file names inside the folder"
                 )
@@ -103,15 +113,21 @@ class Checkpoint:
     def _open(self, file: str) -> set[str]:
         path = self.folder / file
         if not path.is_file():
-            raise ValueError(f"{self.folder / INDEX} names {file}, which is missing; download the checkpoint again")
+            raise ValueError(
+                f"{self.folder / INDEX} names {file}, which is missing; download the checkpoint again"
+            )
         weights = WeightFile(path)
         for name, entry in weights.entries.items():
             if name in self._where:
                 other = self._where[name].path.name
-                raise ValueError(f"tensor {shown(name)} stands in both {other} and {file}; the checkpoint is inconsistent")
+                raise ValueError(
+                    f"tensor {shown(name)} stands in both {other} and {file}; the checkpoint is inconsistent"
+                )
             self._where[name] = weights
             dtype = DTYPES.get(entry.dtype)
-            self.tensors[name] = TensorInfo(entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start)
+            self.tensors[name] = TensorInfo(
+                entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start
+            )
         return set(weights.entries)
 
     @property
@@ -144,7 +160,10 @@ class MemoryCheckpoint:
                 self._state[name] = tensor
                 seen.add(tensor.data_ptr())
         self._versions = {name: _version(tensor) for name, tensor in self._state.items()}
-        self.tensors = {n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes) for n, t in self._state.items()}
+        self.tensors = {
+            n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes)
+            for n, t in self._state.items()
+        }
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored; a copy, so that the model is never written to."""
@@ -159,7 +178,9 @@ class MemoryCheckpoint:
 
     def _check(self, name: str) -> None:
         if _version(self._state[name]) != self._versions[name]:
-            raise ValueError(f"{name} of the model in memory changed during the run; begin anew once nothing writes to it")
+            raise ValueError(
+                f"{name} of the model in memory changed during the run; begin anew once nothing writes to it"
+            )
 
 
 def _version(tensor: Tensor) -> int:
@@ -206,9 +227,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     schema = record.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
-        raise ValueError(f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; update llmprune")
+        raise ValueError(
+            f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; update llmprune"
+        )
     if schema != SCHEMA or isinstance(schema, bool):
-        raise ValueError(f"{folder / RECORD} is not a record of this program; remove it or restore the original")
+        raise ValueError(
+            f"{folder / RECORD} is not a record of this program; remove it or restore the original"
+        )
     return record
 
 
@@ -250,4 +275,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         return
     if not all_finite(tensor):
         bad = int((~tensor.isfinite()).sum())
-        raise ValueError(f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, pruning it would spread them")
+        raise ValueError(
+            f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, pruning it would spread them"
+        )

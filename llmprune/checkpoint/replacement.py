@@ -14,14 +14,45 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llmprune.checkpoint.contents import JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, is_companion, is_shard
-from llmprune.data import shown
+from llmprune.common.messages import shown
 
 MODEL = "the model"  # the name in words of that input
 Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in words, and where it is
 _TEMPORARY = ".tmp"  # a file that was being written when its run died
 # Folders of the system: never an output. Below the sealed ones nothing is, but for the open ones.
-_SEALED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr", "nix", "System", "Library")
-_MORE = ("home", "media", "mnt", "opt", "private", "root", "run", "snap", "srv", "tmp", "var", "Applications", "Users", "Volumes")
+_SEALED = (
+    "bin",
+    "boot",
+    "dev",
+    "etc",
+    "lib",
+    "lib32",
+    "lib64",
+    "libx32",
+    "proc",
+    "sbin",
+    "sys",
+    "usr",
+    "nix",
+    "System",
+    "Library",
+)
+_MORE = (
+    "home",
+    "media",
+    "mnt",
+    "opt",
+    "private",
+    "root",
+    "run",
+    "snap",
+    "srv",
+    "tmp",
+    "var",
+    "Applications",
+    "Users",
+    "Volumes",
+)
 _OPEN = ("dev/shm", "usr/local", "usr/src")
 _DERIVED = re.compile(r"\..*\.(partial|replaced|lock)", re.DOTALL)  # what a run makes beside its output
 
@@ -36,7 +67,9 @@ def check_place(output: Path, inputs: Inputs) -> None:
     target = output.resolve()
 
     def refused(what: str) -> ValueError:
-        return ValueError(f"output folder {output} {what}, which is never replaced; choose another with --output")
+        return ValueError(
+            f"output folder {output} {what}, which is never replaced; choose another with --output"
+        )
 
     if target.parent == target:
         raise refused("is the root of the file system")
@@ -96,17 +129,23 @@ def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
         return
     check_ours(output.resolve(), f"output folder {output}")
     if not overwrite:
-        raise ValueError(f"output folder {output} is not empty; choose another with --output or replace it with --overwrite")
+        raise ValueError(
+            f"output folder {output} is not empty; choose another with --output or replace it with --overwrite"
+        )
 
 
 def _check_name(output: Path) -> None:
     try:
         str(output).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"output {str(output)!a} is not UTF-8, which weight files cannot be read under; choose another --output") from None
+        raise ValueError(
+            f"output {str(output)!a} is not UTF-8, which weight files cannot be read under; choose another --output"
+        ) from None
     name = output.resolve().name
     if _DERIVED.fullmatch(name):
-        raise ValueError(f"output {output}: names such as {name} belong to unfinished runs; choose another --output")
+        raise ValueError(
+            f"output {output}: names such as {name} belong to unfinished runs; choose another --output"
+        )
     try:
         os.lstat(output.resolve().with_name(f".{name}.replaced"))
     except FileNotFoundError:
@@ -142,7 +181,9 @@ def foreign_entries(folder: Path, unfinished: bool = False) -> list[str]:
 
 
 def _is_plain(entry: os.DirEntry[str], alone: bool) -> bool:
-    return entry.is_file(follow_symlinks=False) and not (alone and entry.stat(follow_symlinks=False).st_nlink > 1)
+    return entry.is_file(follow_symlinks=False) and not (
+        alone and entry.stat(follow_symlinks=False).st_nlink > 1
+    )
 
 
 def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
@@ -155,12 +196,20 @@ def _recorded_files(folder: Path) -> Mapping[str, int] | None:
     """The files that a folder's record lists, with their bytes; None where it is no record of an output."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not path.is_symlink() else None
+        record = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not path.is_symlink() else None
+        )
     except (OSError, ValueError, RecursionError):
         return None
-    totals = record.get("totals") if isinstance(record, dict) and "matrices" in record and "schema" in record else None
+    totals = (
+        record.get("totals")
+        if isinstance(record, dict) and "matrices" in record and "schema" in record
+        else None
+    )
     files = totals.get("files") if isinstance(totals, dict) else None
-    return files if isinstance(files, dict) and all(isinstance(size, int) for size in files.values()) else None
+    return (
+        files if isinstance(files, dict) and all(isinstance(size, int) for size in files.values()) else None
+    )
 
 
 def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
@@ -172,7 +221,11 @@ def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
     try:
         with path.open(encoding="utf-8") as file:
             first = json.loads(file.readline(1 << 24))
-        if isinstance(first, dict) and isinstance(first.get("identity"), dict) and "model" in first["identity"]:
+        if (
+            isinstance(first, dict)
+            and isinstance(first.get("identity"), dict)
+            and "model" in first["identity"]
+        ):
             planned = first.get("files")
     except (OSError, ValueError, RecursionError):
         pass
@@ -206,5 +259,9 @@ def remove(folder: Path, unfinished: bool = False) -> list[str]:
 
 def input_files(named: Iterable[tuple[str, object]]) -> Inputs:
     """Those of a run's inputs, each with its name in words, that are files or folders on this machine."""
-    paths = [(what, Path(value).expanduser()) for what, value in named if isinstance(value, (str, os.PathLike)) and os.fspath(value)]
+    paths = [
+        (what, Path(value).expanduser())
+        for what, value in named
+        if isinstance(value, (str, os.PathLike)) and os.fspath(value)
+    ]
     return [(what, path) for what, path in paths if path.exists()]

@@ -14,8 +14,12 @@ class Snapshot:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        names = (p.name for p in folder.iterdir() if p.name in (INDEX, CARD) or is_companion(p.name, code=True))
-        self._digests = {name: _digest(data) for name in sorted(names) if (data := _content(folder / name)) is not None}
+        names = (
+            p.name for p in folder.iterdir() if p.name in (INDEX, CARD) or is_companion(p.name, code=True)
+        )
+        self._digests = {
+            name: _digest(data) for name in sorted(names) if (data := _content(folder / name)) is not None
+        }
 
     def companions(self, code: bool) -> list[str]:
         """The files that go along with the weights; Python files only with `code`."""
@@ -23,7 +27,11 @@ class Snapshot:
 
     def appeared(self) -> list[str]:
         """Files that would go along with the weights and were not there when the run began."""
-        return sorted(p.name for p in self.folder.iterdir() if is_companion(p.name, code=True) and p.name not in self._digests)
+        return sorted(
+            p.name
+            for p in self.folder.iterdir()
+            if is_companion(p.name, code=True) and p.name not in self._digests
+        )
 
     def read(self, name: str) -> bytes:
         """The content of one of the files. Raises `ValueError` where it is not what it was."""

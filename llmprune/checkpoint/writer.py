@@ -20,7 +20,7 @@ from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.checkpoint.snapshot import Snapshot
-from llmprune.data import size_text
+from llmprune.common.messages import size_text
 
 
 class CheckpointWriter:
@@ -46,7 +46,9 @@ class CheckpointWriter:
         inputs: replacement.Inputs = (),
     ) -> None:
         if resume and restart:
-            raise ValueError("resume continues an unfinished run and restart throws it away; give one of the two")
+            raise ValueError(
+                "resume continues an unfinished run and restart throws it away; give one of the two"
+            )
         self._given, self.overwrite = output, overwrite
         self._left_behind = self._begun = self._moving = False
         self.output = output.resolve()  # through links
@@ -90,7 +92,9 @@ class CheckpointWriter:
         replacement.check_ours(self._replaced, str(self._replaced))
         journals = (self.folder / JOURNAL, self.output / JOURNAL)
         if any(self._replaced.iterdir()) and not any(_says_replacing(path) for path in journals):
-            raise ValueError(f"{self._replaced} is of no run into {self._given}; move it away, or choose another --output")
+            raise ValueError(
+                f"{self._replaced} is of no run into {self._given}; move it away, or choose another --output"
+            )
         self._left_behind = True
         if not resume and not self.output.exists():
             os.replace(self._replaced, self.output)
@@ -135,7 +139,9 @@ class CheckpointWriter:
         for entry in self.journal.blocks:
             path = self.folder / entry["file"]
             if not path.is_file() or sha256_of(path) != entry["sha256"]:
-                raise ValueError(f"{path} was removed or changed since it was finished; begin anew with --restart")
+                raise ValueError(
+                    f"{path} was removed or changed since it was finished; begin anew with --restart"
+                )
         self._begun = True
         self._masks = MaskFile(self.folder / MASKS, masks)
 
@@ -159,16 +165,25 @@ class CheckpointWriter:
         return [row for entry in self.journal.blocks for row in entry["rows"]]
 
     def block(
-        self, number: int, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], rows: list[dict[str, Any]],
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        rows: list[dict[str, Any]],
         seconds: Mapping[str, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Finish block `number` (from 1) in the background: shard and packed masks durable, then its line in the journal."""
         self._wait()
         self._pending = self._behind.submit(self._write_block, number, tensors, masks, rows, dict(seconds))
 
     def _write_block(
-        self, number: int, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], rows: list[dict[str, Any]], seconds: dict[str, float]
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        rows: list[dict[str, Any]],
+        seconds: dict[str, float],
+    ) -> None:
         assert self._masks is not None
         size, digest = save_tensors(self.folder / shard_name(number, self.shards), tensors)
         self._masks.write(masks)
@@ -192,7 +207,9 @@ class CheckpointWriter:
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
         outside = [name for name in source.tensors if name not in written]
-        save_tensors(self.folder / shard_name(self.shards, self.shards), {name: source.load(name) for name in outside})
+        save_tensors(
+            self.folder / shard_name(self.shards, self.shards), {name: source.load(name) for name in outside}
+        )
 
     def copy_companions(self, source: Snapshot, code: bool) -> None:
         """Config and tokenizer files as they are in the source folder; Python files only when its code was asked for."""
@@ -201,17 +218,26 @@ class CheckpointWriter:
 
     def index(self) -> None:
         """The index: its presence means every weight is there."""
-        shards = {shard_name(n, self.shards): read_header(self.folder / shard_name(n, self.shards)) for n in range(1, self.shards + 1)}
+        shards = {
+            shard_name(n, self.shards): read_header(self.folder / shard_name(n, self.shards))
+            for n in range(1, self.shards + 1)
+        }
         where = {name: file for file, entries in shards.items() for name in entries}
         total = sum(e.end - e.start for entries in shards.values() for e in entries.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2)
+        text = json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2
+        )
         write_durably(self.folder / INDEX, [text.encode() + b"\n"])
 
     @property
     def files(self) -> dict[str, int]:
         """The files of the output with their bytes, but for those that are written last and may be written again."""
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
-        return {e.name: e.stat().st_size for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp")}
+        return {
+            e.name: e.stat().st_size
+            for e in entries
+            if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp")
+        }
 
     def finish(self) -> None:
         """Move the finished folder into place; what stood there is removed only afterwards.
@@ -270,7 +296,9 @@ class CheckpointWriter:
 
     def _not_moved(self, error: Exception) -> RuntimeError:
         reason = error.strerror if isinstance(error, OSError) else error
-        return RuntimeError(f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}")
+        return RuntimeError(
+            f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}"
+        )
 
     def close(self) -> int:
         """Wait for what is being written and release the lock; returns how many blocks an unfinished run has finished.
@@ -297,7 +325,9 @@ def _says_replacing(path: Path) -> bool:
 def _remove(folder: Path, unfinished: bool = False) -> None:
     foreign = replacement.remove(folder, unfinished)
     if foreign:  # put there a moment ago
-        raise ValueError(f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away")
+        raise ValueError(
+            f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away"
+        )
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -16,19 +16,61 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CALIBRATION_MODULES = (
-    "bisect", "cmd", "contextlib", "copy", "difflib", "fnmatch", "getopt", "imaplib", "json", "optparse",
-    "random", "selectors", "shelve", "subprocess", "timeit", "weakref",
-)  # fmt: skip
+    "bisect",
+    "cmd",
+    "contextlib",
+    "copy",
+    "difflib",
+    "fnmatch",
+    "getopt",
+    "imaplib",
+    "json",
+    "optparse",
+    "random",
+    "selectors",
+    "shelve",
+    "subprocess",
+    "timeit",
+    "weakref",
+)
 HELD_OUT_MODULES = (
-    "argparse", "calendar", "configparser", "csv", "fractions", "ftplib", "gettext", "graphlib", "heapq", "queue",
-    "sched", "shutil", "smtplib", "statistics", "tempfile", "textwrap", "wave", "zipapp",
-)  # fmt: skip
+    "argparse",
+    "calendar",
+    "configparser",
+    "csv",
+    "fractions",
+    "ftplib",
+    "gettext",
+    "graphlib",
+    "heapq",
+    "queue",
+    "sched",
+    "shutil",
+    "smtplib",
+    "statistics",
+    "tempfile",
+    "textwrap",
+    "wave",
+    "zipapp",
+)
 
 # Not text a reader would recognise (tables, vendored wheels, version-dependent tests): left out of every split.
 _SKIPPED = ("__phello__", "ensurepip", "encodings", "idlelib", "lib2to3", "site-packages", "test", "this")
 _TABLE_FILES = ("_sysconfigdata", "topics.py", "entities.py", "_header_value_parser.py", "stringprep.py")
 # C modules whose docstrings are prose worth training on.
-_C_MODULES = ("builtins", "array", "binascii", "cmath", "itertools", "math", "select", "sys", "time", "unicodedata", "zlib")
+_C_MODULES = (
+    "builtins",
+    "array",
+    "binascii",
+    "cmath",
+    "itertools",
+    "math",
+    "select",
+    "sys",
+    "time",
+    "unicodedata",
+    "zlib",
+)
 
 
 def _library() -> Path:

@@ -31,7 +31,9 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         documents,
-        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
 
@@ -45,11 +47,19 @@ def stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 def build(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=SEQUENCE, tie_word_embeddings=True, rms_norm_eps=1e-5,
-            bos_token_id=0, eos_token_id=1,
+            vocab_size=vocabulary,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=SEQUENCE,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=0,
+            eos_token_id=1,
         )
-    )  # fmt: skip
+    )
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -88,14 +98,24 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
     model = build(vocabulary)
     output.mkdir(parents=True, exist_ok=True)
     log = (output.parent / "training.jsonl").open("w")
-    counts = {"train_tokens": tokens.numel(), "held_out_tokens": held_out.numel(), "parameters": model.num_parameters()}
-    print(json.dumps({"batch": batch, "sequence": SEQUENCE, "steps": steps, "seed": seed, **counts}), file=log, flush=True)
+    counts = {
+        "train_tokens": tokens.numel(),
+        "held_out_tokens": held_out.numel(),
+        "parameters": model.num_parameters(),
+    }
+    print(
+        json.dumps({"batch": batch, "sequence": SEQUENCE, "steps": steps, "seed": seed, **counts}),
+        file=log,
+        flush=True,
+    )
     opts, started, running = optimizers(model), time.monotonic(), []
     compiled = torch.compile(batch_loss)  # fuses the elementwise work: 1.6 times faster on two cores
     base = [group["lr"] for opt in opts for group in opt.param_groups]
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
-        if len(order) < batch:  # a new epoch at a new offset: every token is seen once per epoch, never cut twice alike
+        if (
+            len(order) < batch
+        ):  # a new epoch at a new offset: every token is seen once per epoch, never cut twice alike
             offset = int(torch.randint(SEQUENCE, ()))
             starts = torch.arange(offset, tokens.numel() - SEQUENCE - 1, SEQUENCE)
             order = starts[torch.randperm(len(starts))]
@@ -111,7 +131,10 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
         running.append(loss.item())
         if step % 50 == 49 or step == steps - 1:
             row = {"step": step + 1, "loss": round(sum(running) / len(running), 4)}
-            row |= {"held_out_loss": round(held_out_loss(model, held_out), 4), "seconds": round(time.monotonic() - started, 1)}
+            row |= {
+                "held_out_loss": round(held_out_loss(model, held_out), 4),
+                "seconds": round(time.monotonic() - started, 1),
+            }
             running = []
             print(json.dumps(row), file=log, flush=True)
             print(row, f"held-out perplexity {math.exp(row['held_out_loss']):.2f}", flush=True)
@@ -139,7 +162,12 @@ def plot(log: Path, png: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the weights and the tokenizer; the log goes beside it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the weights and the tokenizer; the log goes beside it",
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=2048)

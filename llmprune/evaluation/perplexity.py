@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llmprune.checkpoint.reader import read_ahead
-from llmprune.device import exact_matmul
+from llmprune.machine.device import exact_matmul
+from llmprune.machine.processes import ALONE, Team
 from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
-from llmprune.processes import ALONE, Team
-from llmprune.tokenisation import check_known, check_made, first_tokens, tokens_of
+from llmprune.text.tokenisation import check_known, check_made, first_tokens, tokens_of
 
 STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
 
 
-def windows(text: Iterable[str], tokenizer: Any, length: int, limit: int | None, vocabulary: int, name: str) -> Tensor:
+def windows(
+    text: Iterable[str], tokenizer: Any, length: int, limit: int | None, vocabulary: int, name: str
+) -> Tensor:
     """The evaluation windows int64 [N, T] of a text that comes in pieces; no more is read than N windows need.
 
     Raises `ValueError` when the text is shorter than one window, or its tokens are none of the model's.
@@ -54,11 +56,17 @@ def protocol(name: str, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def perplexity(
-    skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None,
+    skeleton: Skeleton,
+    rows: Tensor,
+    block_done: Callable[[], None] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
     team: Team = ALONE,
-) -> float:  # fmt: skip
+) -> float:
     """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory; the processes share the windows."""
-    width = skeleton.model.config.get_text_config().hidden_size * torch.empty(0, dtype=skeleton.dtype).element_size()
+    width = (
+        skeleton.model.config.get_text_config().hidden_size
+        * torch.empty(0, dtype=skeleton.dtype).element_size()
+    )
     chunk = max(1, STORE_BYTES // (rows.shape[1] * width))
     losses: list[float] = []
     with exact_matmul():
@@ -69,12 +77,16 @@ def perplexity(
     team.add(total)
     mean = total.item() / len(rows)
     if not mean < 700:
-        raise ValueError(f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype overflows")
+        raise ValueError(
+            f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype overflows"
+        )
     return math.exp(mean)
 
 
 @torch.no_grad()
-def _window_losses(skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None], note: Callable[[str], None]) -> list[float]:
+def _window_losses(
+    skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None], note: Callable[[str], None]
+) -> list[float]:
     inputs = BlockInputs(skeleton, rows, skeleton.device, note=note)
     tensors = read_ahead(skeleton.source, skeleton.block_tensors())
     for number, name in enumerate(skeleton.blocks):

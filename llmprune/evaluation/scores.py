@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.calibration import default_length
 from llmprune.checkpoint.files import raw
-from llmprune.data import read_yaml, shipped, shipped_names
-from llmprune.device import free_cached_memory
+from llmprune.common.messages import nearest
+from llmprune.common.shipped import read_yaml, shipped, shipped_names
 from llmprune.evaluation.perplexity import perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
+from llmprune.machine.device import free_cached_memory
+from llmprune.machine.processes import ALONE, Team
 from llmprune.machine.state import libraries
 from llmprune.model.opening import whole
-from llmprune.processes import ALONE, Team
-from llmprune.registry import nearest
-from llmprune.text import evaluation_text, file_path, is_file
+from llmprune.text.sources import evaluation_text, file_path, is_file
+from llmprune.text.tokenisation import default_length
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,11 @@ class EvaluationSpec:
     def inputs(self) -> list[tuple[str, object]]:
         """The files and folders that scoring reads, by their name in words."""
         texts = [("the perplexity text", file_path(text)) for text in self.perplexity if is_file(text)]
-        others = (("the suite", self.suite), ("the tasks", self.include_tasks), ("the task data", self.task_data))
+        others = (
+            ("the suite", self.suite),
+            ("the tasks", self.include_tasks),
+            ("the task data", self.task_data),
+        )
         return [*texts, *others]
 
     def prepare(self, model: Model) -> EvaluationSpec:
@@ -64,25 +68,39 @@ class EvaluationSpec:
             suite = read_suite("quick" if model.remote else "demo")
             spec = dataclasses.replace(self, perplexity=suite[0], tasks=suite[1])
         if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer, so it cannot be scored on text; add tokenizer files, or use prune instead of run")
+            raise ValueError(
+                "the model has no tokenizer, so it cannot be scored on text; add tokenizer files, or use prune instead of run"
+            )
         window = spec.window or default_length(model.limit)
         if model.limit and window > model.limit:
             raise ValueError(
                 f"evaluation window {window} is over the model's limit of {model.limit}; use --eval-seqlen {model.limit} or less"
             )
         with libraries():
-            loaded = load_tasks(spec.tasks, spec.include_tasks, spec.task_data, spec.trust_remote_code) if spec.tasks else None
+            loaded = (
+                load_tasks(spec.tasks, spec.include_tasks, spec.task_data, spec.trust_remote_code)
+                if spec.tasks
+                else None
+            )
         names = [_name(t) for t in spec.perplexity]
         if len(set(names)) < len(names):
             raise ValueError(f"texts to score need different file names, got {', '.join(names)}; rename one")
         vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
-        rows = {_name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, vocabulary, t) for t in spec.perplexity}
+        rows = {
+            _name(t): windows(evaluation_text(t), model.tokenizer, window, spec.limit, vocabulary, t)
+            for t in spec.perplexity
+        }
         return dataclasses.replace(spec, rows=rows, loaded=loaded)
 
     def key(self, dtype: torch.dtype) -> str:
         """The same for specifications that lead to the same scores of a model."""
-        texts = [(name, list(rows.shape), hashlib.sha256(raw(rows)).hexdigest()) for name, rows in self.rows.items()]
-        described = repr((texts, self.tasks, str(self.include_tasks), str(self.task_data), self.limit, str(dtype)))
+        texts = [
+            (name, list(rows.shape), hashlib.sha256(raw(rows)).hexdigest())
+            for name, rows in self.rows.items()
+        ]
+        described = repr(
+            (texts, self.tasks, str(self.include_tasks), str(self.task_data), self.limit, str(dtype))
+        )
         return hashlib.sha256(described.encode()).hexdigest()
 
 
@@ -96,10 +114,16 @@ class Scores:
 
 
 def evaluation_spec(
-    perplexity: Sequence[str], tasks: Sequence[str], suite: str | None, window: int | None,
-    include_tasks: str | os.PathLike[str] | None, task_data: str | os.PathLike[str] | None, limit: int | None,
-    *, trust_remote_code: bool = False,
-) -> EvaluationSpec:  # fmt: skip
+    perplexity: Sequence[str],
+    tasks: Sequence[str],
+    suite: str | None,
+    window: int | None,
+    include_tasks: str | os.PathLike[str] | None,
+    task_data: str | os.PathLike[str] | None,
+    limit: int | None,
+    *,
+    trust_remote_code: bool = False,
+) -> EvaluationSpec:
     """What was asked for, a suite's texts and tasks added. Raises `ValueError` on values out of range or an unknown suite."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -148,7 +172,11 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)
         with libraries():
-            tasks = team.on_first(lambda: zero_shot(whole(model), model.tokenizer, spec.loaded, spec.limit, spec.trust_remote_code))
+            tasks = team.on_first(
+                lambda: zero_shot(
+                    whole(model), model.tokenizer, spec.loaded, spec.limit, spec.trust_remote_code
+                )
+            )
         reporter.step()
     model.check()
     free_cached_memory(model.skeleton.device)

@@ -15,8 +15,17 @@ import yaml
 _CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "trust_remote_code", "custom_generate", "hf_evaluate")
 _CODE_DATASETS = ("pandas",)  # a format of `datasets` that is read by unpickling
 _HARMLESS = {
-    "task", "group", "task_alias", "group_alias", "tag", "num_fewshot", "aggregate_metric_list", "include", "task_list", "metadata"
-}  # fmt: skip
+    "task",
+    "group",
+    "task_alias",
+    "group_alias",
+    "tag",
+    "num_fewshot",
+    "aggregate_metric_list",
+    "include",
+    "task_list",
+    "metadata",
+}
 _STANDARD = "tag:yaml.org,2002:"
 
 
@@ -32,7 +41,9 @@ class _Use:
     defined: bool = False
 
 
-def check_tasks(names: Iterable[str], index: Mapping[str, Any], trusted: Sequence[Path], metrics: Iterable[str]) -> None:
+def check_tasks(
+    names: Iterable[str], index: Mapping[str, Any], trusted: Sequence[Path], metrics: Iterable[str]
+) -> None:
     """Raise `ValueError` where a task that is asked for would run Python of a file outside the trusted folders, naming file and key.
 
     Args:
@@ -50,7 +61,9 @@ def check_tasks(names: Iterable[str], index: Mapping[str, Any], trusted: Sequenc
         changers = sorted(changer.name for changer in use.changed_by if foreign(changer))
         if (foreign(path) or changers) and (found := next(_code(path, own, set()), None)):
             where = path.name if foreign(path) else f"{changers[0]} changes {path.name}, which"
-            raise ValueError(f"{where} holds {found}, and so runs Python code; use --trust-remote-code if you trust it, or do without")
+            raise ValueError(
+                f"{where} holds {found}, and so runs Python code; use --trust-remote-code if you trust it, or do without"
+            )
 
 
 def all_known(names: Iterable[str], index: Mapping[str, Any]) -> bool:
@@ -74,7 +87,9 @@ def _reached(names: Iterable[str], index: Mapping[str, Any]) -> Iterator[_Use]:
             waiting += _members(entry.cfg or {}, Path(entry.yaml_path), use.changed_by)
 
 
-def _members(group: Mapping[str, Any], path: Path, changed_by: frozenset[Path], nested: bool = False) -> Iterator[_Use]:
+def _members(
+    group: Mapping[str, Any], path: Path, changed_by: frozenset[Path], nested: bool = False
+) -> Iterator[_Use]:
     """What a group names. `path`: its file; `nested`: it stands within another."""
     listed = group.get("task")
     if not set(map(str, group)) <= _HARMLESS or (nested and isinstance(listed, str) and "metadata" in group):
@@ -105,7 +120,13 @@ def _code(path: Path, metrics: set[str], seen: set[Path]) -> Iterator[str]:
         if found := _runs_code(key, node, metrics):
             yield found
         if key == "include":
-            for value in [node] if isinstance(node, yaml.ScalarNode) else node.value if isinstance(node, yaml.SequenceNode) else []:
+            for value in (
+                [node]
+                if isinstance(node, yaml.ScalarNode)
+                else node.value
+                if isinstance(node, yaml.SequenceNode)
+                else []
+            ):
                 included = path.parent / str(value.value)
                 yield from (f"{found} (in {included.name})" for found in _code(included, metrics, seen))
 
@@ -124,7 +145,10 @@ def _entries(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
         elif isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 named = str(name.value) if isinstance(name, yaml.ScalarNode) else ""
-                waiting += [("", name), (f"metric_list.{named}" if key.startswith("metric_list") else named, value)]
+                waiting += [
+                    ("", name),
+                    (f"metric_list.{named}" if key.startswith("metric_list") else named, value),
+                ]
 
 
 def _runs_code(key: str, node: yaml.Node, metrics: set[str]) -> str | None:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.data import first_line, shipped
+from llmprune.common.messages import first_line, nearest
+from llmprune.common.shipped import shipped
 from llmprune.evaluation.taskfiles import all_known, check_tasks
-from llmprune.registry import nearest
 
 METRICS = ("acc", "acc_norm", "exact_match", "f1")  # told first, in this order; then the others in lm-eval's
 BATCH = 16
@@ -24,7 +24,9 @@ FEWSHOT_SEED = 1234
 _log = logging.getLogger(__name__)
 
 
-def load_tasks(tasks: Sequence[str], include: Path | None, data: Path | None, trust_remote_code: bool = False) -> Any:
+def load_tasks(
+    tasks: Sequence[str], include: Path | None, data: Path | None, trust_remote_code: bool = False
+) -> Any:
     """lm-eval's tasks with their data, ready to be run on any number of models; loaded before any long work.
 
     lm-eval's own thousands of tasks are indexed only when one of them is asked for.
@@ -60,7 +62,12 @@ def _check_files(tasks: Sequence[str], index: Mapping[str, Any]) -> None:
     from lm_eval.api import metrics, registry
 
     assert metrics  # filled by its import
-    check_tasks(tasks, index, [shipped("eval", "tasks"), Path(lm_eval.tasks.__file__).parent], registry.metric_registry.keys())
+    check_tasks(
+        tasks,
+        index,
+        [shipped("eval", "tasks"), Path(lm_eval.tasks.__file__).parent],
+        registry.metric_registry.keys(),
+    )
 
 
 def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
@@ -73,8 +80,14 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> Any:
                 f"a template of {', '.join(tasks)} reaches into Python ({line}); use --trust-remote-code if you trust it"
             ) from error
         remedy = "without network, use --suite demo, or local task files with --include-tasks"
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-            remedy = "check its files, and that there is room where they are cached (HF_HOME names another folder)"
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, (ConnectionError, TimeoutError))
+        ):
+            remedy = (
+                "check its files, and that there is room where they are cached (HF_HOME names another folder)"
+            )
         raise ValueError(f"cannot load the data of {', '.join(tasks)} ({line}); {remedy}") from error
 
 
@@ -98,20 +111,28 @@ def _check_scores(name: str, task: Any, trust_remote_code: bool) -> None:
         return  # only it knows
     kind, wanted = task.OUTPUT_TYPE, task.aggregation()
     unknown = sorted({str(metric) for metric in wanted} - _given(task))
-    if len(unknown) == len(wanted) or (unknown and kind == "generate_until"):  # of generated text, an unknown metric ends the run
+    if len(unknown) == len(wanted) or (
+        unknown and kind == "generate_until"
+    ):  # of generated text, an unknown metric ends the run
         raise ValueError(
             f"task {name!r} would give no score: lm-eval does not compute {', '.join(unknown) or 'a metric'} for output_type {kind}; put "
             f"others into metric_list in its file, such as {', '.join(DEFAULT_METRIC_REGISTRY[kind])}"
         )
     if odd := [metric for metric in wanted if not callable(wanted[metric])]:
-        raise ValueError(f"task {name!r}: lm-eval does not know the aggregation of {odd[0]}; name another in its file, such as mean")
+        raise ValueError(
+            f"task {name!r}: lm-eval does not know the aggregation of {odd[0]}; name another in its file, such as mean"
+        )
     if unknown:
-        _log.warning("task %r: lm-eval does not compute %s for output_type %s", name, ", ".join(unknown), kind)
+        _log.warning(
+            "task %r: lm-eval does not compute %s for output_type %s", name, ", ".join(unknown), kind
+        )
 
 
 def _given(task: Any) -> set[str]:
     """The metrics lm-eval will compute for a task that leaves that to it."""
-    known = {str(metric) for metric, function in task._metric_fn_list.items() if function is not None} - {"bypass"}
+    known = {str(metric) for metric, function in task._metric_fn_list.items() if function is not None} - {
+        "bypass"
+    }
     if task.OUTPUT_TYPE == "generate_until":
         return known
     answers: list[Any] = [-1.0] if task.OUTPUT_TYPE == "loglikelihood_rolling" else [(-1.0, False)]
@@ -121,7 +142,9 @@ def _given(task: Any) -> set[str]:
     return set(task.process_results(doc, answers))
 
 
-def zero_shot(model: Any, tokenizer: Any, loaded: Any, limit: int | None, trust_remote_code: bool = False) -> dict[str, dict[str, Any]]:
+def zero_shot(
+    model: Any, tokenizer: Any, loaded: Any, limit: int | None, trust_remote_code: bool = False
+) -> dict[str, dict[str, Any]]:
     """Scores by task: `{task: {metric: {"value", "stderr"}, "protocol": {...}}}`; a group is reported with its members.
 
     Raises:
@@ -134,18 +157,26 @@ def zero_shot(model: Any, tokenizer: Any, loaded: Any, limit: int | None, trust_
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, device=str(model.device))
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples for the dense and the pruned model
-        options = {"log_samples": False, "bootstrap_iters": 1000, "confirm_run_unsafe_code": trust_remote_code}
+        options = {
+            "log_samples": False,
+            "bootstrap_iters": 1000,
+            "confirm_run_unsafe_code": trust_remote_code,
+        }
         try:
             results = lm_eval.evaluate(harness, loaded, limit=limit, **options)
         except (ValueError, RuntimeError, OSError, MemoryError):
             raise
         except Exception as error:  # templates and metrics raise what they like
-            raise ValueError(f"{', '.join(loaded['tasks'])}: lm-eval fails with {type(error).__name__}: {first_line(error)}") from error
+            raise ValueError(
+                f"{', '.join(loaded['tasks'])}: lm-eval fails with {type(error).__name__}: {first_line(error)}"
+            ) from error
     assert results is not None
     scores = {task: _scores(results, task) for task in results["results"]}
     for task in loaded["tasks"]:
         if set(scores.get(task, {})) <= {"protocol"}:
-            raise ValueError(f"task {task!r} gave no score; name metrics that lm-eval computes in the metric_list of its file")
+            raise ValueError(
+                f"task {task!r} gave no score; name metrics that lm-eval computes in the metric_list of its file"
+            )
     return scores
 
 
@@ -190,7 +221,9 @@ def _contained(trust_remote_code: bool) -> Iterator[None]:
 
     free = utils.env
     if not trust_remote_code:
-        utils.env = SandboxedEnvironment(loader=free.loader, undefined=free.undefined, keep_trailing_newline=free.keep_trailing_newline)
+        utils.env = SandboxedEnvironment(
+            loader=free.loader, undefined=free.undefined, keep_trailing_newline=free.keep_trailing_newline
+        )
         utils.env.filters.update(free.filters)
     try:
         yield
@@ -231,7 +264,10 @@ def _quiet() -> Iterator[None]:
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
-        out, err = (contextlib.redirect_stdout(_Others(sys.stdout)), contextlib.redirect_stderr(_Others(sys.stderr)))
+        out, err = (
+            contextlib.redirect_stdout(_Others(sys.stdout)),
+            contextlib.redirect_stderr(_Others(sys.stderr)),
+        )
         with warnings.catch_warnings(), out, err:
             warnings.simplefilter("ignore")
             yield

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmprune import device as devices
-from llmprune.counts import all_finite
-from llmprune.data import size_text
+from llmprune.common.messages import size_text
+from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
+from llmprune.numerics.counts import all_finite
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 Store = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -66,7 +66,9 @@ def on_disk(folder: Path) -> Store:
     """Room for the block inputs in a memory-mapped file of a folder, which disappears with the process."""
 
     def store(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)  # its own: several processes share the folder
+        handle, name = tempfile.mkstemp(
+            prefix="activations-", dir=folder
+        )  # its own: several processes share the folder
         path, numbers = Path(name), torch.Size(shape).numel()
         with os.fdopen(handle, "wb") as file:
             try:  # the space is claimed now: a mapping on a full disk would kill the process
@@ -74,7 +76,9 @@ def on_disk(folder: Path) -> Store:
             except OSError as error:
                 path.unlink()
                 size = size_text(numbers * dtype.itemsize)
-                raise ValueError(f"the block inputs need {size} on the disk of {folder}: {error.strerror}; make room") from None
+                raise ValueError(
+                    f"the block inputs need {size} on the disk of {folder}: {error.strerror}; make room"
+                ) from None
         mapped = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
         path.unlink()
         return mapped
@@ -96,7 +100,13 @@ class BlockInputs:
         store: Store = in_memory,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._skeleton, self._tokens, self.device, self._make, self._note = skeleton, tokens, device, store, note
+        self._skeleton, self._tokens, self.device, self._make, self._note = (
+            skeleton,
+            tokens,
+            device,
+            store,
+            note,
+        )
         self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
         self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
         self._calls: dict[int, list[_Call]] = {}  # micro-batch size -> arguments per block
@@ -106,7 +116,10 @@ class BlockInputs:
 
     def slices(self, start: int = 0) -> Iterator[slice]:
         """The micro-batches, from sequence `start` on."""
-        return (slice(i, min(i + self.batch, len(self._tokens))) for i in range(start, len(self._tokens), self.batch))
+        return (
+            slice(i, min(i + self.batch, len(self._tokens)))
+            for i in range(start, len(self._tokens), self.batch)
+        )
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -116,7 +129,9 @@ class BlockInputs:
                 # Arguments depend on the shape of the batch alone, so one record per size serves all.
                 known = self._calls.setdefault(part.stop - part.start, calls)
                 if not _same(known[0], calls[0]):
-                    raise ValueError("the blocks of this model get arguments that depend on the tokens; this architecture is not supported")
+                    raise ValueError(
+                        "the blocks of this model get arguments that depend on the tokens; this architecture is not supported"
+                    )
 
     @contextmanager
     def _outer(self) -> Iterator[None]:
@@ -218,7 +233,9 @@ class BlockInputs:
         args, kwargs = self._calls[len(hidden)][number]
         block = self._blocks[number]
         out: Tensor | tuple[Tensor, ...] = (
-            functional_call(block, dict(weights), (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
+            functional_call(block, dict(weights), (hidden, *args), kwargs)
+            if weights
+            else block(hidden, *args, **kwargs)
         )
         return out[0] if isinstance(out, tuple) else out
 

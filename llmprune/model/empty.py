@@ -75,14 +75,24 @@ class _DefaultDtype(TorchFunctionMode):
         self._dtype = dtype
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
-        if not isinstance(made, Tensor) or made.dtype != torch.get_default_dtype() or made.dtype == self._dtype:
+        if (
+            not isinstance(made, Tensor)
+            or made.dtype != torch.get_default_dtype()
+            or made.dtype == self._dtype
+        ):
             return made
         explicit = kwargs.get("dtype") is not None or getattr(func, "__name__", "") in self._EXPLICIT
-        if explicit or any(isinstance(a, Tensor) and a.is_floating_point() for a in tree_leaves((args, kwargs))):
+        if explicit or any(
+            isinstance(a, Tensor) and a.is_floating_point() for a in tree_leaves((args, kwargs))
+        ):
             return made
         return made.to(self._dtype)
 

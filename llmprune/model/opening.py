@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune import device as devices
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource
 from llmprune.checkpoint.snapshot import Snapshot
-from llmprune.hub import Located, locate
+from llmprune.hub.download import Located, locate
+from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
 from llmprune.model.skeleton import Skeleton, check_dense, read_config
 from llmprune.model.tokenizer import read_tokenizer
@@ -64,9 +64,14 @@ class Model:
 
 
 def open_model(
-    model: str | os.PathLike[str] | PreTrainedModel, *, tokenizer: Any = None, revision: str | None = None, device: str = "auto",
-    dtype: str = "auto", trust_remote_code: bool = False,
-) -> Model:  # fmt: skip
+    model: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
     """Open a model lazily: name, folder, hub id, or a transformers model in memory (which is never written to).
 
     Raises:
@@ -88,7 +93,9 @@ def open_model(
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
     tokenizer = tokenizer or read_tokenizer(located.folder, trust_remote_code)
-    return Model(located, files, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code)
+    return Model(
+        located, files, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code
+    )
 
 
 def whole(model: Model) -> Any:

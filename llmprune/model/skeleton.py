@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
-from llmprune.data import shown
+from llmprune.common.messages import shown
 from llmprune.model.empty import build_empty
 
 _COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
@@ -29,14 +29,18 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here; the first line says what is wrong
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(f"transformers cannot use the config of {folder} (model_type {shown(raw.get('model_type'))}): {line}") from error
+        raise ValueError(
+            f"transformers cannot use the config of {folder} (model_type {shown(raw.get('model_type'))}): {line}"
+        ) from error
 
 
 def check_dense(config: dict[str, Any], where: str) -> None:
     """Raise `ValueError` for a quantised or compressed checkpoint."""
     for key in _COMPRESSED:
         if config.get(key):
-            method = config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
+            method = (
+                config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
+            )
             raise ValueError(
                 f"{where} is quantised or compressed ({key}: {method}); prune the original checkpoint in float32, bfloat16 or float16"
             )
@@ -49,10 +53,14 @@ def _check_sizes(config: Any, source: WeightSource) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         if key in ("num_hidden_layers", "n_layer", "num_layers") and value > len(source.tensors):
-            raise ValueError(f"config.json asks for {value} blocks, the checkpoint has {len(source.tensors)} tensors; it is damaged")
+            raise ValueError(
+                f"config.json asks for {value} blocks, the checkpoint has {len(source.tensors)} tensors; it is damaged"
+            )
         sized = key.endswith(("_size", "_dim", "_heads")) or key in ("n_embd", "n_inner", "n_head")
         if sized and value > max(most, 1 << 16):
-            raise ValueError(f"config.json has {key} {value}, more than any tensor of the checkpoint holds; it is damaged")
+            raise ValueError(
+                f"config.json has {key} {value}, more than any tensor of the checkpoint holds; it is damaged"
+            )
 
 
 class Skeleton:
@@ -65,7 +73,12 @@ class Skeleton:
     """
 
     def __init__(
-        self, config: Any, source: WeightSource, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+        self,
+        config: Any,
+        source: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         _check_sizes(config, source)
@@ -87,9 +100,15 @@ class Skeleton:
         self.unused = sorted(set(source.tensors) - set(self.stored.values()))
 
     def _find_blocks(self) -> dict[str, nn.Module]:
-        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
+        lists = [
+            (n, m)
+            for n, m in self.model.named_modules()
+            if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
+        ]
         if not lists:
-            raise ValueError(f"{type(self.model).__name__} has no list of equal blocks; this architecture is not supported")
+            raise ValueError(
+                f"{type(self.model).__name__} has no list of equal blocks; this architecture is not supported"
+            )
         name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
         return {f"{name}.{i}": block for i, block in enumerate(blocks)}
 
@@ -98,7 +117,9 @@ class Skeleton:
         prefix = f"{self.model.base_model_prefix}."
         tied = getattr(self.model, "_tied_weights_keys", None) or {}
         stored, missing = {}, []
-        for name in sorted(self._parameters | {n for n, b in self.model.named_buffers() if n in self.source.tensors}):
+        for name in sorted(
+            self._parameters | {n for n, b in self.model.named_buffers() if n in self.source.tensors}
+        ):
             candidates = (name, name.removeprefix(prefix), prefix + name, self._tied_to(name, tied))
             found = next((c for c in candidates if c in self.source.tensors), None)
             if found is None:
@@ -111,7 +132,10 @@ class Skeleton:
                 "it is incomplete or of another architecture"
             )
         for name, where in stored.items():
-            wanted, have = tuple(self.model.get_parameter_or_buffer(name).shape), self.source.tensors[where].shape
+            wanted, have = (
+                tuple(self.model.get_parameter_or_buffer(name).shape),
+                self.source.tensors[where].shape,
+            )
             if wanted != have:
                 raise ValueError(
                     f"weight {where!r} has shape {have} where the config asks for {wanted}; config and checkpoint do not match"
@@ -124,8 +148,16 @@ class Skeleton:
             return ()
         prefix = next(iter(self.blocks)).rpartition(".")[0]
         block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
-        beyond = {int(found[1]) for name in self.unused if (found := block.match(name)) and int(found[1]) >= len(self.blocks)}
-        asked = f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {len(beyond)} more; " if beyond else ""
+        beyond = {
+            int(found[1])
+            for name in self.unused
+            if (found := block.match(name)) and int(found[1]) >= len(self.blocks)
+        }
+        asked = (
+            f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {len(beyond)} more; "
+            if beyond
+            else ""
+        )
         told = f"{asked}{len(self.unused)} tensors of the checkpoint belong to no part of the model and pass unchanged"
         return (f"note: {told}, the first is {self.unused[0]!r}",)
 
@@ -155,7 +187,9 @@ class Skeleton:
             if buffer is not None:
                 owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)  # never rounded
             else:
-                owner._parameters[leaf] = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+                owner._parameters[leaf] = nn.Parameter(
+                    tensor.to(self.device, self.dtype), requires_grad=False
+                )
 
     def block_tensors(self) -> list[list[str]]:
         """Per block, the names of its tensors in the checkpoint."""
@@ -167,7 +201,9 @@ class Skeleton:
             owner, leaf = self._owner(name)
             full = owner._parameters.get(leaf)
             if full is not None:
-                owner._parameters[leaf] = nn.Parameter(torch.empty_like(full, device="meta"), requires_grad=False)
+                owner._parameters[leaf] = nn.Parameter(
+                    torch.empty_like(full, device="meta"), requires_grad=False
+                )
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         parent, _, leaf = name.rpartition(".")

@@ -30,7 +30,9 @@ class Target:
     def read(self, stored: Tensor) -> Tensor:
         """The weight as [R, C] in float32 on the module's device, from its stored form; not a copy where it is that already."""
         loaded: Tensor = self.module.weight.detach()  # type: ignore[operator]
-        exact = loaded if loaded.dtype == torch.float32 else stored  # a compute dtype may have rounded what was loaded
+        exact = (
+            loaded if loaded.dtype == torch.float32 else stored
+        )  # a compute dtype may have rounded what was loaded
         return self.oriented(exact).to(loaded.device, torch.float32).contiguous()
 
     def oriented(self, stored: Tensor) -> Tensor:

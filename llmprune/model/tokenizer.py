@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune.data import first_line, is_failure, shown
+from llmprune.common.messages import first_line, is_failure, shown
 
 _NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHERS = ("special_tokens_map.json", "added_tokens.json")

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Pruner
-from llmprune.numerics import Spectrum, aim, reconstruct, spectrum
+from llmprune.numerics.gram import Spectrum, aim, reconstruct, spectrum
 
 _USUAL = 60  # iterations, as measured at 50 to 80 %
 _CHECK = 3  # iterations between two looks at how much the support still moves
-_RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # support change above this share of the kept weights: raise rho this much
+_RAISE = (
+    (0.1, 1.3),
+    (0.005, 1.2),
+    (0.0, 1.1),
+)  # support change above this share of the kept weights: raise rho this much
 
 
 class ALPS(Pruner):
@@ -66,7 +70,9 @@ class ALPS(Pruner):
         weight = reconstruct(target, keep, space.matrix, self.config.polish, weight)
         return Pruned(weight * space.scale, keep, score, {"damp": self.config.damp, "iterations": iterations})
 
-    def _admm(self, job: Job, dense: Tensor, target: Tensor, space: Spectrum) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _admm(
+        self, job: Job, dense: Tensor, target: Tensor, space: Spectrum
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Weights on the final support, the support, its ranking (all [R, C], in scaled coordinates) and the iterations it took."""
         keep = job.pattern.select(dense.abs(), job.sparsity)
         weight, dual, rho, before = dense * keep, torch.zeros_like(dense), self.config.rho, keep

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Pruner
-from llmprune.numerics import inverse_factor, sweep
+from llmprune.numerics.gram import inverse_factor, sweep
 
 
 class SparseGPT(Pruner):
@@ -39,7 +39,9 @@ class SparseGPT(Pruner):
         width = job.pattern.width
 
         def choose(columns: Tensor, start: int) -> Tensor:
-            return job.pattern.select(columns.square() / scale[start : start + columns.shape[1]], job.sparsity, start)
+            return job.pattern.select(
+                columns.square() / scale[start : start + columns.shape[1]], job.sparsity, start
+            )
 
         step = max(width, self.config.block // width * width)  # a group of m columns is never cut
         weight, keep = sweep(job, factor, step, width if width > 1 else step, choose)

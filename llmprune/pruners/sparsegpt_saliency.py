@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmprune.contracts import Job, Need, Pruned, Pruner
-from llmprune.numerics import inverse_factor
+from llmprune.numerics.gram import inverse_factor
 
 
 class SparseGPTSaliency(Pruner):

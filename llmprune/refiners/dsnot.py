@@ -12,13 +12,17 @@ from torch import Tensor
 from llmprune.contracts import Job, Need, Pruned, Step
 
 # Legend: R rows, C columns, k candidates of one kind per row, S sampled tokens.
-_CHUNK = 1 << 16  # candidates are ranked in slices of about this many weights, which stay in the processor's cache
+_CHUNK = (
+    1 << 16
+)  # candidates are ranked in slices of about this many weights, which stay in the processor's cache
 
 
 _HUGE = 1e30
 
 
-_Swap = tuple[Tensor, Tensor, Tensor]  # per row [R]: the column grown, the column pruned, whether the row takes part
+_Swap = tuple[
+    Tensor, Tensor, Tensor
+]  # per row [R]: the column grown, the column pruned, whether the row takes part
 
 
 class _Rows(NamedTuple):
@@ -81,7 +85,9 @@ class DSnoT(Step):
     @property
     def needs(self) -> Need:  # type: ignore[override]
         variance = Need.WITHIN_VARIANCE if self.config.variance == "within" else Need.VARIANCE
-        return Need.MEAN | Need.SECOND_MOMENT | variance | (Need.SAMPLE if self.config.verified else Need.NONE)
+        return (
+            Need.MEAN | Need.SECOND_MOMENT | variance | (Need.SAMPLE if self.config.verified else Need.NONE)
+        )
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         stats = job.stats
@@ -93,7 +99,10 @@ class DSnoT(Step):
         weight, keep = pruned.weight.clone(), pruned.keep.clone()
         for grown, dropped, done in self._swaps(job, rows, shift, shift / spread):
             # A row that takes no part writes back what it has: no data-dependent shapes, so no wait for the device.
-            for matrix, come, gone in ((keep, torch.ones_like(done), torch.zeros_like(done)), (weight, _pick(job.weight, grown), 0.0)):
+            for matrix, come, gone in (
+                (keep, torch.ones_like(done), torch.zeros_like(done)),
+                (weight, _pick(job.weight, grown), 0.0),
+            ):
                 matrix.scatter_(1, grown[:, None], torch.where(done, come, _pick(matrix, grown))[:, None])
                 matrix.scatter_(1, dropped[:, None], torch.where(done, gone, _pick(matrix, dropped))[:, None])
         return Pruned(weight, keep, pruned.score, pruned.notes)
@@ -125,7 +134,9 @@ class DSnoT(Step):
             prune.used(dropped, active)
         if self.config.verified:
             best = _best_cycles(rows, job.stats.sample, self.config.margin, swaps)
-            swaps = [(grown, dropped, done & (cycle < best)) for cycle, (grown, dropped, done) in enumerate(swaps)]
+            swaps = [
+                (grown, dropped, done & (cycle < best)) for cycle, (grown, dropped, done) in enumerate(swaps)
+            ]
         return swaps
 
 
@@ -181,7 +192,9 @@ class _SignCandidates:
     def __init__(self, rows: _Rows, shift: Tensor, norm: Tensor, k: int, walk_on: bool) -> None:
         # Signed 1 / score: the lowest scores of either sign stand at the two ends.
         inverse = torch.where(norm > 0, shift.sign() / norm, 0)
-        self._if_negative, self._if_positive = _both_ends(rows, k, lambda part: (inverse / part.weight).masked_fill_(part.weight == 0, 0))
+        self._if_negative, self._if_positive = _both_ends(
+            rows, k, lambda part: (inverse / part.weight).masked_fill_(part.weight == 0, 0)
+        )
         if walk_on:
             score = shift.sign() * norm
             highest_positive, highest_negative = _both_ends(rows, k, lambda part: part.weight * score)
@@ -251,12 +264,17 @@ def _best_cycles(rows: _Rows, sample: Tensor, margin: float, swaps: Sequence[_Sw
     for start in range(0, len(rows.keep), size):
         part = slice(start, start + size)
         error = (rows.dense[part] - rows.weight[part]) @ inputs
-        changes = [(won[part, c, None], grown[part, c], lost[part, c, None], dropped[part, c]) for c in range(len(swaps))]
+        changes = [
+            (won[part, c, None], grown[part, c], lost[part, c, None], dropped[part, c])
+            for c in range(len(swaps))
+        ]
         best.append(_best_of(error, inputs, changes, margin))
     return torch.cat(best)
 
 
-def _best_of(error: Tensor, inputs: Tensor, changes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], margin: float) -> Tensor:
+def _best_of(
+    error: Tensor, inputs: Tensor, changes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], margin: float
+) -> Tensor:
     first = _squares(error).clamp_min(torch.finfo(torch.float32).tiny)
     lowest = torch.full_like(first[0], 1 - margin)
     best = torch.zeros(len(error), dtype=torch.int64, device=error.device)

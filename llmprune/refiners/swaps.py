@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Step
-from llmprune.numerics import aim
+from llmprune.numerics.gram import aim
 
 # Legend: R rows, C columns, m columns of a group (N:M), d = w - v the error of a row's weights, c = G d, loss = d^T G d.
-_CHUNK = 1 << 18  # rows are worked off in slices of about this many weights, which stay in the processor's cache
+_CHUNK = (
+    1 << 18
+)  # rows are worked off in slices of about this many weights, which stay in the processor's cache
 # Rows without a swap are left out after so many swaps: to know them, the host must wait for a GPU.
 _LOOK = {"cpu": 1, "cuda": 16}
 
@@ -60,10 +62,14 @@ class Swaps(Step):
             self._rows(job.weight[part], weight[part], keep[part], pull, job.stats.gram, job.pattern.width)
         return Pruned(weight, keep, pruned.score, pruned.notes)
 
-    def _rows(self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int) -> None:
+    def _rows(
+        self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
+    ) -> None:
         """Swap in some rows until none has a swap left; weight and keep change in place."""
         first = dense - weight
-        least = self.config.tolerance * torch.linalg.vecdot(first, first @ gram).clamp_min(torch.finfo(pull.dtype).tiny)
+        least = self.config.tolerance * torch.linalg.vecdot(first, first @ gram).clamp_min(
+            torch.finfo(pull.dtype).tiny
+        )
         active = torch.arange(len(keep), device=keep.device)
         look = _LOOK[keep.device.type]
         for swap in range(self.config.max_swaps):
@@ -71,7 +77,12 @@ class Swaps(Step):
             gain, grown, dropped = rows.best_pair()
             better = gain < -least[active]
             if swap % look == look - 1:
-                active, grown, dropped, better = active[better], grown[better], dropped[better], better[better]
+                active, grown, dropped, better = (
+                    active[better],
+                    grown[better],
+                    dropped[better],
+                    better[better],
+                )
                 if not len(active):
                     break
             come, gone = dense[active, grown] * better, weight[active, dropped] * better
@@ -86,7 +97,9 @@ class Swaps(Step):
 class _State:
     """Rows [r, C] between two swaps: what it would cost to prune each kept weight and to grow each pruned one, alone."""
 
-    def __init__(self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int) -> None:
+    def __init__(
+        self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
+    ) -> None:
         self._dense, self._weight, self._gram, self._width = dense, weight, gram, width
         diagonal = gram.diagonal()
         self._prune = (2 * pull + weight * diagonal).mul_(weight).masked_fill_(~keep, torch.inf)
@@ -113,14 +126,18 @@ class _State:
         grown, dropped = (best.indices.gather(1, group) + group * self._width for best in (grow, prune))
         return grown.squeeze(1), dropped.squeeze(1)
 
-    def _partner(self, cost: Tensor, values: Tensor, other_cost: Tensor, other_values: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def _partner(
+        self, cost: Tensor, values: Tensor, other_cost: Tensor, other_values: Tensor, other: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The best partner of one column per row, with their joint interaction: change of the loss [r] and column [r]."""
         alone = other_cost.gather(1, other[:, None])
         reach = -2 * other_values.gather(1, other[:, None])
         if self._width == 1:
             gain, column = torch.addcmul(cost, values * self._gram[other], reach).min(dim=1)
         else:
-            group = (other // self._width * self._width)[:, None] + torch.arange(self._width, device=other.device)
+            group = (other // self._width * self._width)[:, None] + torch.arange(
+                self._width, device=other.device
+            )
             interaction = self._gram[other[:, None], group] * values.gather(1, group) * reach
             gain, place = (cost.gather(1, group) + interaction).min(dim=1)
             column = group.gather(1, place[:, None]).squeeze(1)

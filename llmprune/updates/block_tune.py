@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
-from llmprune.numerics import finite
+from llmprune.numerics.gram import finite
 
 
 class BlockTune(BlockStep):
@@ -52,13 +52,17 @@ class BlockTune(BlockStep):
 
     def apply(self, job: BlockJob) -> Tuned:
         if job.sequences < 2:
-            raise ValueError(f"block-tune holds out calibration sequences and needs at least 2, got {job.sequences}")
+            raise ValueError(
+                f"block-tune holds out calibration sequences and needs at least 2, got {job.sequences}"
+            )
         order = torch.randperm(job.sequences, generator=job.generator).tolist()
         aside = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
         held, training = order[:aside], order[aside:]
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
         run, lowest = None, math.inf
-        kept = {name: keep.float() for name, keep in job.keeps.items()}  # a product with bool is several times slower
+        kept = {
+            name: keep.float() for name, keep in job.keeps.items()
+        }  # a product with bool is several times slower
         for rate in self.config.rates:
             other = _Descent(self.config, job, kept, training, rate, seed)
             other.go_on(max(1, self.config.steps // 8))
@@ -71,19 +75,30 @@ class BlockTune(BlockStep):
         before, after = _error(job, job.weights, held), _error(job, run.weights, held)
         applied = after < before
         notes = {"rate": run.rate, "held_out_before": before, "held_out_after": after, "applied": applied}
-        return Tuned({name: weight.detach() for name, weight in run.weights.items()} if applied else job.weights, {"tune": notes})
+        return Tuned(
+            {name: weight.detach() for name, weight in run.weights.items()} if applied else job.weights,
+            {"tune": notes},
+        )
 
 
 class _Descent:
     """One run of AdamW at one rate: it can stop after some steps and go on."""
 
     def __init__(
-        self, config: BlockTune.Config, job: BlockJob, kept: Mapping[str, Tensor], training: list[int], rate: float, seed: int
+        self,
+        config: BlockTune.Config,
+        job: BlockJob,
+        kept: Mapping[str, Tensor],
+        training: list[int],
+        rate: float,
+        seed: int,
     ) -> None:
         self._config, self._job, self._kept, self._training, self.rate = config, job, kept, training, rate
         self._generator = torch.Generator().manual_seed(seed)
         self.weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
-        self._optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True
+        )
         self._queue: list[int] = []
         self._step = 0
 
@@ -104,7 +119,10 @@ class _Descent:
 
     def _next(self) -> list[int]:
         if len(self._queue) < self._config.batch:
-            self._queue = [self._training[i] for i in torch.randperm(len(self._training), generator=self._generator).tolist()]
+            self._queue = [
+                self._training[i]
+                for i in torch.randperm(len(self._training), generator=self._generator).tolist()
+            ]
         batch, self._queue = self._queue[: self._config.batch], self._queue[self._config.batch :]
         return batch
 

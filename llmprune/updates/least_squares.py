@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmprune.contracts import Job, Need, Pruned, Step
-from llmprune.numerics import aim, damped, reconstruct
+from llmprune.numerics.gram import aim, damped, reconstruct
 
 
 class LeastSquares(Step):
@@ -46,6 +46,8 @@ class LeastSquares(Step):
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         matrix = damped(job.stats.gram, self.config.damp)
-        product = aim(job, self.config.correction) + job.weight * (matrix.diagonal() - job.stats.gram.diagonal())
+        product = aim(job, self.config.correction) + job.weight * (
+            matrix.diagonal() - job.stats.gram.diagonal()
+        )
         weight = reconstruct(product, pruned.keep, matrix, self.config.iterations, pruned.weight)
         return Pruned(weight, pruned.keep, pruned.score, {**pruned.notes, "damp": self.config.damp})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Step
-from llmprune.numerics import inverse_factor, sweep
+from llmprune.numerics.gram import inverse_factor, sweep
 
 
 class OBS(Step):

@@ -17,8 +17,15 @@ def dataset(**_):
         lines = document.split("\n")
         for start in range(0, len(lines) - 12, 12):
             middle = start + CONTEXT
-            context, continuation = "\n".join(lines[start:middle]), "\n" + "\n".join(lines[middle : middle + CONTINUATION])
-            if len(context) > 160 and len(continuation.strip()) > 40 and len(context) + len(continuation) < 700:
+            context, continuation = (
+                "\n".join(lines[start:middle]),
+                "\n" + "\n".join(lines[middle : middle + CONTINUATION]),
+            )
+            if (
+                len(context) > 160
+                and len(continuation.strip()) > 40
+                and len(context) + len(continuation) < 700
+            ):
                 snippets.append((context, continuation))
     # Neighbours by length: otherwise the shortest choice would be the likeliest, whatever it says.
     snippets.sort(key=lambda snippet: len(snippet[1]))

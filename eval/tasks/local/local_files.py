@@ -18,7 +18,11 @@ def rte(data=".", **_):
     """RTE-1 to RTE-3 development pairs: `rte/*_dev.jsonl` with premise, hypothesis, label (0 = entailment)."""
     import datasets
 
-    pairs = [{k: r[k] for k in ("premise", "hypothesis", "label")} for _, rows in _rows(data, "rte/*_dev.jsonl") for r in rows]
+    pairs = [
+        {k: r[k] for k in ("premise", "hypothesis", "label")}
+        for _, rows in _rows(data, "rte/*_dev.jsonl")
+        for r in rows
+    ]
     return {"test": datasets.Dataset.from_list(pairs)}
 
 
@@ -28,7 +32,11 @@ def blimp(data=".", **_):
 
     paradigms = [rows for _, rows in _rows(data, "blimp/*.jsonl.gz")]
     pairs = [
-        {"sentence_good": rows[i]["sentence_good"], "sentence_bad": rows[i]["sentence_bad"], "paradigm": rows[i]["UID"]}
+        {
+            "sentence_good": rows[i]["sentence_good"],
+            "sentence_bad": rows[i]["sentence_bad"],
+            "paradigm": rows[i]["UID"],
+        }
         for i in range(max(map(len, paradigms)))
         for rows in paradigms
         if i < len(rows)

@@ -1,0 +1,7 @@
+"""The Python API: what `import llmprune` offers, and what the commands call."""
+
+from llmprune.api.checkpoints import evaluate, inspect, load, push
+from llmprune.api.pruning import prune, run_model
+from llmprune.api.result import DryRun, Result, plan_summary
+
+__all__ = ["DryRun", "Result", "evaluate", "inspect", "load", "plan_summary", "prune", "push", "run_model"]

@@ -1,0 +1,266 @@
+"""Arguments of the Python functions: numbers of numpy and torch become plain ones, a wrong type is refused in one line.
+
+A parameter is checked by its name, the same in every function. Values out of range are the business of the part that uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from llmprune.common.messages import shown
+from llmprune.evaluation.scores import EvaluationSpec
+from llmprune.recipe.types import Recipe
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check = Callable[[str, Any], Any]
+AnyPath = str | os.PathLike[str]
+_REPORTS = ("plan", "stage", "step", "note")
+
+
+def plain(value: Any) -> Any:
+    """A value with the numbers of numpy and torch made plain, inside mappings and lists too."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype in (torch.float16, torch.float32):
+        value = value.detach().cpu().numpy()[()]
+    if isinstance(value, (np.float16, np.float32)):
+        return float(str(value))  # the shortest decimal: 0.7 in single precision stays 0.7
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {plain(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def _wrong(name: str, wanted: str, value: Any) -> ValueError:
+    return ValueError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def _number(name: str, value: Any) -> Any:
+    return plain(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise _wrong(name, "True or False", value)
+    return value
+
+
+def _maybe_flag(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    value = plain(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise _wrong(name, "a whole number", value)
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(name, "text", value)
+    return value
+
+
+def _maybe_text(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value)
+
+
+def _path(name: str, value: Any) -> str:
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str) or not found:
+        raise _wrong(name, "a path", value)
+    return found
+
+
+def _maybe_path(name: str, value: Any) -> str | None:
+    return None if value is None else _path(name, value)
+
+
+def _method(name: str, value: Any) -> Any:
+    """An algorithm by its name, or as a mapping with options; the recipe checks either."""
+    value = plain(value)
+    if (
+        value is not None
+        and not isinstance(value, (str, Mapping))
+        and not (name == "update" and isinstance(value, list))
+    ):
+        raise _wrong(name, "a name or a mapping {name: ..., option: value}", value)
+    return value
+
+
+def _recipe(name: str, value: Any) -> Any:
+    if isinstance(value, Recipe):
+        return value.as_dict()
+    if isinstance(value, Mapping):
+        return _keyed(name, "a name, a YAML file or a mapping of recipe fields", value)
+    if value is not None and not (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        raise _wrong(name, "a name, a YAML file or a mapping of recipe fields", value)
+    return _maybe_path(name, value)
+
+
+def _settings(name: str, value: Any) -> Any:
+    return None if value is None else _keyed(name, "a mapping of recipe fields by dotted key", value)
+
+
+def _keyed(name: str, wanted: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _wrong(name, wanted, value)
+    return dict(plain(value))
+
+
+def _calibration(name: str, value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return _path(name, value)
+    if value is not None and (isinstance(value, bytes) or not isinstance(value, (str, Iterable))):
+        raise _wrong(name, "a SOURCE, an iterable of strings or int64 tokens [N, T]", value)
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """One name or file, or several."""
+    return _several(name, "a text's name or file, or a list of them", value, lambda one: [_path(name, one)])
+
+
+def _tasks(name: str, value: Any) -> tuple[str, ...]:
+    """One name, or several: in a list, or separated by commas."""
+    return _several(
+        name,
+        "a task's name or a list of names",
+        value,
+        lambda one: [t.strip() for t in _text(name, one).split(",")],
+    )
+
+
+def _several(name: str, wanted: str, value: Any, parts: Callable[[Any], list[str]]) -> tuple[str, ...]:
+    listed = [] if value is None else [value] if isinstance(value, (str, os.PathLike)) else value
+    if isinstance(listed, (bytes, Mapping)) or not isinstance(listed, Iterable):
+        raise _wrong(name, wanted, value)
+    try:
+        return tuple(part for one in listed for part in parts(one) if part)
+    except ValueError:
+        raise _wrong(name, wanted, value) from None
+
+
+def _device(name: str, value: Any) -> str:
+    if isinstance(value, (str, torch.device)):
+        return str(value)
+    raise _wrong(name, "auto, cpu, cuda, cuda:N or a torch.device", value)
+
+
+def _dtype(name: str, value: Any) -> str:
+    if isinstance(value, (str, torch.dtype)):
+        return str(value).removeprefix("torch.")
+    raise _wrong(name, "auto, float32, bfloat16, float16 or a torch.dtype", value)
+
+
+def any_model(name: str, value: Any) -> Any:
+    """A model by name, hub id or folder, or a transformers model in memory."""
+    if isinstance(value, torch.nn.Module) and hasattr(value, "config"):
+        return value
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return _path(name, value)
+    raise _wrong(name, "a name, a hub id, a folder or a transformers model in memory", value)
+
+
+def _stored_model(name: str, value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return _path(name, value)
+    raise _wrong(name, "a name, a hub id or a folder", value)
+
+
+def _tokenizer(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ValueError(
+            f"tokenizer must be a transformers tokenizer, got {shown(value)}; AutoTokenizer.from_pretrained(...) makes one"
+        )
+    return value
+
+
+def _evaluation(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, EvaluationSpec):
+        raise ValueError(
+            f"evaluation must be an EvaluationSpec, got {shown(value)}; run_model takes perplexity=, tasks= and suite= itself"
+        )
+    return value
+
+
+def _reporter(name: str, value: Any) -> Any:
+    if value is not None and not all(callable(getattr(value, method, None)) for method in _REPORTS):
+        raise _wrong(name, f"an object with the methods {', '.join(_REPORTS)}", value)
+    return value
+
+
+CHECKS: Mapping[str, Check] = {
+    "model": any_model,
+    "path": _stored_model,
+    "folder": _path,
+    "output": _maybe_path,
+    "recipe": _recipe,
+    "settings": _settings,
+    "sparsity": _number,
+    "samples": _number,
+    "seqlen": _number,
+    "seed": _number,
+    "time_limit": _number,
+    "limit": _whole,
+    "eval_seqlen": _whole,
+    "pattern": _maybe_text,
+    "pruner": _method,
+    "refiner": _method,
+    "update": _method,
+    "allocator": _method,
+    "calibration": _calibration,
+    "device": _device,
+    "dtype": _dtype,
+    "offload": _text,
+    "tokenizer": _tokenizer,
+    "revision": _maybe_text,
+    "token": _maybe_text,
+    "repository": _text,
+    "perplexity": _texts,
+    "tasks": _tasks,
+    "suite": _maybe_path,
+    "include_tasks": _maybe_path,
+    "task_data": _maybe_path,
+    "evaluation": _evaluation,
+    "reporter": _reporter,
+    "progress": _maybe_flag,
+    "overwrite": _flag,
+    "resume": _flag,
+    "restart": _flag,
+    "dry_run": _flag,
+    "private": _flag,
+    "trust_remote_code": _flag,
+}
+
+
+def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function that gets its arguments checked, each by its name (`others`: by a check of its own)."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        named = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        checks = {name: others.get(name) or CHECKS[name] for name in named}
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
+                if name in checks:
+                    bound.arguments[name] = checks[name](name, value)
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate

@@ -1,0 +1,102 @@
+"""What the Python functions return of a run: a folder and a record, or a plan; each prints as a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmprune.common.messages import size_text
+from llmprune.planning.plan import Plan
+from llmprune.recipe.types import Recipe
+from llmprune.record.figures import method_of, score_rows, share_of_all
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A finished run: the output folder, and the record as in its `llmprune.json`. Printed, it is a summary of the record."""
+
+    output: Path
+    record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        record, totals = self.record, self.record["totals"]
+        zeros = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices, {share_of_all(record)}"
+        scores = [(s.name, f"{s.dense} dense, {s.pruned} pruned ({s.change})") for s in score_rows(record)]
+        rows = [
+            ("model", record["model"]["source"]),
+            ("method", method_of(record)),
+            ("sparsity", zeros),
+            *(scores or [("scores", "none, pruned without evaluation")]),
+            (
+                "bytes",
+                f"{size_text(totals['bytes']['dense'])} dense, {size_text(totals['bytes']['written'])} written",
+            ),
+            ("seconds", f"{totals['seconds']['total']:.1f}"),
+            ("output", str(self.output)),
+        ]
+        return _lines("Result", rows)
+
+
+@dataclass(frozen=True, repr=False)
+class DryRun:
+    """What a run would do. Printed, it is a summary of the plan."""
+
+    plan: Plan
+    recipe: Recipe
+    output: Path
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        rows = [
+            ("recipe", f"{self.recipe.name}: {' + '.join(self.recipe.methods)}, {self.recipe.pattern}"),
+            (
+                "matrices",
+                f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped",
+            ),
+            ("sparsity", f"{plan.sparsity:.4g} (target)"),
+            ("calibration", f"{plan.samples} samples x {plan.sequence_length} tokens"),
+            ("memory", f"about {size_text(plan.memory)} of {size_text(plan.available)} free"),
+            ("disk", size_text(plan.disk)),
+            ("output", str(self.output)),
+        ]
+        return _lines("Plan, nothing was written", rows)
+
+
+def _lines(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def plan_summary(dry: DryRun) -> dict[str, Any]:
+    """A dry run as plain values."""
+    plan = dry.plan
+    matrices = [
+        {
+            "name": m.name,
+            "shape": list(m.shape),
+            "pattern": str(m.pattern),
+            "sparsity": m.sparsity,
+            "set_by": m.reason,
+        }
+        for m in plan.matrices.values()
+    ]
+    return {
+        "output": str(dry.output),
+        "recipe": dry.recipe.as_dict(),
+        "matrices": matrices,
+        "skipped": list(plan.skipped),
+        "weights": plan.weights,
+        "sparsity": plan.sparsity,
+        "memory_bytes": plan.memory,
+        "device_memory_bytes": plan.device_memory,
+        "scoring_memory_bytes": plan.scoring,
+        "device_scoring_memory_bytes": plan.device_scoring,
+        "available_memory_bytes": plan.available,
+        "offload": plan.offload,
+        "disk_bytes": plan.disk,
+        "pruning_seconds": plan.pruning_seconds,
+        "scoring_seconds": plan.scoring_seconds,
+        "tasks_counted": plan.tasks_counted,
+        "remarks": list(plan.remarks),
+    }

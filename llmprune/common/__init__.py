@@ -1,0 +1,1 @@
+"""What every room may use: one-line messages, shipped data files, safe YAML. Imports nothing of the package."""

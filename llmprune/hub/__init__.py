@@ -1,0 +1,1 @@
+"""From the names of models to folders, and from finished folders to repositories."""

@@ -1,0 +1,248 @@
+"""From the name of a model to a folder on this machine: `demo`, an alias, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmprune.common.messages import nearest
+
+ALIASES = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "opt-125m": "facebook/opt-125m",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+}
+_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WANTED = [*_NEEDED, "README.md", "LICENSE*", "NOTICE*"]  # the licence travels with the weights
+_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+_HUB_ID = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*"
+_PASSING = (408, 429, 500, 502, 503, 504)  # what may be gone a moment later
+_WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
+_LONGEST_WAIT = 300.0  # the hub counts requests per five minutes
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine. `label` names it in records: never a local path. `remote`: it came from the hub."""
+
+    folder: Path
+    label: str
+    revision: str | None
+    remote: bool
+
+
+def demo_folder() -> Path:
+    """The embedded model."""
+    return Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+def locate(model: str, revision: str | None = None, code: bool = False) -> Located:
+    """Find a model, downloading it (safetensors and small files only) when it is a hub id.
+
+    Raises:
+        ValueError: an unknown name, no such folder, or a download that failed, each with the way out.
+    """
+    path = Path(model).expanduser()
+    if revision is not None and (model == "demo" or path.is_dir()):
+        raise ValueError(
+            f"{model} is not on the hub, so it has no revision {revision!r}; leave --revision out"
+        )
+    if model == "demo":
+        return Located(demo_folder(), "demo", None, False)
+    if path.is_dir():
+        return Located(path, path.resolve().name, None, False)
+    if path.is_file():
+        raise ValueError(f"{model} is a file; name the checkpoint's folder")
+    repository = ALIASES.get(model, model)
+    if "/" not in repository:
+        raise nearest("model", model, ["demo", *ALIASES, "a local folder", "a hub id (owner/name)"])
+    if not re.fullmatch(_HUB_ID, repository, re.ASCII):
+        raise ValueError(f"no such folder: {model} (and it is not a hub id of the form owner/name)")
+    folder = download(repository, revision, code)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{repository} has no safetensors; if it has a pickle (.bin), which llmprune never opens, and you trust it, convert it: "
+            "AutoModelForCausalLM.from_pretrained(ID).save_pretrained(NEW_FOLDER)"
+        )
+    return Located(folder, repository, folder.name, True)
+
+
+def download(repository: str, revision: str | None, code: bool) -> Path:
+    """A snapshot of a hub repository in the hub's own cache (its folder is named by the commit).
+
+    Files the cache has are not fetched again; one whose connection breaks goes on where it stopped.
+    """
+    try:
+        return _snapshot(repository, revision, ["*.py"] if code else [])
+    except Exception as error:  # hub, network and transport errors share no base class
+        raise ValueError(_not_downloaded(error, repository, revision)) from error
+
+
+def _snapshot(repository: str, revision: str | None, extra: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    bar = _bar(f"downloading {repository}")
+
+    def fetch(patterns: list[str], local: bool = False) -> Path:
+        wanted = [*patterns, *extra]
+        found = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=_UNWANTED,
+            local_files_only=local,
+            tqdm_class=bar,
+        )
+        return Path(found)
+
+    try:
+        return retrying(lambda: fetch(_WANTED), f"downloading {repository}")
+    except FileNotFoundError as error:  # the hub is out of reach, and the cache has a part
+        if getattr(error, "snapshot_path", None) is None:
+            raise
+        try:
+            return fetch(_NEEDED, local=True)  # it may lack no more than the licence
+        except FileNotFoundError:
+            raise error from None
+
+
+def _bar(title: str) -> type:
+    """One bar for the bytes of all files; the hub's client draws three. It is silent where the client's own would be."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            counts_bytes = options.get("unit") == "B" and not str(options.get("name")).endswith(".transfer")
+            options |= {
+                "desc": title,
+                "delay": 1e-9,
+                "bar_format": None,
+            }  # with a delay, nothing is drawn before the first byte
+            super().__init__(*args, **(options if counts_bytes else {**options, "disable": True}))
+
+        def set_description(self, *args: Any, **options: Any) -> None:
+            """What the client calls at the end: the title stays, and the bar is left behind if it moved."""
+            self.delay = 0
+            if not self.n:
+                self.disable = True
+            self.close()
+
+    return Bar
+
+
+def retrying(work: Callable[[], T], doing: str) -> T:
+    """`work()`, tried again a few times while the hub is busy or the connection breaks; each time is told on the log."""
+    # The client tries some of its requests again by itself, but not all: a 500 in the middle of a download is final for it.
+    for wait in _WAITS:
+        try:
+            return work()
+        except Exception as error:
+            if not _passing(error):
+                raise
+            wait = max(wait, _asked_wait(error))
+            _log.warning("%s: %s; trying again in %g s", doing, one_line(error), wait)
+        time.sleep(wait)
+    return work()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _answer(error: BaseException) -> Any:
+    """The hub's answer behind an error, None where there was none."""
+    return next((e.response for e in _chain(error) if getattr(e, "response", None) is not None), None)  # type: ignore[attr-defined]
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error."""
+    answer = _answer(error)
+    return None if answer is None else answer.status_code
+
+
+def _broken(error: BaseException) -> bool:
+    """A connection that broke; one that could not be made is no network, and is said at once."""
+    names = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("httpx")}
+    return "TransportError" in names and not names & {"ConnectError", "ProxyError", "UnsupportedProtocol"}
+
+
+def _passing(error: Exception) -> bool:
+    status = status_of(error)
+    if status is not None:
+        return status in _PASSING
+    too_short = type(error) is OSError and error.errno is None  # the client's own check of a file's size
+    return too_short or any(_broken(e) for e in _chain(error))
+
+
+def _asked_wait(error: Exception) -> float:
+    """Seconds the hub asks to wait, as far as we are willing."""
+    headers = getattr(_answer(error), "headers", {})
+    asked = re.fullmatch(r"[0-9]{1,6}", headers.get("Retry-After", "")) or re.search(
+        r"r=0\s*;\s*t=([0-9]{1,6})", headers.get("RateLimit", "")
+    )
+    return min(float(asked[asked.lastindex or 0]), _LONGEST_WAIT) if asked else 0.0
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of the hub's client says, in one line and never with the token."""
+    from huggingface_hub import get_token
+
+    told = next((e for e in _chain(error) if getattr(e, "response", None) is not None or _broken(e)), error)
+    line = (str(told).strip() or type(told).__name__).splitlines()[0][:200]
+    token = get_token()
+    return line.replace(token, "***") if token else line
+
+
+def offline() -> bool:
+    """Whether the user forbids the network (`HF_HUB_OFFLINE`)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _not_downloaded(error: Exception, repository: str, revision: str | None) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status, name = status_of(error), repository if revision is None else f"{repository} at {revision}"
+    if isinstance(error, GatedRepoError):
+        return f"{repository} is gated: accept its licence on the hub, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repository} has no revision {revision!r}; leave --revision out or name a branch, tag or commit of it"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no folder and no hub repository {repository!r} (or it is private: log in with `hf auth login`)"
+        )
+    if status == 401:
+        return (
+            f"the hub refuses the token for {repository}: log in with `hf auth login` or set a valid HF_TOKEN"
+        )
+    if status == 403:
+        return f"the hub refuses {repository} ({one_line(error)}): log in with `hf auth login` or set an HF_TOKEN that may read it"
+    if status == 429:
+        return f"the hub counts too many requests (429) for {repository}: wait some minutes, or log in with `hf auth login`"
+    if offline():
+        return f"{name} is not wholly in the cache and offline mode is on (HF_HUB_OFFLINE): turn it off, or use a local folder or demo"
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, (ConnectionError, TimeoutError))
+    ):
+        return f"cannot store {repository} in the hub's cache ({one_line(error)}): make room there, or set HF_HOME to another folder"
+    return f"cannot download {repository} ({type(error).__name__}: {one_line(error)}); without network, use a local folder or demo"

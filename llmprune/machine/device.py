@@ -1,0 +1,263 @@
+"""The only file that may say "cuda": which device, which dtype, how much memory."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from llmprune.machine.state import Setting
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to compute on: a GPU where there is one, else the CPU. Raises `ValueError` for one this machine lacks."""
+    if name == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(
+            f"device {name!r} is not available: torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: the checkpoint's own where the device multiplies it fast, else float32, unless named.
+
+    Raises:
+        ValueError: an unknown name, or float16 on a CPU, whose matrix products there are some hundred times slower.
+    """
+    if name == "auto":
+        fast = (
+            device.type == "cuda"
+            or stored == torch.float32
+            or (stored == torch.bfloat16 and has_bfloat16_units())
+        )
+        return stored if fast else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    if name == "float16" and device.type == "cpu":
+        raise ValueError(
+            "dtype float16 is some hundred times slower than float32 on a CPU; use --dtype float32 or bfloat16"
+        )
+    return DTYPES[name]
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16); elsewhere it is slower than float32."""
+    return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
+
+
+def use_local_device(number: int) -> str:
+    """Take GPU `number` of this machine for this process, where there are GPUs; returns the backend for torch.distributed."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {number} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes"
+        )
+    torch.cuda.set_device(number)
+    return "cpu:gloo,cuda:nccl"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give memory back that is kept for reuse: the GPU's by torch, and the host's by the C library, where that is glibc."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_tf32(allowed: object) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = bool(allowed)
+
+
+_EXACT = Setting(lambda: torch.backends.cuda.matmul.allow_tf32, _set_tf32, False)
+
+
+def exact_matmul() -> AbstractContextManager[None]:
+    """Full float32 products inside the `with`: TF32 would move masks."""
+    return _EXACT.held()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process since it started, shared file pages included, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PrivateMemory:
+    """Peak resident memory without shared file pages, in bytes: sampled while open, since the kernel keeps no such peak.
+
+    `peak` is None where the system does not tell private and shared pages apart.
+    """
+
+    _EVERY = 0.02  # seconds
+
+    def __init__(self) -> None:
+        self.peak = self._now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> PrivateMemory:
+        if self.peak is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._EVERY):
+            self.peak = max(self.peak or 0, self._now() or 0)
+
+    @staticmethod
+    def _now() -> int | None:
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if "RssAnon" not in lines:
+            return None
+        return sum(int(lines[key].split()[0]) for key in ("RssAnon", "RssShmem") if key in lines) * 1024
+
+
+def available_memory() -> int:
+    """Host memory this process may still take, in bytes: what the system has available, or its control group's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds this device does, times two, per second: the best of a few products of 2048 x 1024 x 1024."""
+    a, b = (
+        torch.ones(2048, 1024, device=device, dtype=dtype),
+        torch.ones(1024, 1024, device=device, dtype=dtype),
+    )
+    return 2 * 2048 * 1024 * 1024 / _best_time(device, lambda: a @ b, 5)
+
+
+def visit_seconds(device: torch.device) -> float:
+    """Seconds to read, change and write one float32 entry of a large matrix."""
+    a = torch.ones(2048, 1024, device=device, dtype=torch.float32)
+    return _best_time(device, lambda: torch.add(a, a), 5) / a.numel()
+
+
+def eigh_seconds(device: torch.device, size: int) -> float:
+    """Seconds of one eigendecomposition in float64 of [size, size], from a smaller one where that is large: the work grows cubically."""
+    small = min(size, 512)
+    matrix = torch.eye(small, device=device, dtype=torch.float64) + torch.ones(
+        small, small, device=device, dtype=torch.float64
+    )
+    return _best_time(device, lambda: torch.linalg.eigh(matrix), 2) * (size / small) ** 3
+
+
+def _best_time(device: torch.device, work: Callable[[], object], times: int) -> float:
+    best = float("inf")
+    for _ in range(times):
+        wait_for(device)
+        started = time.perf_counter()
+        work()
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return max(best, 1e-9)
+
+
+def free_memory(device: torch.device) -> int:
+    """Memory this process may still take where it computes, in bytes: the GPU's, or the host's on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+class Stopwatch:
+    """Seconds spent inside `with` blocks. On a GPU measured on its own clock, without making the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the block."""
+        if self._gpu:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._pairs.append((begin, end))
+        else:
+            started = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - started
+
+    def take(self) -> float:
+        """The seconds so far, and start again from zero."""
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+        total: float = self._seconds + sum(a.elapsed_time(b) for a, b in self._pairs) / 1000
+        self._seconds, self._pairs = 0.0, []
+        return total
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the GPU has done what was asked of it; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_device_memory(device: torch.device) -> None:
+    """Start counting the GPU's peak anew; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """Peak memory allocated on the GPU, in bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

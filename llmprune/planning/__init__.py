@@ -1,0 +1,1 @@
+"""What a run will do, need and take, before it starts."""

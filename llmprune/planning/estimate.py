@@ -1,0 +1,166 @@
+"""How long a run will take, by estimate: what every step multiplies, and a few products timed on this machine.
+
+Right within a factor of about two on a machine that does nothing else. R outputs, C inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmprune.contracts import Need
+from llmprune.evaluation.requests import requests_of
+from llmprune.machine import device as devices
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.targets import find_targets
+from llmprune.planning.needs import needs_dense, needs_of
+from llmprune.recipe.types import Recipe
+from llmprune.statistics.sums import SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from llmprune.evaluation.scores import EvaluationSpec
+    from llmprune.model.opening import Model
+    from llmprune.planning.plan import Plan
+
+_EFFICIENCY = 0.5  # of a bare matrix product, reached by a block's forward pass
+_STORAGE = 5e8  # bytes per second of reading, checking, writing and syncing a checkpoint
+_MATRIX = 0.004  # seconds per matrix that no size explains
+_TASKS = 0.5  # seconds to load the whole model and set lm-eval up, once per model
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations per second of forward passes and of float32 products; seconds to visit a matrix entry once."""
+
+    forward: float
+    exact: float
+    visit: float
+
+
+@functools.lru_cache
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measured once per process, in a fraction of a second."""
+    forward, exact = (devices.matmul_rate(device, t) for t in (dtype, devices.DTYPES["float32"]))
+    return Rates(forward * _EFFICIENCY, exact, devices.visit_seconds(device))
+
+
+@functools.lru_cache
+def _decomposition(device: torch.device, size: int) -> float:
+    return devices.eigh_seconds(device, size)
+
+
+def seconds_of(recipe: Recipe, model: Model, samples: int, length: int, allocated: bool = False) -> float:
+    """Estimated seconds of pruning with a recipe on this machine, alone, with so many rows of so many tokens.
+
+    `allocated`: what the allocator measures and tries is done already.
+    """
+    skeleton = model.skeleton
+    total = sum(t.bytes for t in model.source.tensors.values()) / _STORAGE
+    for name, block in skeleton.blocks.items():
+        shapes = [t.shape for t in find_targets(name, block)]
+        total += _passes(recipe, skeleton, shapes, samples, length, allocated) + _pruning(
+            recipe, skeleton, shapes
+        )
+    return total
+
+
+def _passes(
+    recipe: Recipe, skeleton: Skeleton, shapes: Sequence[Shape], samples: int, length: int, allocated: bool
+) -> float:
+    """Forward passes of a block, those of tuning and of allocation too, and the statistics of its inputs."""
+    rates, needs, allocator = (
+        rates_of(skeleton.device, skeleton.dtype),
+        needs_of(recipe),
+        recipe.build_allocator(),
+    )
+    trials, dense = 0 if allocated else len(allocator.trials), needs_dense(recipe)
+    measured = bool(allocator.needs) and not allocated
+    # A stream is seen once for the statistics and once more as a whole. By groups it halts for each and is seen but once, or, with the
+    # dense one beside it, in parts that add up to two passes and once more. An allocator measures the dense stream and prunes once per
+    # trial, with a cheap pruner. Training costs three passes.
+    each = 2 if recipe.order == "block" else 3 if dense else 1
+    seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured + 3 * trials
+    trained = sum(step.trained for _, step in recipe.build_block_steps()) * length
+    tokens = samples * length
+    passes = (tokens * seen + 3 * trained) * _per_token(skeleton, shapes, length) / rates.forward
+    grams = (Need.GRAM in needs) + (Need.CROSS in needs) + trials
+    inputs = _inputs(skeleton, shapes)
+    statistics = (
+        2 * tokens * grams * sum(c * c for c in inputs) / rates.exact
+        + 10 * tokens * sum(inputs) * rates.visit
+    )
+    return passes + statistics
+
+
+def _pruning(recipe: Recipe, skeleton: Skeleton, shapes: Sequence[Shape]) -> float:
+    """The pruner, its steps, and the checks of one block's matrices."""
+    rates = rates_of(skeleton.device, skeleton.dtype)
+    algorithms = [
+        recipe.build_pruner(),
+        *(s for _, s in recipe.build_steps()),
+        *(s for _, s in recipe.build_block_steps()),
+    ]
+    entries = sum(r * c for r, c in shapes)
+    squares, inputs = sum(r * c * c for r, c in shapes), _inputs(skeleton, shapes)
+    # The relative error: two products with the Gram matrix, or two with a quarter of the sample.
+    products = sum(a.products for a in algorithms) + (2 if Need.GRAM in needs_of(recipe) else 0)
+    sampled = 0 if Need.GRAM in needs_of(recipe) else entries * SAMPLE_TOKENS
+    operations = (
+        2 * squares * products + sampled + 2 * sum(a.solves for a in algorithms) * sum(c**3 for c in inputs)
+    )
+    visits = entries * sum(a.visits for a in algorithms) * rates.visit
+    decompositions = sum(a.decompositions for a in algorithms) * sum(
+        _decomposition(skeleton.device, c) for c in inputs
+    )
+    return operations / rates.exact + visits + decompositions + _MATRIX * len(shapes)
+
+
+def _inputs(skeleton: Skeleton, shapes: Sequence[Shape]) -> list[int]:
+    """Widths of the distinct inputs of a block's matrices: q, k, v and gate, up share theirs."""
+    return sorted({c for _, c in shapes}) + [skeleton.model.config.get_text_config().hidden_size] * 2
+
+
+def _per_token(skeleton: Skeleton, shapes: Sequence[Shape], length: int) -> float:
+    """Operations of one token in a block's forward pass, attention over `length` tokens included."""
+    return float(
+        2 * sum(r * c for r, c in shapes) + 4 * length * skeleton.model.config.get_text_config().hidden_size
+    )
+
+
+def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) -> float:
+    """Estimated seconds of running so many sequences of so many tokens through a whole model once, output head included."""
+    rates, config = rates_of(skeleton.device, skeleton.dtype), skeleton.model.config.get_text_config()
+    blocks = [[t.shape for t in find_targets(name, block)] for name, block in skeleton.blocks.items()]
+    total = 0.0
+    for count, length in sequences:
+        operations = (
+            sum(_per_token(skeleton, shapes, length) for shapes in blocks)
+            + 2 * config.hidden_size * config.vocab_size
+        )
+        total += count * length * (operations / rates.forward + 10 * config.vocab_size * rates.visit)
+    return total
+
+
+def with_times(
+    plan: Plan, recipe: Recipe, model: Model, evaluation: EvaluationSpec | None, processes: int
+) -> Plan:
+    """The plan with estimates of pruning and, where the run scores the model, of scoring it dense and pruned."""
+    pruning = (
+        seconds_of(recipe, model, plan.samples, plan.sequence_length, bool(plan.measures or plan.losses))
+        / processes
+    )
+    if evaluation is None:
+        return replace(plan, pruning_seconds=pruning)
+    texts = [(len(rows), rows.shape[1]) for rows in evaluation.rows.values()]
+    scoring = scoring_seconds(model.skeleton, texts) / processes
+    requests = requests_of(evaluation.loaded, model.tokenizer, evaluation.limit) if evaluation.tasks else []
+    if requests:
+        scoring += scoring_seconds(model.skeleton, requests) + _TASKS
+    return replace(
+        plan, pruning_seconds=pruning, scoring_seconds=2 * scoring, tasks_counted=requests is not None
+    )

@@ -1,0 +1,1 @@
+"""Recipes: what decides every mask, as checked dataclasses."""

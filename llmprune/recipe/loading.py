@@ -1,0 +1,238 @@
+"""Recipes: YAML in, frozen dataclasses out, checked once. A recipe says everything that decides a mask."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmprune import patterns, registry
+from llmprune.common.messages import nearest, shown
+from llmprune.common.shipped import parse_yaml, read_yaml, shipped, shipped_names
+from llmprune.recipe.types import (
+    AlgorithmSpec,
+    CalibrationSpec,
+    Case,
+    Recipe,
+    Rule,
+    resolve_sparsity,
+    rule_sparsity,
+)
+from llmprune.text import mixture
+
+DEFAULT = "dsnot"
+# Statistics of all matrices of a block at once, from the block as it was; or of each input group once those before it are pruned.
+ORDERS = ("block", "group")
+
+
+def load(recipe: str | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, file or fields, with dotted overrides such as `{"pruner.damp": 0.1}`, every value checked.
+
+    Raises:
+        ValueError: an unknown recipe, key, algorithm or option, a value out of range, a sparsity that contradicts N:M.
+    """
+    values, label = _named(recipe) if isinstance(recipe, str) else (dict(recipe), _own_name(recipe))
+    values = copy.deepcopy(values)
+    if (overrides or {}).get("pattern") not in (None, "unstructured") and "sparsity" not in (overrides or {}):
+        values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
+    _choose_cases(values, overrides or {})
+    for key, value in (overrides or {}).items():
+        if key == "name":
+            raise ValueError(
+                f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} instead of setting it"
+            )
+        _override(values, key, value)
+    return from_dict({**values, "name": label})
+
+
+def _named(name: str) -> tuple[dict[str, Any], str]:
+    """The values of a recipe by name or file, and what it is called."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"no such recipe file: {name}")
+        return read_yaml(Path(name)), Path(name).stem
+    if name in shipped_names("recipes"):
+        return read_yaml(shipped("recipes", f"{name}.yaml")), name
+    raise nearest("recipe", name, shipped_names("recipes"))
+
+
+def _own_name(values: Mapping[str, Any]) -> str:
+    """What a recipe given as fields is called; the name becomes part of a folder's."""
+    name = values.get("name", "custom")
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name):
+        raise ValueError(
+            f"a recipe's name must be text that can stand in the name of a folder, got {shown(name)}"
+        )
+    return name
+
+
+def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put the settings of the cases that apply into a recipe's values, and why into `chosen`; what is overridden is left alone."""
+    cases = [_case(case) for case in _typed("cases", values.pop("cases", None) or [], list)]
+    pattern = _typed("pattern", overrides.get("pattern", values.get("pattern", "unstructured")), str)
+    sparsity = resolve_sparsity(pattern, overrides.get("sparsity", values.get("sparsity")))
+    given, reasons = {key.partition(".")[0] for key in overrides}, []
+    for case in cases:
+        heads = {key.partition(".")[0] for key in case.set}
+        if not heads & given and sparsity >= case.sparsity and fnmatch.fnmatchcase(pattern, case.pattern):
+            for key, value in case.set.items():
+                _override(values, key, value)
+            reasons.append(case.because)
+    if reasons:
+        values["chosen"] = "; ".join(reasons)
+
+
+def _case(value: Any) -> Case:
+    case: Case = _part(Case, "case", value)
+    for key, wanted in (("pattern", str), ("set", dict), ("because", str)):
+        _typed(f"{key} of a case", getattr(case, key), wanted)
+    if not all(isinstance(key, str) for key in case.set):
+        raise ValueError(f"set of a case must have dotted keys of the recipe, got {shown(case.set)}")
+    resolve_sparsity("unstructured", case.sparsity)
+    return case
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`dotted.key=value` from the command line, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set takes dotted.key=value, got {shown(text)}")
+    try:
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(
+            f"--set {key}: the value {shown(value)} is not valid YAML ({str(error)[:120]})"
+        ) from None
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    head, _, rest = key.partition(".")
+    if rest:
+        inner = values.get(head)
+        if inner is None:
+            inner = values[head] = {"name": DEFAULT_NAMES[head]} if head in DEFAULT_NAMES else {}
+        if isinstance(inner, str):
+            inner = values[head] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ValueError(f"cannot set {shown(key)}: {head!r} holds {shown(inner)}")
+        _override(inner, rest, value)
+    elif isinstance(values.get(head), dict) and isinstance(value, str) and value == values[head].get("name"):
+        return  # the same algorithm: its options stay
+    elif value == "none" and head in ("refiner", "update"):
+        values[head] = None
+    elif head == "update" and isinstance(value, str) and "," in value:
+        values[head] = value.split(",")
+    else:
+        values[head] = value
+
+
+DEFAULT_NAMES = {"allocator": "uniform"}
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A checked recipe from plain values (a YAML file's, or a record's)."""
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    for key in values:
+        if key not in known:
+            raise nearest("recipe key", key, known)
+    if not values.get("pruner"):
+        raise ValueError("a recipe needs a pruner, for example 'pruner: wanda'")
+    fields = {k: v for k, v in values.items() if v is not None}
+    for key, room in (("pruner", "pruners"), ("refiner", "refiners"), ("allocator", "allocators")):
+        if key in fields:
+            fields[key] = _algorithm(room, fields[key])
+    updates = fields.get("update", [])
+    fields["update"] = tuple(
+        _algorithm("updates", u) for u in (updates if isinstance(updates, list) else [updates])
+    )
+    fields["rules"] = tuple(
+        _part(Rule, "rule", rule) for rule in _typed("rules", fields.get("rules", []), list)
+    )
+    if any(not isinstance(rule.match, str) for rule in fields["rules"]):
+        raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
+    fields["calibration"] = _calibration(fields.get("calibration", {}))
+    for key in ("name", "description", "pattern", "scope", "order", "chosen"):
+        if key in fields:
+            _typed(key, fields[key], str)
+    fields["sparsity"] = resolve_sparsity(fields.get("pattern", "unstructured"), fields.get("sparsity"))
+    recipe = Recipe(**fields)
+    _check(recipe)
+    return recipe
+
+
+def _typed(key: str, value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"{shown(key)} must be {wanted.__name__}, got {shown(value)}")
+    return value
+
+
+def _part(cls: type, kind: str, value: Any) -> Any:
+    value = _typed(kind, value, dict)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in known:
+            raise nearest(f"{kind} key", key, known)
+    if cls is Rule and "match" not in value:
+        raise ValueError(
+            f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {shown(value)}"
+        )
+    return cls(**value)
+
+
+def _calibration(value: Any) -> CalibrationSpec:
+    spec: CalibrationSpec = _part(CalibrationSpec, "calibration", value)
+    if isinstance(spec.source, dict):
+        spec = dataclasses.replace(spec, source=mixture.as_text(spec.source))
+    mixture.parse(_typed("calibration.source", spec.source, str))
+    for key, least, most in (("temperature", 0.01, 100), ("top_p", 1e-6, 1)):
+        number = getattr(spec, key)
+        if number is not None and (
+            isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most
+        ):
+            raise ValueError(
+                f"calibration.{key} must be a number from {least} to {most}, got {shown(number)}"
+            )
+    return spec
+
+
+def _algorithm(room: str, value: Any) -> AlgorithmSpec:
+    kind = room.removesuffix("s")
+    value = {"name": value} if isinstance(value, str) else dict(_typed(kind, value, dict))
+    if not isinstance(value.get("name"), str):
+        raise ValueError(f"{kind} needs a name: one of {', '.join(registry.names(room))}, got {shown(value)}")
+    name, targets = value.pop("name"), value.pop("targets", ["*"])
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"targets of {shown(name)} must be a list of glob patterns, got {shown(targets)}")
+    if room not in ("refiners", "updates") and targets != ["*"]:
+        raise ValueError(
+            f"only a refiner or an update takes targets; use rules to choose the matrices {kind} {shown(name)} works on"
+        )
+    algorithm = registry.build(room, name, value)  # checks the options, and fills in every default
+    return AlgorithmSpec(name=name, targets=tuple(targets), options=dataclasses.asdict(algorithm.config))
+
+
+def _check(recipe: Recipe) -> None:
+    if trial := recipe.build_allocator().trial_pruner:
+        registry.build("pruners", trial, {})
+    if recipe.scope is not None:
+        patterns.parse("unstructured", recipe.scope)
+    if recipe.order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(recipe.order)}")
+    if not isinstance(recipe.permute, bool):
+        raise ValueError(f"permute must be true or false, got {shown(recipe.permute)}")
+    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
+    spec = recipe.calibration
+    for key, least in (("samples", 1), ("sequence_length", 2)):
+        value = getattr(spec, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"calibration.{key} must be a whole number from {least}, got {shown(value)}")
+    for rule in recipe.rules:
+        if rule.skip and (rule.sparsity is not None or rule.pattern is not None):
+            raise ValueError(f"rule {shown(rule.match)} both skips and sets a sparsity or pattern; keep one")
+        if not rule.skip:
+            rule_sparsity(recipe, rule)

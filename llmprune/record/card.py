@@ -1,0 +1,170 @@
+"""The model card of a pruned checkpoint (README.md), from its record."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmprune.checkpoint.contents import CARD, RECORD
+from llmprune.checkpoint.reader import read_record
+from llmprune.record.figures import HONEST, Record, ScoreRow, method_of, score_rows, share_of_all
+from llmprune.record.record import calibrated_on
+from llmprune.text.mixture import is_file, plain_sources
+
+
+def protocol_lines(record: Record) -> list[str]:
+    """How the scores were measured, a line per protocol that differs."""
+    versions, lines = record["environment"]["versions"], []
+    for entry in record["evaluation"]["perplexity"].values():
+        protocol = entry["protocol"]
+        lines.append(
+            f"perplexity: {protocol['mean']}; documents joined, no overlap; forward passes in {protocol['dtype']}"
+        )
+    if record["evaluation"]["tasks"]:
+        lines.append("+- is a standard error; a change of at most two of them is called within its error")
+    for task, metrics in record["evaluation"]["tasks"].items():
+        protocol = metrics["protocol"]
+        lines.append(
+            f"{task}: lm-eval {versions['lm_eval']}, task version {protocol['version']}, {protocol['shots']} shots"
+        )
+    return list(dict.fromkeys(lines))
+
+
+def model_card(record: Record, name: str) -> str:
+    """The folder's README: what it is, what it scores, how it was made, how to load it, under which licence.
+
+    `name` is that of the folder, without its path, or of the repository; `published` puts another in its place.
+    """
+    model, totals, calibration = record["model"], record["totals"], record["calibration"]
+    source = " ".join(model["source"].split())
+    at = f" (commit `{model['revision']}`)" if model["revision"] else ""
+    return f"""---
+{_front_matter(record)}---
+
+# {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
+
+{source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
+{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, {share_of_all(record)}; \
+embeddings, norms and the output head are not pruned.
+
+{HONEST}
+
+## Scores
+
+{_scores_section(record)}
+## Recipe
+
+Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibrated_on(calibration)}, \
+seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
+
+<details><summary>The recipe with every default</summary>
+
+```yaml
+{as_yaml(record["recipe"])}```
+
+</details>
+{_again(record)}
+## Load
+
+```python
+{load_snippet(name)}
+```
+
+`masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, every matrix, versions).
+`llmprune inspect` recounts the zeros.
+
+## Licence
+
+{_licence_section(model)}
+"""
+
+
+def load_snippet(name: str) -> str:
+    """How transformers loads a folder or repository."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({quoted})"""
+
+
+def published(card: str, repository: str, revision: str | None) -> str:
+    """A card, perhaps edited by hand, that loads from a repository: in the section Load, whatever the folder was called."""
+    at = f', revision="{revision}"' if revision else ""
+    before, heading, after = card.partition("\n## Load\n")
+    section, fence, rest = after.partition("\n```\n")
+    section = re.sub(r'(?<=\.from_pretrained\()"(?:[^"\\\n]|\\.)*"', lambda _: f'"{repository}"{at}', section)
+    return (before + heading + section + fence + rest).replace('"PATH_OR_ID"', f'"{repository}"{at}')
+
+
+def _again(record: Record) -> str:
+    """The command that repeats the run, where what it needs can be had elsewhere."""
+    model, source = record["model"], record["calibration"]["source"]
+    if (
+        not ("/" in model["source"] or model["source"] == "demo")
+        or source.endswith("in memory")
+        or any(map(is_file, plain_sources(source)))
+    ):
+        return ""
+    revision = f" --revision {model['revision']}" if model["revision"] else ""
+    return f"\nSaved as `recipe.yaml`, it does the same again: `llmprune prune {model['source']}{revision} --recipe recipe.yaml`.\n"
+
+
+def as_yaml(value: Any) -> str:
+    """A value as YAML, in the order of its keys."""
+    return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _front_matter(record: Record) -> str:
+    """What the hub reads. The licence is the source's own word, or absent."""
+    model = record["model"]
+    licence = {key: model.get(key) for key in ("license", "license_name", "license_link")}
+    fields = {
+        "base_model": model["source"] if "/" in model["source"] else None,
+        **licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmprune", "pruned", "sparse"],
+    }
+    return as_yaml({key: value for key, value in fields.items() if value is not None})
+
+
+def _scores_section(record: Record) -> str:
+    scores = score_rows(record)
+    if not scores:
+        return "Not scored: made with `llmprune prune`.\n"
+    table = "\n".join(f"| {s.name} | {s.dense} | {with_error(s)} | {s.change} | {s.note} |" for s in scores)
+    protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
+    return f"| | dense | pruned | change | |\n|---|---|---|---|---|\n{table}\n\nDense and pruned were measured alike:\n\n{protocols}\n"
+
+
+def with_error(row: ScoreRow) -> str:
+    """The pruned score with its standard error, where it has one."""
+    return f"{row.pruned} {row.error}".rstrip()
+
+
+def _licence_section(model: dict[str, Any]) -> str:
+    if model.get("license") is None:
+        return "The licence is the base model's. Its card names none or was not at hand: look it up before you share this model."
+    more = ", ".join(model[key] for key in ("license_name", "license_link") if model.get(key))
+    return f"The licence is the base model's: `{model['license']}`{f' ({more})' if more else ''}, as the base model's own card says."
+
+
+def card_text(folder: Path, repository: str, revision: str | None) -> str:
+    """The folder's own card, perhaps edited by hand, with the repository's name where a name belongs."""
+    path = folder / CARD
+    try:
+        text = (
+            path.read_text(encoding="utf-8")
+            if path.is_file()
+            else model_card(read_record(folder), repository)
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / RECORD} is not a record of this program; restore the original") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}; remove it, and push writes it anew") from None
+    return published(text, repository, revision)

@@ -1,0 +1,1 @@
+"""Input statistics: declared by algorithms, collected while a block runs forward."""

@@ -1,0 +1,258 @@
+"""The terminal: the plan before the work, progress while it runs, and the result at the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.common.messages import size_text
+from llmprune.machine.interrupts import INTERRUPTS
+from llmprune.record.figures import direction, duration, score_rows, seconds_by_phase, sparsity_reached
+from llmprune.terminal.console import Bars, Lines, Screen
+from llmprune.terminal.layout import GAP
+
+if TYPE_CHECKING:
+    from llmprune.contracts import CalibrationSet
+    from llmprune.model.opening import Model
+    from llmprune.planning.plan import Plan
+    from llmprune.recipe.types import Recipe
+
+
+class Terminal:
+    """A reporter that draws on a console; `close` must be called at the end."""
+
+    def __init__(self, console: Screen) -> None:
+        self.console = console
+        self._progress = Bars(console) if console.is_terminal or console.is_jupyter else Lines(console)
+
+    def plan(
+        self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path
+    ) -> None:
+        """The plan, before the work."""
+        self.console.table("Plan", _plan_rows(model, recipe, plan, calibration, output))
+        self.console.verbatim()
+        for work, needed, remedy in (
+            ("pruning", plan.memory, "use fewer --samples, another recipe, or more memory"),
+            (
+                "scoring",
+                plan.scoring,
+                "tasks need the whole model, texts one block: leave tasks out, or use prune and score elsewhere",
+            ),
+        ):
+            if needed > plan.available:
+                free = size_text(plan.available)
+                self.console.say(
+                    f"THIS MAY NOT FIT: {work} needs about {size_text(needed)}, {free} of memory are free; {remedy}",
+                    "bold",
+                )
+        for remark in plan.remarks:
+            self.console.say(remark, "bold")
+        if plan.remarks:
+            self.console.verbatim()
+
+    def stage(self, title: str, steps: int) -> None:
+        """A stage of so many steps begins."""
+        self._progress.stage(title, steps)
+
+    def step(self) -> None:
+        """One step of the stage is done. A stage that runs several times over (a long text) starts its count again."""
+        INTERRUPTS.check()
+        self._progress.step()
+
+    def note(self, text: str) -> None:
+        """Something the user should know, above the bars."""
+        self.console.say(text)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        self._progress.close()
+
+
+def _plan_rows(
+    model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path
+) -> list[tuple[str, str]]:
+    from llmprune.machine.device import describe
+    from llmprune.record.record import calibrated_on
+
+    source = calibrated_on({"source": calibration.source, **calibration.details})
+    patterns = sorted({str(m.pattern) for m in plan.matrices.values()})
+    tokens = plan.samples * plan.sequence_length
+    skeleton = model.skeleton
+    rows = [
+        ("model", f"{model.label}, {type(skeleton.model).__name__}, {len(skeleton.blocks)} blocks"),
+        ("recipe", recipe.chosen),
+        (
+            "method",
+            f"{' + '.join(recipe.methods)} (recipe {recipe.name}), {', '.join(patterns)}, target sparsity {plan.sparsity:.4g}",
+        ),
+        (
+            "matrices",
+            f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped; embeddings and head stay",
+        ),
+        ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
+        ("device", f"{describe(skeleton.device)}, {str(skeleton.dtype).removeprefix('torch.')}"),
+        ("time", _times(plan)),
+        ("memory", _memory(plan)),
+        ("disk", f"{size_text(plan.disk)} in {output}"),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def _times(plan: Plan) -> str:
+    """What pruning and scoring will take, by estimate."""
+    if plan.pruning_seconds is None:
+        return ""
+    told = f"about {duration(plan.pruning_seconds)} of pruning"
+    if plan.scoring_seconds is not None:
+        told += f", {duration(plan.scoring_seconds)} of scoring (dense and pruned)"
+    return f"{told}, by estimate" + ("" if plan.tasks_counted else "; tasks come on top")
+
+
+def _memory(plan: Plan) -> str:
+    def on_gpu(needed: int | None) -> str:
+        return f" ({size_text(needed)} on the GPU)" if needed is not None else ""
+
+    where = "in RAM" if plan.offload == "ram" else "in a file beside the output"
+    scoring = (
+        f", {size_text(plan.scoring)} while scoring{on_gpu(plan.device_scoring)}" if plan.scoring else ""
+    )
+    return (
+        f"about {size_text(plan.memory)} at the peak of pruning{on_gpu(plan.device_memory)}{scoring}; {size_text(plan.available)} free; "
+        f"block inputs {where}"
+    )
+
+
+def print_matrices(console: Screen, plan: Plan) -> None:
+    """Every matrix with its target and the rule that set it (`--dry-run`)."""
+    rows = [
+        (m.name, f"{m.shape[0]} x {m.shape[1]}", str(m.pattern), f"{m.sparsity:.4g}", m.reason)
+        for m in plan.matrices.values()
+    ]
+    rows += [(name, "", "", "skipped", "rule") for name in plan.skipped]
+    console.table("Matrices", rows, ("matrix", "shape", "pattern", "sparsity", "set by"))
+
+
+def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> None:
+    """What the user got, and what to do next."""
+    from llmprune.record.figures import HONEST
+
+    console.verbatim()
+    console.verbatim("Result", "bold")
+    if scores := score_rows(record):
+        console.table("", scores, ("", "dense", "pruned", "", "change", ""))
+        console.verbatim()
+    console.table("", _totals(record, output))
+    console.verbatim()
+    console.say(HONEST)
+    console.verbatim()
+    folder = shlex.quote(str(output))
+    steps = [
+        ("load it", f'AutoModelForCausalLM.from_pretrained({json.dumps(str(output))}, dtype="auto")'),
+        ("recount it", f"llmprune inspect {folder}"),
+        ("score it", f"llmprune eval {folder} --perplexity FILE"),
+        ("share it", f"llmprune push {folder} YOUR-NAME/{shlex.quote(output.resolve().name)}"),
+    ]
+    _next_steps(console, steps)
+
+
+def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
+    totals = record["totals"]
+    size, private = totals["bytes"], totals["peak_private_memory_bytes"]
+    pruning = f"; {size_text(private)} while pruning, shared file pages left out" if private else ""
+    return [
+        ("sparsity", sparsity_reached(record)),
+        ("weights on disk", f"{size_text(size['dense'])} dense, {size_text(size['written'])} written"),
+        ("seconds", seconds_by_phase(record)),
+        ("peak memory", f"{size_text(totals['peak_memory_bytes'])}{pruning}"),
+        ("output", f"{output} (open report.html for every matrix)"),
+    ]
+
+
+def _next_steps(console: Screen, steps: list[tuple[str, str]]) -> None:
+    """Lines to copy: never folded, below their label where the terminal is narrow."""
+    width = max(len(label) for label, _ in steps)
+    beside = not console.folds or width + GAP + max(len(line) for _, line in steps) <= console.width
+    for label, line in steps:
+        console.verbatim(f"{label:<{width}}  {line}" if beside else f"{label}\n  {line}")
+
+
+def print_scores(console: Screen, scores: Mapping[str, Any]) -> None:
+    """The scores of one checkpoint."""
+    rows = []
+    for name, entry in scores["perplexity"].items():
+        protocol = entry["protocol"]
+        note = f"{protocol['windows']} windows of {protocol['window']} tokens, {protocol['dtype']}"
+        rows.append((f"perplexity {name}", f"{entry['value']:.4f}", note))
+    for task, metrics in scores["tasks"].items():
+        for metric, entry in metrics.items():
+            if metric != "protocol":
+                stderr = f"+- {entry['stderr']:.4f}, " if entry["stderr"] is not None else ""
+                better = direction(metrics["protocol"], metric).replace(", higher is better", "")
+                note = f"{stderr}{metrics['protocol']['documents']} documents{better}"
+                rows.append((f"{task} {metric}", f"{entry['value']:.4f}", note))
+    rows.append(("seconds", f"{scores['seconds']:.1f}", scores["environment"]["device"]))
+    console.verbatim()
+    console.table(f"Scores of {scores['model']}", rows)
+
+
+def print_counts(console: Screen, counts: Mapping[str, Any]) -> None:
+    """The recount of a checkpoint."""
+    rows = [
+        (
+            m["name"],
+            f"{m['shape'][0]} x {m['shape'][1]}",
+            f"{m['zeros']:,}",
+            f"{m['sparsity']:.4f}",
+            " ".join(m["patterns"]),
+        )
+        for m in counts["matrices"]
+    ]
+    console.table(f"Recount of {counts['model']}", rows, ("matrix", "shape", "zeros", "sparsity", "patterns"))
+    verdicts = {
+        None: "no record beside the weights",
+        True: "the record agrees",
+        False: "THE RECORD DISAGREES with this recount",
+    }
+    overall = " ".join(counts["patterns"]) or "no N:M pattern holds everywhere"
+    total = f"overall {counts['sparsity']:.4%}: {counts['zeros']:,} zeros of {counts['weights']:,} weights"
+    console.verbatim()
+    console.say(f"{total}; {overall}; {verdicts[counts['record_agrees']]}")
+
+
+def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> None:
+    """Where it lies now, and what to do next."""
+    visibility = "private" if pushed["private"] else "public"
+    state = f"new, {visibility}" if pushed["created"] else f"was there, stays {visibility}"
+    rows = [
+        ("repository", f"{pushed['repository']} ({state})"),
+        ("url", pushed["url"]),
+        ("commit", pushed["commit"]),
+        ("files", f"{len(pushed['files'])}, {size_text(pushed['bytes'])}"),
+    ]
+    if pushed["removed"]:
+        rows.append(
+            (
+                "removed",
+                f"{', '.join(pushed['removed'])} (weights of an earlier push; its commit still has them)",
+            )
+        )
+    console.verbatim()
+    console.table("Pushed", rows)
+    console.verbatim()
+    at, revision = (
+        (f', revision="{pushed["revision"]}"', f" --revision {pushed['revision']}")
+        if pushed["revision"]
+        else ("", "")
+    )
+    steps = [
+        ("load it", f'AutoModelForCausalLM.from_pretrained("{pushed["repository"]}"{at}, dtype="auto")'),
+        ("recount it", f"llmprune inspect {pushed['repository']}{revision}"),
+    ]
+    _next_steps(console, steps)
+    if pushed["private"]:
+        settings = f"make it public in its settings: {pushed['url'].partition('/tree/')[0]}/settings"
+        kept = "--public changes no repository that is there; " if public else ""
+        console.say(f"Only those with access to it see it; {kept}{settings}")
