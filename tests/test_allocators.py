@@ -283,7 +283,7 @@ def test_a_trial_pruner_that_does_not_exist_is_told_at_once():
 def test_a_finished_run_and_a_changed_one_try_nothing_again(
     tiny_llama, calibration_tokens, tmp_path, monkeypatch
 ):
-    from llmprune.run import production as pipeline
+    from llmprune.run import preparation
 
     options = {
         "recipe": "wanda",
@@ -294,7 +294,7 @@ def test_a_finished_run_and_a_changed_one_try_nothing_again(
     }
     options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
     whole = llmprune.prune(tiny_llama, **options).record
-    monkeypatch.setattr(pipeline, "search", None)
+    monkeypatch.setattr(preparation, "search", None)
     assert llmprune.prune(tiny_llama, resume=True, **options).record["allocation"] == whole["allocation"]
 
 
@@ -312,6 +312,7 @@ def test_a_trial_without_a_finite_loss_is_never_taken(tiny_llama, calibration_to
 
 
 def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
+    from llmprune.run import preparation
     from llmprune.run import production as pipeline
     from llmprune.run.corridor import prune_blocks
 
@@ -324,17 +325,17 @@ def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tok
     }
     options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
 
-    def stops(recipe, plan, skeleton, source, rows, finished, team, clock, store, note, block_done):
+    def stops(run, source, finished, clock, block_done):
         def one_block(number, *rest):
             block_done(number, *rest)
             raise KeyboardInterrupt
 
-        prune_blocks(recipe, plan, skeleton, source, rows, finished, team, clock, store, note, one_block)
+        prune_blocks(run, source, finished, clock, one_block)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.run, "prune_blocks", stops)
+        patch.setattr(pipeline.corridor, "prune_blocks", stops)
         llmprune.prune(tiny_llama, **options)
-    monkeypatch.setattr(pipeline, "search", None)  # must not be asked again
+    monkeypatch.setattr(preparation, "search", None)  # must not be asked again
     resumed = llmprune.prune(tiny_llama, resume=True, **options).record
     monkeypatch.undo()
     whole = llmprune.prune(tiny_llama, **options | {"output": tmp_path / "whole"}).record

@@ -213,8 +213,7 @@ def test_the_plan_counts_the_tokens_of_long_texts(prune, tiny_llama):
     reporter, opened = Notes(), open_model(tiny_llama)
     prune("out", reporter=reporter)
     few, many = (
-        with_scoring(reporter.made, opened.skeleton, opened.source, [(windows, 64)], False)
-        for windows in (10**6, 2 * 10**6)
+        with_scoring(reporter.made, opened.skeleton, [(windows, 64)], False) for windows in (10**6, 2 * 10**6)
     )
     assert many.memory - few.memory == many.scoring - few.scoring == 8 * 64 * 10**6
 

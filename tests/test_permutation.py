@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from runs import ready
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,14 +21,11 @@ from transformers import (
 )
 
 import llmprune
-from llmprune.machine.processes import ALONE
 from llmprune.model.activations import BlockInputs
 from llmprune.model.opening import open_model
 from llmprune.numerics.permutation import _assigned, column_order, kept_score
-from llmprune.planning.plan import make_plan
 from llmprune.recipe.loading import load
 from llmprune.run.permuter import ChannelPermuter
-from llmprune.statistics.sums import sample_positions
 
 TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -120,15 +118,9 @@ def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
     model.eval().save_pretrained(tmp_path / "in")
     opened = open_model(tmp_path / "in", dtype="float32")
     skeleton = opened.skeleton
-    plan = make_plan(
-        load("wanda", {"pattern": "2:4", "permute": True}),
-        skeleton,
-        opened.source,
-        len(TOKENS),
-        TOKENS.shape[1],
-    )
+    run = ready(opened, load("wanda", {"pattern": "2:4", "permute": True}), TOKENS)
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
-    permuter = ChannelPermuter(plan, skeleton, inputs, sample_positions(4, 16, 0), slice(0, 4), ALONE, 0)
+    permuter = ChannelPermuter(run, inputs)
     block = next(iter(skeleton.blocks))
     shard = {where: opened.source.load(where) for where in skeleton.block_tensors()[0]}
     before = dict(shard)

@@ -28,7 +28,7 @@ from llmprune.model import activations
 from llmprune.model.activations import BlockInputs, micro_batch
 from llmprune.model.opening import open_model
 from llmprune.model.targets import find_targets
-from llmprune.planning import plan
+from llmprune.planning import needs
 
 SIZES = {
     "vocab_size": 96,
@@ -193,7 +193,7 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
     passes = {}
     for way, memory in (("halted", 0), ("again", 1 << 62)):
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "halted_bytes", lambda *args, memory=memory: memory)
+            patch.setattr(needs, "halted_bytes", lambda *args, memory=memory: memory)
             llmprune.prune(folder, output=tmp_path / way, **options)
         passes[way] = len(calls)
         calls.clear()
@@ -216,17 +216,18 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
 
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
+    from runs import ready
+
     from llmprune.contracts import Need
-    from llmprune.machine.processes import ALONE
+    from llmprune.recipe.loading import load
     from llmprune.run.observer import Observer
-    from llmprune.statistics.sums import sample_positions
 
     opened = open_model(save(llama(), tmp_path))
     skeleton = opened.skeleton
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
     name, block = next(iter(skeleton.blocks.items()))
     skeleton.load(skeleton.parameters_of(name))
-    observer = Observer(Need.SECOND_MOMENT, inputs, None, sample_positions(7, 16, 0), slice(0, 7), ALONE)
+    observer = Observer(ready(opened, load("wanda", {}), TOKENS), Need.SECOND_MOMENT, inputs)
     targets = find_targets(name, block)
     stats = {n.rpartition(".")[2]: s for n, s in observer.collect(0, targets, {}).items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]

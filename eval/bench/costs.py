@@ -53,14 +53,13 @@ def seven_billion():
         num_key_value_heads=32,
         max_position_embeddings=4096,
     )
-    source = Shapes(config)
-    return Skeleton(config, source, torch.bfloat16, torch.device("cpu")), source
+    return Skeleton(config, Shapes(config), torch.bfloat16, torch.device("cpu"))
 
 
 def memory(name, **overrides):
     """Gigabytes the plan predicts for a 7B model."""
-    skeleton, source = seven_billion()
-    return round(make_plan(recipes.load(name, overrides), skeleton, source, 128, 2048).memory / 1e9, 1)
+    plan = make_plan(recipes.load(name, overrides), seven_billion(), 128, 2048)
+    return round(plan.memory / 1e9, 1)
 
 
 def entries():

@@ -21,7 +21,8 @@ from llmprune.planning import choice
 from llmprune.planning.plan import check_offload
 from llmprune.recipe import loading as recipes
 from llmprune.recipe.types import Recipe
-from llmprune.run.production import Options, Production, Source, planned
+from llmprune.run.preparation import Options, Request, Source, planned
+from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
 from llmprune.text import mixture
 from llmprune.text.sources import file_path
@@ -138,13 +139,14 @@ def prune(
         options = Options(
             target, inputs, overwrite, resume, restart, offload, trust_remote_code, known or None, remarks
         )
+        request = Request(chosen, source, evaluation)
         if dry_run:
             check_output(target, overwrite or resume, inputs)
-            planned_recipe, _, _, plan = planned(opened, chosen, source, options, team, told, evaluation)
-            return DryRun(plan, planned_recipe, target)
+            work, _ = planned(opened, request, options, team, told)
+            return DryRun(work.plan, work.recipe, target)
         production = Production(opened, options, team, told)
         try:
-            record = production.make(chosen, source, evaluation, reopen)
+            record = production.make(request, reopen)
         except BaseException as error:
             production.close(error)
             raise

@@ -1,4 +1,7 @@
-"""From an allocator's wishes to sparsities whose total is exact: shifted, then rounded to whole weights, rows or groups."""
+"""From the sparsities an allocator wishes to sparsities whose total is exact.
+
+The wishes are shifted by one amount, then rounded to whole weights, rows or groups.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ _MOST = 0.99  # no matrix loses more than this share of its weights to an alloca
 
 
 def balanced(wishes: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """The wishes in [0, 0.99], shifted by the same amount so that their size-weighted mean is the model's sparsity."""
+    """The wishes in [0, 0.99], shifted by one amount so that their mean, weighted by size, is `sparsity`."""
     total = sparsity * sum(sizes.values())
-    if abs(sum(wishes[n] * sizes[n] for n in sizes) - total) < 1e-6 and all(
-        0 <= s < 1 for s in wishes.values()
-    ):
+    exact = abs(sum(wishes[n] * sizes[n] for n in sizes) - total) < 1e-6
+    if exact and all(0 <= s < 1 for s in wishes.values()):
         return dict(wishes)
     low, high = -2.0, 2.0
     for _ in range(100):
@@ -29,11 +31,16 @@ def rounded(
     total: int,
     at_least: int = 0,
 ) -> dict[str, int]:
-    """Whole units to prune of every matrix, near its share, so that the weights pruned add up to `total` as far as units allow.
+    """How many whole units to prune of every matrix, near its share.
+
+    The weights pruned add up to `total` as far as units allow.
 
     Args:
-        units: weights per unit: 1 where weights compete over the matrix, R where over a row, R * C / M for N:M. at_least: units per matrix,
-            and as many are left in it.
+        shares: the sparsity wished, sizes: the weights, by matrix.
+        units: weights per unit, by matrix: 1 where all weights of the matrix compete, R where those of a row
+            do, R * C / M for N:M.
+        total: weights to prune of all matrices together.
+        at_least: units to prune of every matrix, and to leave in it.
     """
     steps = {n: shares[n] * sizes[n] / units[n] for n in sizes}
     most = {n: sizes[n] // units[n] - at_least for n in sizes}

@@ -1,4 +1,7 @@
-"""Which recipe to run when none was named: the best one where its memory and time fit this machine, else the light one."""
+"""Which recipe runs when none was named.
+
+The best one where its memory and its time fit this machine, else the light one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from llmprune.calibration.tokens import read_tokens
 from llmprune.machine import device as devices
 from llmprune.model.opening import Model
 from llmprune.planning.estimate import seconds_of
-from llmprune.planning.plan import make_plan
+from llmprune.planning.plan import Resources, make_plan
 from llmprune.recipe import loading as recipes
 from llmprune.recipe.types import Recipe
 from llmprune.text.tokenisation import default_length
@@ -28,7 +31,8 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
     """The recipe for a model, with `overrides`; its `chosen` says why.
 
     Args:
-        calibration: what the run was given as its source. limit: minutes the best recipe may take, 0 for never.
+        overrides: fields of the recipe, by dotted key. calibration: the source the run was given.
+        limit: minutes the best recipe may take, 0 for never. processes: how many share the work.
     """
     light = recipes.load(LIGHT, overrides)
     named = sorted({key.partition(".")[0] for key in overrides} & set(_METHODS))
@@ -39,9 +43,8 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
     best = recipes.load(BEST, overrides)
     samples, length = _size(best, model, calibration)
     available = devices.available_memory()
-    plan = make_plan(
-        best, model.skeleton, model.source, samples, length, available=available, processes=processes
-    )
+    resources = Resources(available=available, processes=processes)
+    plan = make_plan(best, model.skeleton, samples, length, resources)
     device = model.skeleton.device
     if plan.memory > plan.available or (plan.device_memory or 0) > devices.free_memory(device):
         needed = max(plan.memory, plan.device_memory or 0) / 1e9
@@ -70,7 +73,7 @@ def _size(recipe: Recipe, model: Model, calibration: Any) -> tuple[int, int]:
 
 
 def inherited(overrides: dict[str, Any], recipe: Recipe) -> tuple[str, ...]:
-    """What the user should know where methods were named without a recipe: the light one's refiner is still there."""
+    """A note where methods were named without a recipe: the light recipe's refiner still runs."""
     named = [
         key
         for key in ("pruner", "update", "allocator", "order", "permute")
@@ -78,5 +81,7 @@ def inherited(overrides: dict[str, Any], recipe: Recipe) -> tuple[str, ...]:
     ]
     if not named or recipe.refiner is None or any(key.partition(".")[0] == "refiner" for key in overrides):
         return ()
-    told = f"note: refiner {recipe.refiner.name} comes from recipe {recipe.name}, in which a method named without --recipe takes its place"
-    return (f"{told}; --refiner none leaves it out",)
+    return (
+        f"note: refiner {recipe.refiner.name} comes from recipe {recipe.name}, in which a method named "
+        "without --recipe takes its place; --refiner none leaves it out",
+    )

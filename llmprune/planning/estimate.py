@@ -1,4 +1,4 @@
-"""How long a run will take, by estimate: what every step multiplies, and a few products timed on this machine.
+"""Estimates of how long a run will take: the operations of every step, a few of them timed on this machine.
 
 Right within a factor of about two on a machine that does nothing else. R outputs, C inputs, T tokens.
 """
@@ -35,7 +35,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second of forward passes and of float32 products; seconds to visit a matrix entry once."""
+    """Operations per second of forward passes and of float32 products; seconds to visit an entry once."""
 
     forward: float
     exact: float
@@ -80,9 +80,10 @@ def _passes(
     )
     trials, dense = 0 if allocated else len(allocator.trials), needs_dense(recipe)
     measured = bool(allocator.needs) and not allocated
-    # A stream is seen once for the statistics and once more as a whole. By groups it halts for each and is seen but once, or, with the
-    # dense one beside it, in parts that add up to two passes and once more. An allocator measures the dense stream and prunes once per
-    # trial, with a cheap pruner. Training costs three passes.
+    # All tokens pass a block once for the statistics and once more as a whole. By groups they pass it once,
+    # halting before each group; or, where the dense model runs beside, in parts that add up to two passes,
+    # and once more. An allocator measures the dense model and prunes it once per trial with a cheap pruner.
+    # Training costs three passes.
     each = 2 if recipe.order == "block" else 3 if dense else 1
     seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured + 3 * trials
     trained = sum(step.trained for _, step in recipe.build_block_steps()) * length
@@ -133,7 +134,7 @@ def _per_token(skeleton: Skeleton, shapes: Sequence[Shape], length: int) -> floa
 
 
 def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) -> float:
-    """Estimated seconds of running so many sequences of so many tokens through a whole model once, output head included."""
+    """Estimated seconds of one forward pass of a whole model over so many sequences of so many tokens."""
     rates, config = rates_of(skeleton.device, skeleton.dtype), skeleton.model.config.get_text_config()
     blocks = [[t.shape for t in find_targets(name, block)] for name, block in skeleton.blocks.items()]
     total = 0.0
@@ -149,7 +150,7 @@ def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) ->
 def with_times(
     plan: Plan, recipe: Recipe, model: Model, evaluation: EvaluationSpec | None, processes: int
 ) -> Plan:
-    """The plan with estimates of pruning and, where the run scores the model, of scoring it dense and pruned."""
+    """The plan with estimates of the seconds of pruning and, where the run does it, of scoring."""
     pruning = (
         seconds_of(recipe, model, plan.samples, plan.sequence_length, bool(plan.measures or plan.losses))
         / processes

@@ -1,27 +1,19 @@
-"""The plan before the work: every matrix with its pattern, sparsity and the rule that set it; memory, disk and tokens."""
+"""The plan of a run, made before the work: every matrix with pattern and sparsity; memory, disk and time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from llmprune import registry
-from llmprune.checkpoint.reader import WeightSource
 from llmprune.contracts import Pattern
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import find_targets
+from llmprune.model.targets import Target, find_targets
 from llmprune.patterns import NM
+from llmprune.planning import needs
 from llmprune.planning.allocation import balanced, rounded
-from llmprune.planning.needs import (
-    LM_EVAL,
-    activation_bytes,
-    halted_bytes,
-    needs_dense,
-    predict_disk,
-    predict_memory,
-    predict_scoring,
-)
 from llmprune.recipe.types import Recipe, Rule, rule_sparsity
 
 OFFLOADS = ("auto", "ram", "disk")
@@ -39,17 +31,47 @@ class MatrixPlan:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        offload: where block inputs are kept: in `ram`, on `disk`, or `auto`: on disk where RAM is not enough.
+        available: bytes of memory the machine has free.
+        processes: how many processes share the samples and the machine.
+    """
+
+    offload: str = "auto"
+    available: int = 1 << 62
+    processes: int = 1
+
+
+class Findings(NamedTuple):
+    """What the allocator found out before it decides: measures by block, held-out losses by trial number."""
+
+    measures: Mapping[int, float] = {}
+    losses: Mapping[int, float] = {}
+
+
+NOTHING_FOUND = Findings()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole run before it starts. Memory and disk in bytes; memory per process.
 
     Attributes:
-        memory: peak of private resident memory while pruning. device_memory: the same on the GPU, None on a CPU.
-        scoring, device_scoring: the same while the model is scored; 0 where it is not.
-        available: what the machine has free. offload: where the block inputs are kept, `ram` or `disk`.
-        pausing: whether forward passes halt at each group of matrices (`order: group`); else what comes before it is computed again.
-        measures: what the allocator measured, by block. losses: of its trials, by their number. seconds: how long both took.
-        pruning_seconds, scoring_seconds: estimates, of dense and pruned scores together; None where nothing is estimated or scored.
-        tasks_counted: whether `scoring_seconds` counts every task. remarks: what the user should know before it begins.
+        memory: peak of private resident memory while pruning.
+        device_memory: the same on the GPU, None on a CPU.
+        available: free memory of the machine, per process.
+        offload: where the block inputs are kept, `ram` or `disk`.
+        pausing: whether forward passes halt at each group of matrices (`order: group`). Otherwise the part
+            of the block before a group is computed again for it.
+        measures, losses: what the allocator found out, by block and by trial. seconds: how long that took.
+        scoring, device_scoring: peak memory while the model is scored; 0 and None where it is not.
+        pruning_seconds, scoring_seconds: estimates, the second of the dense and the pruned model together;
+            None where nothing is estimated or scored.
+        tasks_counted: whether `scoring_seconds` counts every task.
+        remarks: what the user should know before the run begins.
     """
 
     matrices: Mapping[str, MatrixPlan]
@@ -62,8 +84,8 @@ class Plan:
     available: int
     offload: str
     pausing: bool
-    measures: Mapping[int, float]
-    losses: Mapping[int, float]
+    measures: Mapping[int, float] = field(default_factory=dict)
+    losses: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     scoring: int = 0
     device_scoring: int | None = None
@@ -79,10 +101,9 @@ class Plan:
 
     @property
     def sparsity(self) -> float:
-        """Size-weighted target over the matrices to be pruned."""
-        return sum(m.sparsity * m.shape[0] * m.shape[1] for m in self.matrices.values()) / max(
-            1, self.weights
-        )
+        """Target sparsity over the matrices to be pruned, weighted by their sizes."""
+        removed = sum(m.sparsity * m.shape[0] * m.shape[1] for m in self.matrices.values())
+        return removed / max(1, self.weights)
 
 
 def check_offload(offload: str) -> None:
@@ -94,170 +115,178 @@ def check_offload(offload: str) -> None:
 def make_plan(
     recipe: Recipe,
     skeleton: Skeleton,
-    source: WeightSource,
     samples: int,
     length: int,
-    *,
-    offload: str = "auto",
-    available: int = 1 << 62,
-    processes: int = 1,
-    measures: Mapping[int, float] | None = None,
-    losses: Mapping[int, float] | None = None,
+    resources: Resources = Resources(),
+    findings: Findings = NOTHING_FOUND,
 ) -> Plan:
-    """Assign a pattern and a sparsity to every matrix: rules first, the allocator for the rest.
-
-    Args:
-        offload: keep block inputs in `ram`, on `disk`, or `auto`: on disk where RAM would not be enough.
-        measures: what the allocator measured of each block. losses: of its trials; the lowest decides.
-        available: bytes of memory the machine has free.
-        processes: how many share samples and machine.
+    """Plan a run with a recipe on so many calibration samples of so many tokens.
 
     Raises:
-        ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored dtype that cannot be pruned.
+        ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored
+            dtype that cannot be pruned.
+    """
+    matrices, skipped = _matrices(recipe, skeleton, findings)
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    processes, available = resources.processes, resources.available
+    host, device = needs.predict_memory(recipe, skeleton, shapes, samples, length, processes)
+    streams = 2 if needs.needs_dense(recipe) else 1  # block inputs of the pruned and of the dense model
+    activations = needs.activation_bytes(skeleton, samples, length) * streams
+    share = -(-activations // processes)
+    offload = resources.offload
+    if offload == "auto":
+        offload = "disk" if (host + share) * processes > available else "ram"
+    in_ram = share if offload == "ram" else 0
+    halted = _halted_bytes(recipe, skeleton, shapes, -(-samples // processes) * length)
+    if device is None:
+        free = available // processes - host - in_ram
+    else:
+        free = devices.free_memory(skeleton.device) - device if halted is not None else 0
+    pausing = halted is not None and halted <= free
+    if pausing and halted is not None:
+        host, device = (host + halted, None) if device is None else (host, device + halted)
+    return Plan(
+        matrices=matrices,
+        skipped=skipped,
+        samples=samples,
+        sequence_length=length,
+        memory=host + in_ram,
+        device_memory=device,
+        disk=needs.predict_disk(skeleton.source, shapes) + (activations if offload == "disk" else 0),
+        available=available // processes,
+        offload=offload,
+        pausing=pausing,
+        measures=findings.measures,
+        losses=findings.losses,
+    )
+
+
+def _halted_bytes(
+    recipe: Recipe, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], tokens: int
+) -> int | None:
+    """What forward passes hold that halt at each group of matrices; None where they cannot halt."""
+    # Attention computed without a kernel of its own holds [heads, T, T] per sequence: too much to keep.
+    attention = getattr(skeleton.model.config, "_attn_implementation", "eager")
+    if recipe.order != "group" or needs.needs_dense(recipe) or attention == "eager":
+        return None
+    return needs.halted_bytes(skeleton, shapes, tokens)
+
+
+def _matrices(
+    recipe: Recipe, skeleton: Skeleton, findings: Findings
+) -> tuple[dict[str, MatrixPlan], tuple[str, ...]]:
+    """The matrices to be pruned, each with its pattern and sparsity: rules first, the allocator for the rest.
+
+    The second value: the names of the matrices that rules skip.
     """
     targets = [target for name, block in skeleton.blocks.items() for target in find_targets(name, block)]
     rules = {t.name: recipe.rule_for(t.name) for t in targets}
     for unused in set(recipe.rules) - set(rules.values()):
         raise ValueError(
-            f"rule {unused.match!r} is the first match of no matrix; matrices are named like {targets[0].name!r}"
+            f"rule {unused.match!r} is the first match of no matrix; "
+            f"matrices are named like {targets[0].name!r}"
         )
     pruned = [t for t in targets if not ((rule := rules[t.name]) and rule.skip)]
-    fixed = {
-        t.name: s
-        for t in pruned
-        if (rule := rules[t.name]) and (s := rule_sparsity(recipe, rule)) is not None
-    }
-    blocks = {
-        t.name: number
-        for number, (name, block) in enumerate(skeleton.blocks.items())
-        for t in find_targets(name, block)
-    }
-    allocated = _allocated(
-        recipe,
-        {t.name: t.shape for t in pruned if t.name not in fixed},
-        blocks,
-        measures or {},
-        losses or {},
-        rules,
-    )
-    matrices = {}
+    fixed: dict[str, float] = {}
     for target in pruned:
         rule = rules[target.name]
-        if source.tensors[skeleton.stored[target.weight_name]].dtype is None:
-            raise ValueError(
-                f"{target.weight_name} is stored in an integer or 8-bit type; prune the original checkpoint, not a quantised one"
-            )
-        reason = (
-            f"rule {rule.match!r}"
-            if rule and (target.name in fixed or rule.pattern)
-            else recipe.allocator.name
-        )
-        pattern, sparsity = allocated.get(
-            target.name, (recipe.pattern_for(rule), fixed.get(target.name, recipe.sparsity))
-        )
+        sparsity = rule_sparsity(recipe, rule) if rule else None
+        if sparsity is not None:
+            fixed[target.name] = sparsity
+    free = {t.name: t.shape for t in pruned if t.name not in fixed}
+    allocated = _allocated(recipe, free, _block_numbers(skeleton), findings, rules)
+    matrices = {}
+    for target in pruned:
+        _check_stored_dtype(target, skeleton)
+        rule = rules[target.name]
+        ruled = rule and (target.name in fixed or rule.pattern)
+        reason = f"rule {rule.match!r}" if rule and ruled else recipe.allocator.name
+        own = recipe.pattern_for(rule), fixed.get(target.name, recipe.sparsity)
+        pattern, sparsity = allocated.get(target.name, own)
         matrices[target.name] = MatrixPlan(target.name, target.shape, pattern, sparsity, reason)
     _check_widths(list(matrices.values()))
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
     if recipe.permute and not any(isinstance(m.pattern, NM) for m in matrices.values()):
         raise ValueError(
-            f"permute reorders channels for N:M patterns, and the pattern is {recipe.pattern}; leave it out or choose N:M"
+            f"permute reorders channels for N:M patterns, and the pattern is {recipe.pattern}; "
+            "leave it out or choose N:M"
         )
-    skipped = tuple(t.name for t in targets if t.name not in matrices)
-    shapes = {name: m.shape for name, m in matrices.items()}
-    host, device = predict_memory(recipe, skeleton, source, shapes, samples, length, processes)
-    activations = activation_bytes(skeleton, samples, length) * (2 if needs_dense(recipe) else 1)
-    share = -(-activations // processes)
-    if offload == "auto":
-        offload = "disk" if (host + share) * processes > available else "ram"
-    # Attention computed without a kernel of its own holds [heads, T, T] per sequence: too much to keep.
-    attention = getattr(skeleton.model.config, "_attn_implementation", "eager")
-    pausing = recipe.order == "group" and not needs_dense(recipe) and attention != "eager"
-    if pausing:
-        halted = halted_bytes(skeleton, shapes, -(-samples // processes) * length)
-        free = (
-            available // processes - host - (share if offload == "ram" else 0)
-            if device is None
-            else devices.free_memory(skeleton.device) - device
-        )
-        pausing = halted <= free
-        host, device = host + halted * (pausing and device is None), device and device + halted * pausing
-    disk = predict_disk(source, shapes) + (activations if offload == "disk" else 0)
-    memory = host + (share if offload == "ram" else 0)
-    return Plan(
-        matrices,
-        skipped,
-        samples,
-        length,
-        memory,
-        device,
-        disk,
-        available // processes,
-        offload,
-        pausing,
-        measures or {},
-        losses or {},
-    )
+    return matrices, tuple(t.name for t in targets if t.name not in matrices)
 
 
-def with_scoring(
-    plan: Plan, skeleton: Skeleton, source: WeightSource, texts: Sequence[tuple[int, int]], tasks: bool
-) -> Plan:
-    """The plan of a run that scores the model too: texts as (windows, tokens), and whether tasks are among them."""
-    host, device = predict_scoring(skeleton, source, texts, tasks)
+def _block_numbers(skeleton: Skeleton) -> dict[str, int]:
+    """The number of the block of every matrix, by the matrix's name."""
+    blocks = enumerate(skeleton.blocks.items())
+    return {t.name: number for number, (name, block) in blocks for t in find_targets(name, block)}
+
+
+def _check_stored_dtype(target: Target, skeleton: Skeleton) -> None:
+    if skeleton.source.tensors[skeleton.stored[target.weight_name]].dtype is None:
+        raise ValueError(
+            f"{target.weight_name} is stored in an integer or 8-bit type; prune the original checkpoint, "
+            "not a quantised one"
+        )
+
+
+def with_scoring(plan: Plan, skeleton: Skeleton, texts: Sequence[tuple[int, int]], tasks: bool) -> Plan:
+    """The plan of a run that also scores the model: texts as (windows, tokens), and whether it has tasks."""
+    host, device = needs.predict_scoring(skeleton, texts, tasks)
     tokens = sum(8 * windows * length for windows, length in texts)  # held from the plan to the end
-    return replace(
-        plan, memory=plan.memory + tasks * LM_EVAL + tokens, scoring=host + tokens, device_scoring=device
-    )
+    memory = plan.memory + tasks * needs.LM_EVAL + tokens
+    return replace(plan, memory=memory, scoring=host + tokens, device_scoring=device)
 
 
 def _allocated(
     recipe: Recipe,
     shapes: Mapping[str, tuple[int, int]],
     blocks: Mapping[str, int],
-    measures: Mapping[int, float],
-    losses: Mapping[int, float],
+    findings: Findings,
     rules: Mapping[str, Rule | None],
 ) -> dict[str, tuple[Pattern, float]]:
-    """Pattern and sparsity of the matrices no rule has fixed; their total is that of the recipe, to the weight where units allow it."""
+    """Pattern and sparsity of the matrices that no rule has fixed.
+
+    Their overall sparsity is that of the recipe, to the weight where the patterns' units allow it.
+    """
     if not shapes:
         return {}
-    asked = {n: recipe.pattern_for(rules[n]) for n in shapes}
-    allocator, trial = (
-        recipe.build_allocator(),
-        min(losses, key=lambda number: losses[number]) if losses else 0,
-    )
-    if allocator.needs and not measures:  # an estimate before anything was measured
+    asked = {name: recipe.pattern_for(rules[name]) for name in shapes}
+    losses = findings.losses
+    trial = min(losses, key=lambda number: losses[number]) if losses else 0
+    allocator = recipe.build_allocator()
+    if allocator.needs and not findings.measures:  # a draft, before anything was measured
         allocator = registry.build("allocators", "uniform", {})
-    wishes = allocator.allocate(shapes, blocks, measures, recipe.sparsity, trial)
+    wishes = allocator.allocate(shapes, blocks, findings.measures, recipe.sparsity, trial)
     if all(wish == recipe.sparsity for wish in wishes.values()):
-        return {n: (asked[n], recipe.sparsity) for n in shapes}
-    sizes = {n: r * c for n, (r, c) in shapes.items()}
-    _check_widths([MatrixPlan(n, shapes[n], asked[n], 0.0, "") for n in shapes])
-    grouped = {n for n in shapes if asked[n].width > 1}
-    units = {
-        n: sizes[n] // asked[n].width if n in grouped else shapes[n][0] if recipe.row_scope else 1
-        for n in shapes
-    }
+        return {name: (asked[name], recipe.sparsity) for name in shapes}
+    _check_widths([MatrixPlan(name, shapes[name], asked[name], 0.0, "") for name in shapes])
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    grouped = {name for name in shapes if asked[name].width > 1}
+    units = {}  # what a matrix can lose one more of: a column of every group, a weight of every row, a weight
+    for name, (rows, _) in shapes.items():
+        single = rows if recipe.row_scope else 1
+        units[name] = sizes[name] // asked[name].width if name in grouped else single
     shares = balanced(wishes, sizes, recipe.sparsity)
-    counts = rounded(
-        shares, sizes, units, int(recipe.sparsity * sum(sizes.values()) + 1e-6), at_least=1 if grouped else 0
-    )
-    # A quarter of a unit on top: the count must come out of the product with the sparsity, whatever that is rounded to.
-    return {
-        n: (NM(asked[n].width - counts[n], asked[n].width), counts[n] / asked[n].width)
-        if n in grouped
-        else (asked[n], (counts[n] + 0.25) * units[n] / sizes[n] if counts[n] else 0.0)
-        for n in shapes
-    }
+    total = int(recipe.sparsity * sum(sizes.values()) + 1e-6)
+    counts = rounded(shares, sizes, units, total, at_least=1 if grouped else 0)
+    found: dict[str, tuple[Pattern, float]] = {}
+    for name, count in counts.items():
+        if name in grouped:
+            width = asked[name].width
+            found[name] = NM(width - count, width), count / width
+        else:
+            # A quarter of a unit on top: rounded either way, the product with the size gives this count.
+            found[name] = asked[name], (count + 0.25) * units[name] / sizes[name] if count else 0.0
+    return found
 
 
-def _check_widths(matrices: list[MatrixPlan]) -> None:
+def _check_widths(matrices: Sequence[MatrixPlan]) -> None:
     uneven = [m for m in matrices if m.shape[1] % m.pattern.width]
     if uneven:
         first = uneven[0]
         others = f" (and {len(uneven) - 1} more of {len(matrices)} matrices)" if len(uneven) > 1 else ""
         raise ValueError(
-            f"{first.name}{others} has in_features {first.shape[1]}, not divisible by {first.pattern.width} as pattern {first.pattern} "
-            f"requires; choose another M, or add rules to the recipe such as {{match: '*.{first.name.rpartition('.')[2]}', skip: true}}"
+            f"{first.name}{others} has in_features {first.shape[1]}, not divisible by {first.pattern.width} "
+            f"as pattern {first.pattern} requires; choose another M, or add rules to the recipe such as "
+            f"{{match: '*.{first.name.rpartition('.')[2]}', skip: true}}"
         )

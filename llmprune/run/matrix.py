@@ -1,10 +1,11 @@
-"""One matrix through pruner and steps, every promise checked."""
+"""One matrix: pruned, then refined and updated, with the result of every step checked."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,36 @@ from llmprune.statistics.sums import relative_error
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Methods:
+    """The algorithms of a recipe, built: its pruner, and the steps that follow on the same matrix."""
+
+    pruner: Pruner
+    pruner_name: str
+    steps: Sequence[tuple[AlgorithmSpec, Step]]
+    seed: int
+
+    @staticmethod
+    def of(recipe: Recipe) -> Methods:
+        """Built with the options of the recipe."""
+        return Methods(recipe.build_pruner(), recipe.pruner.name, recipe.build_steps(), recipe.seed)
+
+
 def prune_matrix(
-    target: Target,
-    plan: MatrixPlan,
-    stats: InputStats,
-    pruner: Pruner,
-    steps: Sequence[tuple[AlgorithmSpec, Step]],
-    recipe: Recipe,
-    stored: Tensor,
+    target: Target, plan: MatrixPlan, stats: InputStats, methods: Methods, stored: Tensor
 ) -> tuple[Tensor, Tensor, Row]:
-    """One matrix through pruner and steps: its weight in the stored dtype (on the CPU, [R, C]), its mask and its record row."""
+    """Prune one matrix and run the steps that follow.
+
+    Args:
+        stored: its dense weight as the checkpoint stores it.
+
+    Returns:
+        Its weight in the stored dtype (on the CPU, [R, C]), its keep mask and its row of the record.
+
+    Raises:
+        RuntimeError: an algorithm that broke the pattern, made weights that are not finite, or moved a mask
+            that it may not move.
+    """
     started = time.monotonic()
     job = Job(
         target.name,
@@ -37,11 +58,11 @@ def prune_matrix(
         stats,
         plan.pattern,
         plan.sparsity,
-        seeded(recipe.seed, target.weight_name),
+        seeded(methods.seed, target.weight_name),
     )
-    pruned = pruner.prune(job)
-    check_promises(job, pruned, pruner, None)
-    steps = [(spec, step) for spec, step in steps if spec.applies(target.name)]
+    pruned = methods.pruner.prune(job)
+    check_promises(job, pruned, methods.pruner, None)
+    steps = [(spec, step) for spec, step in methods.steps if spec.applies(target.name)]
     for _, step in steps:
         before, pruned = pruned, step.apply(job, pruned)
         check_promises(job, pruned, step, before)
@@ -51,7 +72,7 @@ def prune_matrix(
         "pattern": str(plan.pattern),
         "target_sparsity": plan.sparsity,
         **measured(job.weight, final.float(), stats),
-        "pruner": recipe.pruner.name,
+        "pruner": methods.pruner_name,
         "steps": [spec.name for spec, _ in steps],
         **pruned.notes,
         "seconds": round(time.monotonic() - started, 4),
@@ -77,7 +98,11 @@ def measured(dense: Tensor, final: Tensor, stats: InputStats) -> Row:
 
 
 def check_promises(job: Job, pruned: Pruned, algorithm: Pruner | Step, before: Pruned | None) -> None:
-    """The promises of the rooms, kept by every step: exact pattern and count, true zeros, finite weights, a fixed mask for updates."""
+    """Raise `RuntimeError` where a step broke what it must keep.
+
+    That is the pattern and the exact count of zeros, true zeros where the mask says so, finite weights, and,
+    for an update of the weights, the mask.
+    """
     name = f"{type(algorithm).__name__} on {job.name}"
     try:
         job.pattern.check(pruned.keep, job.sparsity)

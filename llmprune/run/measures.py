@@ -1,27 +1,25 @@
-"""The first pass over a model for allocators that measure: block by block, dense, nothing kept but a number per block."""
+"""What allocators measure of the dense model before they decide: one number per block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from llmprune import patterns
-from llmprune.checkpoint.reader import WeightSource, read_ahead
-from llmprune.contracts import Allocator, InputStats, Job
-from llmprune.machine.processes import Team
+from llmprune.checkpoint.reader import read_ahead
+from llmprune.contracts import InputStats, Job
 from llmprune.model.activations import BlockInputs
-from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target, find_targets
 from llmprune.run.matrix import seeded
 from llmprune.run.observer import Observer
-from llmprune.statistics.sums import sample_positions
+from llmprune.run.shared import Run
 
 
 @dataclass(frozen=True)
 class _Jobs:
-    """The matrices of a block, each read when its turn comes."""
+    """The matrices of a block, each read when its turn comes. `stored`: dense weights, by matrix."""
 
     targets: list[Target]
     stored: Mapping[str, Tensor]
@@ -30,45 +28,30 @@ class _Jobs:
 
     def __iter__(self) -> Iterator[Job]:
         for t in self.targets:
-            yield Job(
-                t.name,
-                t.read(self.stored[t.name]),
-                self.stats[t.name],
-                patterns.Unstructured(),
-                0.0,
-                seeded(self.seed, t.name),
-            )
+            weight, stats = t.read(self.stored[t.name]), self.stats[t.name]
+            yield Job(t.name, weight, stats, patterns.Unstructured(), 0.0, seeded(self.seed, t.name))
 
 
-def measure(
-    allocator: Allocator,
-    skeleton: Skeleton,
-    source: WeightSource,
-    tokens: Tensor,
-    seed: int,
-    team: Team,
-    block_done: Callable[[], None],
-) -> dict[int, float]:
-    """What the allocator measures of each block of the dense model on calibration tokens [N, T]; the same on every process."""
+def measure(run: Run) -> dict[int, float]:
+    """What the recipe's allocator measures of each block of the dense model; the same on every process.
+
+    Empty for an allocator that measures nothing. The reporter gets a step per block.
+    """
+    allocator, skeleton = run.recipe.build_allocator(), run.skeleton
     if not allocator.needs:
         return {}
-    share = team.share(len(tokens))
-    inputs = BlockInputs(skeleton, tokens[share], skeleton.device)
-    observer = Observer(
-        allocator.needs, inputs, None, sample_positions(len(tokens), tokens.shape[1], seed), share, team
-    )
+    inputs = BlockInputs(skeleton, run.tokens, skeleton.device)
+    observer = Observer(run, allocator.needs, inputs)
+    shards = read_ahead(skeleton.source, skeleton.block_tensors())
     measures: dict[int, float] = {}
-    for number, ((name, block), shard) in enumerate(
-        zip(skeleton.blocks.items(), read_ahead(source, skeleton.block_tensors()), strict=True)
-    ):
+    for number, ((name, block), shard) in enumerate(zip(skeleton.blocks.items(), shards, strict=True)):
         parameters = skeleton.parameters_of(name)
         skeleton.fill(parameters, shard)
         targets = find_targets(name, block)
         stats = observer.collect(number, targets, {})
-        measures[number] = allocator.measure(
-            _Jobs(targets, {t.name: shard[skeleton.stored[t.weight_name]] for t in targets}, stats, seed)
-        )
+        weights = {t.name: shard[skeleton.stored[t.weight_name]] for t in targets}
+        measures[number] = allocator.measure(_Jobs(targets, weights, stats, run.recipe.seed))
         inputs.forward(number)
         skeleton.free(parameters)
-        block_done()
+        run.reporter.step()
     return measures

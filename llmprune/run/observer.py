@@ -1,48 +1,34 @@
-"""What the matrices of a block see: micro-batches run through it, the pruned model's and where needed the dense model's beside them."""
+"""Input statistics of the matrices of a block, collected while micro-batches run through it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import InputStats, Need
 from llmprune.machine.device import Stopwatch, exact_matmul, free_cached_memory, out_of_memory
-from llmprune.machine.processes import Team
 from llmprune.model.activations import BlockInputs
 from llmprune.model.targets import Target
+from llmprune.run.block import Block, Companion
+from llmprune.run.shared import Run
 from llmprune.statistics.collecting import Collector, Enough, Halted
 
 
-class Observer:
-    """Collects input statistics, `needs` of them, from this process's `share` of the sequences.
+class Observer(Companion):
+    """Collects the statistics that are needed of the inputs of matrices, from this process's sequences.
 
     Args:
-        inputs: the pruned model's stream of block inputs. dense: the dense model's, None where nothing needs it.
-        positions: the sampled tokens of `stats.sample_positions`.
+        run: the run. needs: which statistics.
+        inputs: the block inputs of the pruned model, which this object moves on when it leaves a block.
+        dense: those of the dense model; None where nothing needs them.
     """
 
-    def __init__(
-        self,
-        needs: Need,
-        inputs: BlockInputs,
-        dense: BlockInputs | None,
-        positions: Tensor,
-        share: slice,
-        team: Team,
-        note: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self._note = note
-        self._needs, self._inputs, self._dense, self._positions, self._share, self._team = (
-            needs,
-            inputs,
-            dense,
-            positions,
-            share,
-            team,
-        )
+    def __init__(self, run: Run, needs: Need, inputs: BlockInputs, dense: BlockInputs | None = None) -> None:
+        self._run, self._needs, self._inputs, self._dense = run, needs, inputs, dense
+        self._positions, self._first = run.positions, run.share.start
         self.watch = Stopwatch(inputs.device)
         self._halted: list[tuple[slice, Halted]] = []
         self._groups, self._no_pausing = 0, False
@@ -57,7 +43,7 @@ class Observer:
         collector = Collector(self._needs, self._positions, self.watch)
 
         def observe(part: slice) -> None:
-            first, shape = self._share.start + part.start, (part.stop - part.start, self._inputs.length)
+            first, shape = self._first + part.start, (part.stop - part.start, self._inputs.length)
             collector.batch(first, shape)
             self._pass(self._inputs, number, part, {})
             if self._dense and Need.CROSS in self._needs:
@@ -66,63 +52,68 @@ class Observer:
 
         with exact_matmul(), collector.attached({t.name: t.module for t in targets}):
             self._inputs.each(observe, collector.restart)
-        return collector.results(self._team)
+        return collector.results(self._run.team)
 
-    def grouped(
-        self, number: int, targets: list[Target], originals: Mapping[str, Tensor], order: str, pausing: bool
-    ) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:
-        """Matrices and their statistics: all at once, or by the input they share, each group as those before it are when its turn comes.
+    def groups_of(self, block: Block) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:
+        """The matrices of a block that are to be pruned, with their statistics.
 
-        With `pausing` every micro-batch passes the block but once, halting before each group (`advance` lets it finish); without, what
-        comes before a group is computed again for it. Both give the same statistics.
+        With `order: block` all of them at once. With `order: group` by the input they share, in the order of
+        the forward pass; the statistics of a group are those of the block with the groups before it pruned.
+
+        Where the plan says `pausing`, every micro-batch passes the block only once, and halts before each
+        group (`leave` lets it finish). Otherwise what comes before a group is computed again for it. Both
+        give the same statistics.
         """
-        if order == "block":
-            yield targets, self.collect(number, targets, originals)
+        if not block.targets:
             return
-        groups = self.groups(number, targets)
+        if self._run.recipe.order == "block":
+            yield block.targets, self.collect(block.number, block.targets, block.originals)
+            return
+        groups = self.groups(block.number, block.targets)
         self._groups = len(groups)
-        if pausing and groups and not self._no_pausing:
+        if self._run.plan.pausing and not self._no_pausing:
             modules = [[target.module for target in group] for group in groups]
-            parts = list(self._inputs.slices())
-            self._halted = [
-                (part, Halted(functools.partial(self._inputs.run, number, part, {}), modules))
-                for part in parts
-            ]
+            for part in self._inputs.slices():
+                forward = functools.partial(self._inputs.run, block.number, part, {})
+                self._halted.append((part, Halted(forward, modules)))
         for place, group in enumerate(groups):
-            yield group, self._of_halted(place, group) or self.collect(number, group, originals)
+            yield group, self._of_halted(place, group) or self.collect(block.number, group, block.originals)
 
     @torch.no_grad()
     def _of_halted(self, place: int, group: list[Target]) -> dict[str, InputStats] | None:
-        """Statistics of the group at a place, from halted passes; None where there are none, or no memory for them is left."""
+        """Statistics of one group from halted passes; None without such passes or memory for them."""
         if not self._halted:
             return None
         collector = Collector(self._needs, self._positions, self.watch)
         try:
             with exact_matmul():
                 for part, passing in self._halted:
-                    collector.batch(
-                        self._share.start + part.start, (part.stop - part.start, self._inputs.length)
-                    )
+                    collector.batch(self._first + part.start, (part.stop - part.start, self._inputs.length))
                     x = passing.go_on(place)
                     for target in group:
                         collector.take(target.name, x)
         except (RuntimeError, MemoryError) as error:
             self._give_up(error)
             return None
-        return collector.results(self._team)
+        return collector.results(self._run.team)
 
     def _give_up(self, error: BaseException) -> None:
-        """No halted passes any more, if it is memory that they lack: smaller micro-batches would hold as much."""
+        """Do without halted passes where memory ran out: in smaller micro-batches they hold as much."""
         if not out_of_memory(error):
             raise error
         self._halted, self._no_pausing = [], True
         free_cached_memory(self._inputs.device)
-        self._note("out of memory with halted passes; computing again from now on")
+        self._run.reporter.note("out of memory with halted passes; computing again from now on")
+
+    def leave(self, block: Block) -> None:
+        """Move the block inputs on through the block; halted passes go on from where they are."""
+        block.stats.clear()  # as large as Gram matrices, and nothing needs them any more
+        halted, self._halted = self._halted, []
+        if not block.last:
+            self._finish(block.number, halted)
 
     @torch.no_grad()
-    def advance(self, number: int) -> None:
-        """Move the inputs through block `number`; halted passes go on from where they are."""
-        halted, self._halted = self._halted, []
+    def _finish(self, number: int, halted: list[tuple[slice, Halted]]) -> None:
         done = 0
         try:
             for part, passing in halted:
@@ -132,10 +123,6 @@ class Observer:
             self._give_up(error)
         halted.clear()
         self._inputs.forward(number, done=done)
-
-    def drop(self) -> None:
-        """Forget halted passes."""
-        self._halted.clear()
 
     def groups(self, number: int, targets: list[Target]) -> list[list[Target]]:
         """The matrices by the input they share, in the order in which the block computes them."""

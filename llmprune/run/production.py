@@ -4,157 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from llmprune import calibration as calibrations
-from llmprune.calibration.sampling import Sampler
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
-from llmprune.checkpoint.replacement import Inputs
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
-from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
-from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
-from llmprune.planning.advice import on_texts
-from llmprune.planning.estimate import with_times
-from llmprune.planning.plan import Plan, make_plan, with_scoring
-from llmprune.recipe.types import CalibrationSpec, Recipe
+from llmprune.planning.plan import Findings, Plan
 from llmprune.record import record as records
 from llmprune.record import report
 from llmprune.record.figures import Record
-from llmprune.run import corridor as run
-from llmprune.run.measures import measure
+from llmprune.run import corridor
+from llmprune.run.clock import Clock
+from llmprune.run.preparation import Options, Request, planned
 from llmprune.run.progress import Progress
 from llmprune.run.reporter import RunReporter
-from llmprune.run.trials import search
-from llmprune.text.mixture import plain_sources
-
-Source = str | Tensor | Iterable[str]
-Measured = tuple[dict[int, float], dict[int, float]]  # of blocks, of trials
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where a run writes and how; nothing here changes a mask.
-
-    `inputs`: the files and folders the run reads: the output may not take their place.
-    """
-
-    output: Path
-    inputs: Inputs = ()
-    overwrite: bool = False
-    resume: bool = False
-    restart: bool = False
-    offload: str = "auto"
-    trust_remote_code: bool = False
-    time_limit: float | None = None  # seconds the run should not take, where the user knows of such a limit
-    remarks: tuple[str, ...] = ()  # on how the recipe came about
-
-
-def planned(
-    model: Model,
-    recipe: Recipe,
-    calibration: Source | None,
-    options: Options,
-    team: Team,
-    reporter: RunReporter,
-    evaluation: EvaluationSpec | None = None,
-    known: Callable[[Recipe, CalibrationSet], Measured | None] = lambda recipe, rows: None,
-) -> tuple[Recipe, CalibrationSet, EvaluationSpec | None, Plan]:
-    """The recipe with its calibration as it turned out, the calibration rows, what will be scored, prepared, and the plan.
-
-    `known`: what the allocator has measured for this recipe and these rows before, if it has.
-    """
-    prepared = team.in_turn(lambda: evaluation.prepare(model)) if evaluation is not None else None
-    rows = team.on_first(lambda: build_calibration(model, recipe, calibration, reporter))
-    n, t = rows.tokens.shape
-    if n < team.size:
-        raise ValueError(f"{team.size} processes share {n} calibration samples; start at most {n}")
-    sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
-    spec = CalibrationSpec(source=rows.source, samples=n, sequence_length=t, **sampled)
-    resolved = dataclasses.replace(recipe, calibration=spec)
-    started = time.monotonic()
-    measures, losses = known(resolved, rows) or _measured(model, resolved, rows, options, team, reporter)
-    seconds = time.monotonic() - started if measures or losses else 0.0
-    available = team.on_first(devices.available_memory)
-    plan = make_plan(
-        resolved,
-        model.skeleton,
-        model.source,
-        n,
-        t,
-        offload=options.offload,
-        available=available,
-        processes=team.size,
-        measures=measures,
-        losses=losses,
-    )
-    plan = dataclasses.replace(plan, seconds=seconds)
-    if prepared is not None:
-        texts = [(len(r), r.shape[1]) for r in prepared.rows.values()]
-        plan = with_scoring(plan, model.skeleton, model.source, texts, bool(prepared.tasks))
-    remarks = on_texts(
-        model, calibration is None and recipe.calibration.source == "auto" and not model.remote, evaluation
-    )
-    plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
-    plan = team.on_first(lambda: with_times(plan, resolved, model, prepared, team.size))
-    reporter.plan(model, resolved, plan, rows, options.output)
-    return resolved, rows, prepared, plan
-
-
-def _measured(
-    model: Model, recipe: Recipe, rows: CalibrationSet, options: Options, team: Team, reporter: RunReporter
-) -> Measured:
-    """What the allocator asks for before it can decide: measures of the blocks, losses of its trials."""
-    allocator, blocks = recipe.build_allocator(), len(model.skeleton.blocks)
-    if allocator.needs:
-        reporter.stage("measuring blocks", blocks)
-    measures = measure(allocator, model.skeleton, model.source, rows.tokens, recipe.seed, team, reporter.step)
-    if allocator.trials:
-        reporter.stage("trying allocations", blocks * len(allocator.trials))
-    around = options.output.resolve()
-    folder = next(parent for parent in around.parents if parent.is_dir())
-    return measures, search(
-        recipe, measures, model, rows, folder, options.offload, team, reporter.step, reporter.note
-    )
-
-
-def build_calibration(
-    model: Model, recipe: Recipe, given: Source | None, reporter: RunReporter
-) -> CalibrationSet:
-    """The calibration rows of a run: what was given, else the recipe's source (`auto`: c4 for hub models, else built-in text)."""
-    spec = recipe.calibration
-    source: Source = given if given is not None and not isinstance(given, str) else spec.source
-    if isinstance(source, str) and source == "auto":
-        source = "c4" if model.remote else "builtin"
-    sampled = {
-        key: float(value) for key in ("temperature", "top_p") if (value := getattr(spec, key)) is not None
-    }
-    if sampled and not (isinstance(source, str) and "self" in plain_sources(source)):
-        known = repr(source) if isinstance(source, str) else "text or tokens in memory"
-        key = next(iter(sampled))
-        raise ValueError(
-            f"calibration.{key} is of text sampled from the model, got source {known}; leave it out or use --calibration self"
-        )
-    vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
-    return calibrations.build(
-        source,
-        model.tokenizer,
-        samples=spec.samples,
-        length=spec.sequence_length,
-        limit=model.limit,
-        vocabulary=vocabulary,
-        seed=recipe.seed,
-        sampler=Sampler(model, reporter, **sampled),
-    )
+from llmprune.run.shared import Run
 
 
 class Production:
@@ -173,27 +44,17 @@ class Production:
             o.output, overwrite=o.overwrite, resume=o.resume, restart=o.restart, inputs=o.inputs
         )
 
-    def make(
-        self,
-        recipe: Recipe,
-        calibration: Source | None,
-        evaluation: EvaluationSpec | None,
-        reopen: Callable[[Path], Model],
-    ) -> Record:
-        """Prune, save and, with `evaluation`, score dense and pruned; returns the record."""
+    def make(self, request: Request, reopen: Callable[[Path], Model]) -> Record:
+        """Prune and save; with something to evaluate, score dense and pruned. Returns the record."""
         model, team, reporter = self.model, self.team, self.reporter
-        recipe, rows, evaluation, plan = planned(
-            model, recipe, calibration, self.options, team, reporter, evaluation, self._known
-        )
-        team.on_first(lambda: check_space(self.options.output, plan.disk))
-        before = records.opening(model, recipe, rows, self._digest(), team.size) | records.allocation(
-            recipe, plan.measures, plan.losses
-        )
+        work, evaluation = planned(model, request, self.options, team, reporter, self._known)
+        team.on_first(lambda: check_space(self.options.output, work.plan.disk))
+        before = self._opening(work) | records.allocation(work.recipe, work.plan.measures, work.plan.losses)
         record = team.on_first(lambda: self._made_before(before))
         if record is None:
-            team.on_first(lambda: self._begin(before, plan))
+            team.on_first(lambda: self._begin(before, work.plan))
             dense = self._dense(evaluation)
-            record = self._prune(recipe, plan, rows, before)
+            record = self._prune(work, before)
         elif evaluation and not _scored(record, evaluation):
             dense = self._dense(evaluation)
         else:
@@ -207,6 +68,10 @@ class Production:
         team.on_first(self._complete)
         return record
 
+    def _opening(self, work: Run) -> Record:
+        """The part of the record that is known before the work."""
+        return records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
+
     def _digest(self) -> str:
         """The fingerprint of the model's weights, read once."""
         if not self._fingerprint:
@@ -215,25 +80,29 @@ class Production:
             self.reporter.step()
         return self._fingerprint
 
-    def _known(self, recipe: Recipe, rows: CalibrationSet) -> Measured | None:
-        """What the allocator has measured for this very run before: to measure again takes long, and may differ in the last digit."""
-        allocator = recipe.build_allocator()
+    def _known(self, work: Run) -> Findings | None:
+        """What the allocator found out for this very run before.
+
+        To measure again takes long, and may differ in the last digit.
+        """
+        allocator = work.recipe.build_allocator()
         if not allocator.needs and not allocator.trials:
             return None
-        now = records.identity(records.opening(self.model, recipe, rows, self._digest(), self.team.size))
+        now = records.identity(self._opening(work))
         return self.team.on_first(lambda: self._measured_before(now))
 
-    def _measured_before(self, now: Identity) -> Measured | None:
+    def _measured_before(self, now: Identity) -> Findings | None:
         assert self.writer is not None
         if self.writer.reopened:
             record = read_record(self.writer.output)
-            return records.measured(record) if not _differs(record, now) else None
+            found = records.measured(record) if not _differs(record, now) else None
+            return Findings(*found) if found else None
         journal = self.writer.journal
         if not journal.blocks:
             return None
         self.writer.check_identity(now)
-        found = journal.find("measures") or [{}, {}]
-        return {int(k): v for k, v in found[0].items()}, {int(k): v for k, v in found[1].items()}
+        parts = journal.find("measures") or [{}, {}]
+        return Findings(*({int(number): value for number, value in part.items()} for part in parts))
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished run that `resume` found in the output folder."""
@@ -247,8 +116,8 @@ class Production:
             return record
         if not self.writer.overwrite:
             raise ValueError(
-                f"output folder {self.options.output} holds another finished run: {differs}; choose another with --output or replace it "
-                "with --overwrite"
+                f"output folder {self.options.output} holds another finished run: {differs}; "
+                "choose another with --output or replace it with --overwrite"
             )
         return None
 
@@ -275,12 +144,12 @@ class Production:
             self.writer.journal.add({"dense": {"key": key, **dataclasses.asdict(scores)}})
         return scores
 
-    def _prune(self, recipe: Recipe, plan: Plan, rows: CalibrationSet, before: Record) -> Record:
+    def _prune(self, work: Run, before: Record) -> Record:
         skeleton, writer, team = self.model.skeleton, self.writer, self.team
         done: list[Path] = team.tell(writer.finished if writer else [])
-        clock = run.Clock(skeleton.device)
-        if plan.seconds:
-            clock.seconds["allocate"] = plan.seconds
+        clock = Clock(skeleton.device)
+        if work.plan.seconds:
+            clock.seconds["allocate"] = work.plan.seconds
         if writer and done:
             clock.seconds |= writer.journal.blocks[-1]["seconds"]
         devices.reset_peak_device_memory(skeleton.device)
@@ -288,9 +157,10 @@ class Production:
         self.reporter.stage("pruning blocks", blocks)
         if done:
             self.reporter.note(
-                f"{len(done)} of {blocks} blocks are finished; their outputs are computed again, then the run goes on"
+                f"{len(done)} of {blocks} blocks are finished; their outputs are computed again, "
+                "then the run goes on"
             )
-        progress = Progress(self.reporter, blocks, len(done), self.options.time_limit, recipe.name)
+        progress = Progress(self.reporter, blocks, len(done), self.options.time_limit, work.recipe.name)
 
         def block_done(
             number: int,
@@ -303,27 +173,16 @@ class Production:
                 writer.block(number, tensors, masks, matrices, seconds)
             progress.block(number)
 
-        folder = self.options.output.resolve().parent
-        store = on_disk(writer.folder if writer else folder) if plan.offload == "disk" else in_memory
+        work = dataclasses.replace(
+            work, folder=writer.folder if writer else self.options.output.resolve().parent
+        )
         with devices.PrivateMemory() as memory:
             if len(done) < blocks:
                 source = Overlay(self.model.source, done)
-                run.prune_blocks(
-                    recipe,
-                    plan,
-                    skeleton,
-                    source,
-                    rows,
-                    len(done),
-                    team,
-                    clock,
-                    store,
-                    self.reporter.note,
-                    block_done,
-                )
+                corridor.prune_blocks(work, source, len(done), clock, block_done)
             return team.on_first(lambda: self._finish(before, clock, memory))
 
-    def _finish(self, before: Record, clock: run.Clock, memory: devices.PrivateMemory) -> Record:
+    def _finish(self, before: Record, clock: Clock, memory: devices.PrivateMemory) -> Record:
         writer, model = self.writer, self.model
         assert writer is not None
         writer.rest(model.source)
@@ -349,7 +208,8 @@ class Production:
         folder = self.writer.output
         if not report.write(folder, record, folder.name, before):
             self.reporter.note(
-                f"README.md in {self.options.output} was edited by hand and stays as it is; the scores are in report.html"
+                f"README.md in {self.options.output} was edited by hand and stays as it is; "
+                "the scores are in report.html"
             )
 
     def _complete(self) -> None:
@@ -357,7 +217,11 @@ class Production:
         self.writer.complete()
 
     def close(self, error: BaseException | None) -> None:
-        """Release the output; an error is told what is kept of the run (`kept`), and whether the run can go on (`resumable`)."""
+        """Release the output.
+
+        An error gets two attributes: `kept`, what is kept of the run in words, and `resumable`, whether the
+        run can go on.
+        """
         if self.writer is None:
             return
         moved, finished = self.writer.moved, self.writer.close()

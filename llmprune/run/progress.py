@@ -1,4 +1,7 @@
-"""Steps of pruning, block by block, and how long the rest will take: told after the first block and whenever it changes much."""
+"""Progress of pruning: a step per block, and notes on how long the rest will take.
+
+The first note comes after the first block, others where the estimate has changed much.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ _LIGHT = "dsnot"
 
 
 class Progress:
-    """Told of every finished block.
+    """Reports every finished block.
 
     Args:
-        done: blocks that an earlier run has finished. limit: seconds the user expects pruning to take at most, None: no such limit.
-        recipe: its name, for the advice where the limit will not hold.
+        blocks: how many the model has. done: blocks that an earlier run has finished.
+        limit: seconds the user expects pruning to take at most; None: no such limit.
+        recipe: its name, for the advice where pruning will take longer.
     """
 
     def __init__(self, reporter: Reporter, blocks: int, done: int, limit: float | None, recipe: str) -> None:
@@ -46,7 +50,7 @@ class Progress:
         left = self._blocks - number
         rest = statistics.median(self._recent) * left  # one slow block changes nothing
         if self._end is None:
-            # With finished blocks before it, the first one took their replay too: the estimate is an upper bound.
+            # The first block took the replay of finished ones too: then the estimate is an upper bound.
             self._end = passed + rest
             self._reporter.note(
                 f"block {number} done after {passed:.1f} s; about {duration(rest)} for the other {left}"
@@ -54,9 +58,8 @@ class Progress:
         elif self._renewals < _RENEWALS and self._differs(rest, self._end - passed):
             self._end = passed + rest
             self._renewals += 1
-            self._reporter.note(
-                f"block {number} done after {duration(passed)}; now about {duration(rest)} for the other {left}"
-            )
+            rest_in_words = f"now about {duration(rest)} for the other {left}"
+            self._reporter.note(f"block {number} done after {duration(passed)}; {rest_in_words}")
         self._hold_against_limit(passed + rest)
 
     @staticmethod
@@ -70,6 +73,7 @@ class Progress:
         self._warned = True
         lighter = "fewer --samples" if self._recipe == _LIGHT else f"--recipe {_LIGHT} or fewer --samples"
         self._reporter.note(
-            f"pruning will take about {duration(whole)}, more than the time limit of {duration(self._limit)}: Ctrl-C keeps the finished "
-            f"blocks for --resume; {lighter} would be faster, begun anew; with a higher --time-limit this is not said"
+            f"pruning will take about {duration(whole)}, more than the time limit "
+            f"of {duration(self._limit)}: Ctrl-C keeps the finished blocks for --resume; "
+            f"{lighter} would be faster, begun anew; with a higher --time-limit this is not said"
         )

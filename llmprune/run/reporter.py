@@ -1,4 +1,4 @@
-"""Whom a run tells what happens."""
+"""The interface through which a run reports its plan and its progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmprune.recipe.types import Recipe
 
 
 class RunReporter(Reporter, Protocol):
-    """Is told how a run goes, its plan included; the one that draws on a terminal is `terminal.screen.Terminal`."""
+    """Is told how a run goes, its plan included. `terminal.screen.Terminal` is one that prints."""
 
     def plan(
         self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path

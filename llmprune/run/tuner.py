@@ -1,109 +1,85 @@
-"""A block's steps as a whole, after its matrices are pruned: the tuned weights go back into module, shard and record."""
+"""Tuning a whole block after its matrices are pruned: the tuned weights go into module, shard and record."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmprune.checkpoint.masks import unpack
-from llmprune.contracts import BlockJob, BlockStep, InputStats, Tuned
-from llmprune.machine.processes import Team
+from llmprune.contracts import BlockJob, BlockStep, Tuned
 from llmprune.model.activations import BlockInputs
-from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import Target
 from llmprune.numerics.counts import all_finite
-from llmprune.recipe.types import AlgorithmSpec, Recipe
-from llmprune.run.matrix import Row, measured, seeded
+from llmprune.recipe.types import AlgorithmSpec
+from llmprune.run.block import Block, Companion
+from llmprune.run.matrix import measured, seeded
+from llmprune.run.shared import Run
 
 Tensors = dict[str, Tensor]
 
 
-class BlockTuner:
-    """Runs the block steps of a recipe, if it has any.
+class BlockTuner(Companion):
+    """Runs the block steps of a recipe.
 
     Args:
-        inputs: the pruned model's stream of block inputs. dense: the dense model's, which has passed the block that is tuned.
-        share: which of all `sequences` this process holds.
+        run: the run. inputs: the block inputs of the pruned model.
+        dense: those of the dense model, which has left the block before this object does.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        inputs: BlockInputs,
-        dense: BlockInputs | None,
-        skeleton: Skeleton,
-        share: slice,
-        sequences: int,
-        team: Team,
-    ) -> None:
-        self.steps, self._seed = recipe.build_block_steps(), recipe.seed
-        self._inputs, self._skeleton, self._share, self._sequences, self._team = (
-            inputs,
-            skeleton,
-            share,
-            sequences,
-            team,
-        )
-        self._dense = dense
+    phase = "tune"
 
-    def tune(
-        self,
-        number: int,
-        targets: list[Target],
-        shard: Tensors,
-        dense: Tensors,
-        masks: Tensors,
-        rows: list[Row],
-        stats: Mapping[str, InputStats],
-    ) -> None:
-        """Tune block `number`; weights in module and shard and the rows of the record change in place, on every process alike.
+    def __init__(self, run: Run, inputs: BlockInputs, dense: BlockInputs) -> None:
+        self._steps, self._run, self._inputs, self._dense = run.recipe.build_block_steps(), run, inputs, dense
+        self._skeleton = run.skeleton
+        self._unpruned: dict[str, Tensor] = {}
 
-        `dense`: the block's tensors as they are stored, before pruning.
-        """
-        block = list(self._skeleton.blocks)[number]
-        for spec, step in self.steps:
-            chosen = {t.weight_name.removeprefix(f"{block}."): t for t in targets if spec.applies(t.name)}
+    def enter(self, block: Block) -> None:
+        """Keep the dense weights: the error of the tuned ones is measured against them."""
+        self._unpruned = dict(block.shard)
+
+    def leave(self, block: Block) -> None:
+        """Tune the block; weights, module and rows of the record change in place, on every process alike."""
+        for spec, step in self._steps:
+            in_block = {t.weight_name.removeprefix(f"{block.name}."): t for t in block.targets}
+            chosen = {name: target for name, target in in_block.items() if spec.applies(target.name)}
             if not chosen:
                 continue
-            tuned = self._apply(step, self._job(block, number, chosen, shard, masks))
+            tuned = self._apply(step, self._job(block, chosen))
             for name, target in chosen.items():
-                self._put(name, target, step, tuned, shard, masks)
-                row = next(r for r in rows if r["name"] == self._skeleton.stored[target.weight_name])
-                self._describe(
-                    row, spec, target, shard[row["name"]], dense[row["name"]], stats[target.name], tuned
-                )
+                self._put(tuned.weights[name], target, step, block)
+                self._describe(spec, target, block, tuned)
+        self._unpruned = {}
 
-    def _job(
-        self, block: str, number: int, chosen: Mapping[str, Target], shard: Tensors, masks: Tensors
-    ) -> BlockJob:
+    def _job(self, block: Block, chosen: Mapping[str, Target]) -> BlockJob:
         stored, dtype, device = self._skeleton.stored, self._skeleton.dtype, self._skeleton.device
-        first, dense = self._share.start, self._dense
-        assert dense is not None
+        share, number = self._run.share, block.number
 
         def outputs(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
-            hidden = self._inputs.hidden([r - first for r in rows])
-            return self._inputs.outputs(
-                number, hidden, {name: weight.to(dtype) for name, weight in weights.items()}
-            )
+            hidden = self._inputs.hidden([r - share.start for r in rows])
+            return self._inputs.outputs(number, hidden, {n: w.to(dtype) for n, w in weights.items()})
 
+        def targets(rows: list[int]) -> Tensor:
+            return self._dense.hidden([r - share.start for r in rows])
+
+        weights, keeps = {}, {}
+        for name, target in chosen.items():
+            where = stored[target.weight_name]
+            weights[name] = block.shard[where].to(device, torch.float32)
+            keeps[name] = target.stored(unpack(block.masks[where], target.shape[1])).to(device)
         return BlockJob(
-            name=block,
-            weights={n: shard[stored[t.weight_name]].to(device, torch.float32) for n, t in chosen.items()},
-            keeps={
-                n: t.stored(unpack(masks[stored[t.weight_name]], t.shape[1])).to(device)
-                for n, t in chosen.items()
-            },
-            sequences=self._sequences,
-            mine=range(self._share.start, self._share.stop),
+            name=block.name,
+            weights=weights,
+            keeps=keeps,
+            sequences=self._run.sequences,
+            mine=range(share.start, share.stop),
             batch=self._inputs.batch,
             outputs=outputs,
-            targets=lambda rows: dense.hidden([r - first for r in rows]),
-            add=self._team.add,
-            generator=seeded(self._seed, block),
+            targets=targets,
+            add=self._run.team.add,
+            generator=seeded(self._run.recipe.seed, block.name),
         )
 
     def _apply(self, step: BlockStep, job: BlockJob) -> Tuned:
@@ -111,39 +87,31 @@ class BlockTuner:
             return step.apply(job)
         except (RuntimeError, MemoryError) as error:
             self._inputs.halve(error)
-            generator = seeded(self._seed, job.name)
+            generator = seeded(self._run.recipe.seed, job.name)
         return self._apply(step, dataclasses.replace(job, batch=self._inputs.batch, generator=generator))
 
-    def _put(
-        self, name: str, target: Target, step: BlockStep, tuned: Tuned, shard: Tensors, masks: Tensors
-    ) -> None:
+    def _put(self, weight: Tensor, target: Target, step: BlockStep, block: Block) -> None:
+        """Put a tuned weight into module and shard. Raises `RuntimeError` where the step broke its mask."""
         stored = self._skeleton.stored[target.weight_name]
-        weight, keep = tuned.weights[name].detach(), target.stored(unpack(masks[stored], target.shape[1]))
+        keep = target.stored(unpack(block.masks[stored], target.shape[1]))
         if not all_finite(weight):
             raise RuntimeError(
-                f"{type(step).__name__} on {target.name} made NaN or Inf weights; use more calibration samples or lower rates"
+                f"{type(step).__name__} on {target.name} made NaN or Inf weights; "
+                "use more calibration samples or lower rates"
             )
-        weight = weight.cpu().to(shard[stored].dtype)
+        weight = weight.detach().cpu().to(block.shard[stored].dtype)
         if bool(((weight != 0) & ~keep).any()):
             raise RuntimeError(
                 f"{type(step).__name__} on {target.name} left weights where its mask says zero"
             )
-        shard[stored] = weight.contiguous()
-        target.assign(shard[stored])
+        block.shard[stored] = weight.contiguous()
+        target.assign(block.shard[stored])
 
-    @staticmethod
-    def _describe(
-        row: Row,
-        spec: AlgorithmSpec,
-        target: Target,
-        final: Tensor,
-        dense: Tensor,
-        stats: InputStats,
-        tuned: Tuned,
-    ) -> None:
-        news: dict[str, Any] = {
-            **measured(target.view(dense), target.view(final), stats),
-            "steps": [*row["steps"], spec.name],
-            **tuned.notes,
-        }
-        row.update(news)
+    def _describe(self, spec: AlgorithmSpec, target: Target, block: Block, tuned: Tuned) -> None:
+        """Bring the matrix's row of the record up to date."""
+        stored = self._skeleton.stored[target.weight_name]
+        row = next(r for r in block.rows if r["name"] == stored)
+        dense, final = target.view(self._unpruned[stored]), target.view(block.shard[stored])
+        row.update(measured(dense, final, block.stats[target.name]))
+        row.update(steps=[*row["steps"], spec.name])
+        row.update(tuned.notes)
