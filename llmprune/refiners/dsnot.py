@@ -38,9 +38,9 @@ class _Rows(NamedTuple):
 
 
 class DSnoT(Step):
-    """Changes the mask by swapping a pruned and a kept weight of a row.
+    """Changes the mask by swapping pruned and kept weights of a row, starting from any mask.
 
-    Unstructured and N:M, from any initial mask.
+    Works for unstructured and N:M masks.
 
     The expected error of row i is `sum_j (W_ij - W'_ij) * mean_j * L`, with mean_j the mean of input j and L
     the tokens per sequence. Where the kept weights are unchanged, this is the paper's sum over pruned
@@ -257,9 +257,7 @@ class _SignCandidates:
 
 
 def _both_ends(rows: _Rows, k: int, value: Callable[[_Rows], Tensor]) -> tuple[_Queue, _Queue]:
-    """Two queues per row: of the k largest values those that are positive, of the k smallest those that are
-    negative.
-    """
+    """Two queues: of the k largest values of each row the positive ones, of the k smallest the negative."""
     largest, smallest = [], []
     for part in rows.slices():
         ranked = value(part)
@@ -270,11 +268,12 @@ def _both_ends(rows: _Rows, k: int, value: Callable[[_Rows], Tensor]) -> tuple[_
 
 
 def _either(condition: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both tensors of `a` in rows where the condition [R] holds, those of `b` elsewhere."""
     return torch.where(condition, a[0], b[0]), torch.where(condition, a[1], b[1])
 
 
 class _GroupCandidates:
-    """For N:M masks: the kept weight with the lowest initial score in the group of the weight that is grown."""
+    """For N:M masks: the kept weight with the lowest initial score in the group of the grown weight."""
 
     def __init__(self, rows: _Rows, width: int) -> None:
         self._score = rows.score.masked_fill(~rows.keep, torch.inf)

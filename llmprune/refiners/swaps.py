@@ -75,8 +75,9 @@ class Swaps(Step):
     def _rows(
         self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
     ) -> None:
-        """Swap in some rows [r, C] until no swap lowers a row's loss; `weight`, `keep`, `pull` (c) change in
-        place.
+        """Swap in some rows [r, C] until no swap lowers a loss.
+
+        Changes `weight`, `keep`, `pull` (c) in place.
         """
         first = dense - weight
         first_loss = torch.linalg.vecdot(first, first @ gram)
@@ -102,7 +103,7 @@ class Swaps(Step):
 
 
 class _State:
-    """Some rows [r, C] between two swaps, with the change of loss from pruning or growing each weight alone."""
+    """Some rows [r, C] between two swaps: how pruning or growing each weight alone would change the loss."""
 
     def __init__(
         self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
@@ -121,11 +122,11 @@ class _State:
         change_of_prune, grow_for_prune = self._partner(
             self._grow, self._dense, self._prune, self._weight, prune
         )
-        first = change_of_grow <= change_of_prune
+        from_grow = change_of_grow <= change_of_prune
         return (
             torch.minimum(change_of_grow, change_of_prune),
-            torch.where(first, grow, grow_for_prune),
-            torch.where(first, prune_for_grow, prune),
+            torch.where(from_grow, grow, grow_for_prune),
+            torch.where(from_grow, prune_for_grow, prune),
         )
 
     def _candidates(self) -> tuple[Tensor, Tensor]:
