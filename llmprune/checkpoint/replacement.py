@@ -197,9 +197,7 @@ def _is_plain(entry: os.DirEntry[str], alone: bool) -> bool:
 
 
 def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
-    """Whether the record lists a file with its present size, or the file is written after the record's
-    list.
-    """
+    """Whether the record lists a file with its present size, or the file is written after the record."""
     if entry.name in listed:
         return entry.stat(follow_symlinks=False).st_size == listed[entry.name]
     return entry.name.removesuffix(_TEMPORARY) in WRITTEN_LAST
@@ -243,9 +241,7 @@ def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
 
 
 def _planned_files(journal: Path) -> object:
-    """The files that the run of a journal writes: None if not known in advance, empty for a damaged
-    journal.
-    """
+    """The files that a journal's run writes: None if not known in advance, empty for a damaged journal."""
     try:
         with journal.open(encoding="utf-8") as file:
             first = json.loads(file.readline(1 << 24))

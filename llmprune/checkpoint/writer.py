@@ -1,6 +1,4 @@
-"""Writes a checkpoint: one shard per block, in a folder beside the output that is moved into place when it
-is complete.
-"""
+"""Writes a checkpoint: one shard per block, in a folder beside the output, moved into place when complete."""
 
 from __future__ import annotations
 
@@ -26,12 +24,11 @@ from llmprune.common.messages import size_text
 
 
 class CheckpointWriter:
-    """Writes into `.NAME.partial` beside the output folder, under a lock; `finish` moves that folder into
-    place.
+    """Writes a checkpoint into `.NAME.partial` beside the output folder NAME, then moves it into place.
 
-    Until then an existing output folder stays unchanged. An unfinished run is continued with `resume` and
-    thrown away with `restart`; without either it is thrown away if it has finished no block, and otherwise
-    refused.
+    Until `finish` moves it, an existing output folder stays unchanged. A lock keeps other processes out. An
+    unfinished run is continued with `resume` and thrown away with `restart`; without either it is thrown away
+    if it has finished no block, and refused otherwise.
 
     Args:
         output: the output folder.
@@ -255,9 +252,7 @@ class CheckpointWriter:
 
     @property
     def files(self) -> dict[str, int]:
-        """The files of the output with their sizes in bytes, without those that may be written again
-        later.
-        """
+        """The files of the output and their sizes in bytes, without those that may be written again later."""
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
         lasting = (e for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp"))
         return {entry.name: entry.stat().st_size for entry in lasting}
@@ -314,9 +309,7 @@ class CheckpointWriter:
         )
 
     def complete(self) -> None:
-        """End the run for good: remove its journal, and an old output that a killed run did not get to
-        remove.
-        """
+        """End the run for good: remove its journal, and an old output that is still waiting to be removed."""
         self._remove_replaced()
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)

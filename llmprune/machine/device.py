@@ -60,15 +60,14 @@ def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     if name == "float16" and device.type == "cpu":
         raise ValueError(
-            "dtype float16 is some hundred times slower than float32 on a CPU; use --dtype float32 or bfloat16"
+            "dtype float16 is some hundred times slower than float32 on a CPU; "
+            "use --dtype float32 or bfloat16"
         )
     return DTYPES[name]
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX-512 BF16): then faster than
-    float32.
-    """
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX-512 BF16), faster than float32."""
     return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 

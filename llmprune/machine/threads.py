@@ -34,9 +34,7 @@ def settle(environment: MutableMapping[str, str]) -> None:
 
 
 def usable_processors() -> int:
-    """Processors that this process may use: those of its affinity mask, or a lower quota of its control
-    group.
-    """
+    """Processors that this process may use, by its affinity mask and by the quota of its control group."""
     return min(visible_processors(), granted_processors())
 
 

@@ -1,1 +1,3 @@
-"""Input statistics: declared by algorithms, collected while a block runs forward."""
+"""Input statistics of matrices: algorithms declare which they need, and they are collected in forward
+passes.
+"""
