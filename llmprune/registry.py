@@ -96,8 +96,9 @@ def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
 
 
 def describe(room: str, name: str) -> dict[str, Any]:
-    """An algorithm's summary (the first paragraph of its file, which names the paper) and its options with
-    their defaults.
+    """An algorithm's summary and its options with their defaults.
+
+    The summary is the first paragraph of the algorithm's file, which names the paper.
     """
     cls = find(room, name)
     paragraph = (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n\n")[0]

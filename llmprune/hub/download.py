@@ -134,8 +134,7 @@ def _snapshot(repository: str, revision: str | None, extra: list[str]) -> Path:
 
 
 def _bar(title: str) -> type:
-    """A class of progress bars that makes the hub's client show one bar for the bytes of all files, not
-    three.
+    """A class of progress bars for the hub's client: one bar for the bytes of all files, instead of three.
 
     It is silent where the client's own bars would be.
     """
@@ -149,9 +148,7 @@ def _bar(title: str) -> type:
             super().__init__(*args, **(options if counts_bytes else {**options, "disable": True}))
 
         def set_description(self, *args: Any, **options: Any) -> None:
-            """Called by the client at the end: keep the title, and keep the bar if anything was
-            downloaded.
-            """
+            """Called by the client at the end: keep the title, and the bar if anything was downloaded."""
             self.delay = 0
             if not self.n:
                 self.disable = True

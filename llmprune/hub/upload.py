@@ -225,7 +225,7 @@ def _send(
         client.preupload_lfs_files(to.repository, [addition], revision=to.revision, free_memory=False)
 
     def make_commit() -> str:
-        operations = [*additions, *removals]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions, *removals]
         made = client.create_commit(to.repository, operations, commit_message=title, revision=to.revision)
         return made.oid
 

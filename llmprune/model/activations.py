@@ -1,5 +1,4 @@
-"""The inputs of the blocks (hidden states), computed block by block, so that only one block's weights are
-in memory.
+"""The inputs of the blocks (hidden states), computed block by block, with the weights of one block in memory.
 
 N sequences, n sequences of a micro-batch, T tokens, D model width, V vocabulary. Blocks take further
 arguments beside the hidden states (attention masks, rotary tables, ...). To get them exactly as the model
@@ -67,8 +66,7 @@ def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def on_disk(folder: Path) -> Store:
-    """A function that allocates the block inputs in a memory-mapped file of a folder, which ends with the
-    process.
+    """A function that allocates the block inputs in a temporary file of a folder, mapped into memory.
 
     Raises:
         ValueError: (by the function) the disk is too small.
@@ -96,8 +94,7 @@ def on_disk(folder: Path) -> Store:
 
 
 class BlockInputs:
-    """The inputs of the current block, [N, T, D] in the compute dtype, which `forward` replaces by its
-    outputs in place.
+    """The inputs of the current block, [N, T, D] in the compute dtype; `forward` moves on to the next block.
 
     Args:
         skeleton: the model.
@@ -191,8 +188,7 @@ class BlockInputs:
         return calls if len(shapes) == 1 else None
 
     def put(self, part: slice, hidden: Tensor, block: int | None) -> None:
-        """Store the hidden states [n, T, D] of some sequences: the outputs of block `block` (None: the
-        embeddings).
+        """Store hidden states [n, T, D] of some sequences: outputs of a block, or of the embeddings (None).
 
         Raises:
             ValueError: NaN or Inf; the message names the block.
@@ -231,8 +227,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def forward(self, number: int, weights: Mapping[str, Tensor] | None = None, done: int = 0) -> None:
-        """Replace the stored block inputs by the outputs of block `number`, which are the next block's
-        inputs.
+        """Replace the stored inputs of block `number` by its outputs, which are the next block's inputs.
 
         Args:
             number: of the block, from 0.
@@ -257,8 +252,9 @@ class BlockInputs:
         return self._hidden[rows].to(self.device)
 
     def outputs(self, number: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The outputs of block `number` for hidden states [n, T, D]; `weights`, by name in the block,
-        replace its own.
+        """The outputs of block `number` for hidden states [n, T, D].
+
+        `weights`, by name in the block, are used in place of its own.
         """
         if len(hidden) not in self._calls:
             with self._outer(), torch.no_grad():
@@ -285,9 +281,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """The model's logits [n, T, V] for the stored outputs of the last block, one micro-batch at a
-        time.
-        """
+        """The model's logits [n, T, V] from the outputs of the last block, one micro-batch at a time."""
         outer = self._skeleton.outside_blocks()
         self._skeleton.load(outer)
         for part in self.slices():
@@ -304,8 +298,9 @@ class BlockInputs:
 
 
 def _same(a: _Call, b: _Call) -> bool:
-    """Whether two calls have equal tensors as arguments, up to rounding: rotary tables may differ in the
-    last bit.
+    """Whether two calls have the same tensors as arguments, up to rounding.
+
+    Rotary tables may differ in the last bit when they are made twice.
     """
     from torch.utils._pytree import tree_leaves
 

@@ -44,8 +44,9 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
 
 
 def _transformers_class(config: Any, trust_remote_code: bool) -> Any:
-    """The class that transformers itself has for a config; None if there is none or the checkpoint's own
-    code is used.
+    """The class that transformers itself has for a config.
+
+    None if there is none, or if the checkpoint's own code is to be used.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.auto_factory import _get_model_class
@@ -123,9 +124,7 @@ def _watch_registrations() -> None:
 
 
 def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """The parameter on the meta device; None (leave it unchanged) in threads that are not in
-    `_empty_parameters`.
-    """
+    """The parameter on the meta device; None (leave it unchanged) outside of `_empty_parameters`."""
     if parameter is None or not getattr(_building, "active", False):
         return None
     empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

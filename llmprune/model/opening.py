@@ -52,18 +52,14 @@ class Model:
         return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
 
     def check(self) -> None:
-        """Raise `ValueError` if the model's files, or its weights in memory, have changed since it was
-        opened.
-        """
+        """Raise `ValueError` if its files, or its weights in memory, have changed since it was opened."""
         self.source.check()
         if self.files is not None:
             self.files.check()
 
     @property
     def folder(self) -> Path | None:
-        """The folder of its files; for a model in memory the folder it was loaded from, None if there is
-        none.
-        """
+        """The folder of its files; for a model in memory the one it was loaded from, if there is one."""
         if self.located is not None:
             return self.located.folder
         named = getattr(self.instance.config, "name_or_path", "")

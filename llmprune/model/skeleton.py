@@ -51,9 +51,7 @@ def check_dense(config: dict[str, Any], where: str) -> None:
 
 
 def _check_sizes(config: Any, source: WeightSource) -> None:
-    """Raise `ValueError` for a config with larger sizes than the checkpoint can have, before such a model
-    is built.
-    """
+    """Raise `ValueError` if a config has larger sizes than the checkpoint, before the model is built."""
     most = max((tensor.elements for tensor in source.tensors.values()), default=0)
     for key, value in config.get_text_config().to_dict().items():
         if isinstance(value, bool) or not isinstance(value, int):
@@ -163,9 +161,7 @@ class Skeleton:
                 )
 
     def remarks(self) -> tuple[str, ...]:
-        """What the user should know of the checkpoint: that it has tensors which no part of the model
-        uses.
-        """
+        """What the user should know of the checkpoint: that it has tensors which the model does not use."""
         if not self.unused:
             return ()
         prefix = next(iter(self.blocks)).rpartition(".")[0]
@@ -194,9 +190,7 @@ class Skeleton:
         return [name for name in sorted(self.stored) if not name.startswith(in_blocks)]
 
     def load(self, names: list[str]) -> None:
-        """Load parameters (or buffers that are stored) from the checkpoint, in the compute dtype, to the
-        device.
-        """
+        """Load parameters, or stored buffers, from the checkpoint to the device, in the compute dtype."""
         for name in names:
             self.fill([name], {self.stored[name]: self.source.load(self.stored[name])})
 

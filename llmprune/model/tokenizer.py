@@ -32,9 +32,7 @@ def _line(error: BaseException) -> str:
 
 
 def _reason(folder: Path, error: BaseException) -> str:
-    """Why the tokenizer could not be read: the damaged file if it can be found, what the library said,
-    what to do.
-    """
+    """Why the tokenizer could not be read and what to do; it names the damaged file if that can be found."""
     present = [name for name in (*_NEEDED, *_OTHERS) if (folder / name).exists()]
     for name in present:
         if name.endswith(".json") and (damage := _damage(folder / name)):

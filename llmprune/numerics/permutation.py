@@ -44,8 +44,9 @@ def column_order(score: Tensor, n: int, m: int, generator: torch.Generator) -> T
 
 
 def _distributed(sums: Tensor, m: int) -> Tensor:
-    """Groups [G, m] of columns with similar sums: the columns, largest first, go to the groups back and
-    forth.
+    """Groups [G, m] of columns with similar sums: the columns, largest first, go to the groups in turn.
+
+    After each column for the last group the order of the groups is reversed.
     """
     ranks = sums.argsort(descending=True).view(m, -1)
     ranks[1::2] = ranks[1::2].flip(1)
@@ -53,7 +54,7 @@ def _distributed(sums: Tensor, m: int) -> Tensor:
 
 
 def _assigned(score: Tensor, groups: Tensor, position: int, n: int) -> Tensor:
-    """The columns at one position of some groups [G, m], reassigned so that the groups keep the most score."""
+    """The columns at one position of some groups [G, m], exchanged so that the groups keep the most score."""
     from scipy.optimize import linear_sum_assignment
 
     given = groups[:, position]

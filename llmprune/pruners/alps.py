@@ -81,9 +81,7 @@ class ALPS(Pruner):
     def _admm(
         self, job: Job, dense: Tensor, target: Tensor, space: Spectrum
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """ADMM in scaled coordinates: the pruned weights, the mask, its score (all [R, C]) and the iterations
-        it took.
-        """
+        """ADMM in scaled coordinates: pruned weights, mask, score (all [R, C]), and number of iterations."""
         keep = job.pattern.select(dense.abs(), job.sparsity)
         weight, dual, rho, before = dense * keep, torch.zeros_like(dense), self.config.rho, keep
         kept = max(1, int(keep.sum()))

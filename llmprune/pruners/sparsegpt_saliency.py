@@ -11,8 +11,9 @@ from llmprune.numerics.gram import inverse_factor
 
 
 class SparseGPTSaliency(Pruner):
-    """Score `W_ij^2 / U_jj^2` of all columns at once, U the upper Cholesky factor of the inverse damped Gram
-    matrix.
+    """Score `W_ij^2 / U_jj^2`, where U is the upper Cholesky factor of the inverse damped Gram matrix.
+
+    It is compared over all columns at once.
     """
 
     needs = Need.GRAM

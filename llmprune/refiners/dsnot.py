@@ -223,9 +223,7 @@ class _GrowCandidates:
 
 
 class _SignCandidates:
-    """For unstructured masks: kept weights whose contribution has the sign that lowers the error, lowest
-    score first.
-    """
+    """For unstructured masks: kept weights that lower the error when pruned, lowest score first."""
 
     def __init__(self, rows: _Rows, shift: Tensor, norm: Tensor, k: int, walk_on: bool) -> None:
         # Ranked by 1 / score with the sign of the contribution: the lowest scores of either sign are at the

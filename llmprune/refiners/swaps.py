@@ -144,8 +144,7 @@ class _State:
     def _partner(
         self, cost: Tensor, values: Tensor, other_cost: Tensor, other_values: Tensor, other: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The best second column of a swap whose first column is given: change of the loss [r] and column
-        [r].
+        """The best second column of a swap, given its first: change of the loss [r] and second column [r].
 
         Args:
             cost: change of the loss from each possible second column alone, [r, C].

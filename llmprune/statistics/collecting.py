@@ -42,8 +42,7 @@ def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
 
 class Halted:
-    """A forward pass that stops before each of some groups of modules, so that their weights can still be
-    changed.
+    """A forward pass that stops before some groups of modules, so that their weights can still be changed.
 
     The pass runs in a greenlet, which can be suspended in the middle of its calls and continued later.
 

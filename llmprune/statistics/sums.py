@@ -17,9 +17,7 @@ SAMPLE_TOKENS = 1024
 
 
 def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:
-    """The tokens of a sample, int64 [S, 2] of (sequence, position): drawn with a seed, equally many of
-    each sequence.
-    """
+    """The tokens of a sample, int64 [S, 2] of (sequence, position), equally many from each sequence."""
     size = min(size, sequences * tokens)
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -72,9 +70,7 @@ class StatsSums:
             self._samples.append(x[places[:, 0] - first, places[:, 1]])
 
     def add_dense(self, inputs: Tensor) -> None:
-        """Add the inputs [N, T, C] of the same matrix in the dense model, for the sequences of the last
-        `add`.
-        """
+        """Add the inputs [N, T, C] of the same matrix in the dense model, for the sequences last added."""
         assert self._pruned_inputs is not None
         flat = inputs.detach().float().reshape(-1, inputs.shape[-1])
         self._matrix("cross", flat).addmm_(flat.T, self._pruned_inputs)

@@ -13,8 +13,9 @@ from llmprune.numerics.gram import inverse_factor, sweep
 
 
 class OBS(Step):
-    """One pass over the columns of the dense weights, with the upper Cholesky factor of the inverse damped
-    Gram matrix.
+    """One pass over the columns of the dense weights, as in SparseGPT, but with a given mask.
+
+    It uses the upper Cholesky factor of the inverse damped Gram matrix.
     """
 
     needs = Need.GRAM
