@@ -1,7 +1,7 @@
 """The types that the rest of the package is written against: what an algorithm is given, and what it returns.
 
-Shapes: R out_features, C in_features, K columns of a slice, N sequences, T tokens, S sampled tokens,
-D model width.
+Shapes: R out_features, C in_features, K columns of a slice,
+N sequences, T tokens, S sampled tokens, D model width.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Job:
 class Pruned:
     """A pruned matrix: `weight`, float32 [R, C], is zero wherever `keep`, bool [R, C], is False.
 
-    `score` [R, C] is the score that chose the mask; later steps may use it. `notes` go into the matrix's row
-    of the record.
+    `score` [R, C] is the score that chose the mask; later steps
+    may use it. `notes` go into the matrix's row of the record.
     """
 
     weight: Tensor
@@ -172,9 +172,7 @@ class Pruned:
 
 
 class Algorithm:
-    """Base of every algorithm.
-
-    Its options are a nested frozen dataclass `Config`, which checks them when it is made.
+    """Base of every algorithm. Its options are a nested frozen dataclass `Config`, which checks them.
 
     The class attributes say what the algorithm costs; the plan estimates memory and time from them.
 
@@ -314,8 +312,8 @@ class Allocator(Algorithm, ABC):
         Only called if the allocator has `needs`.
 
 
-        `jobs` can be iterated several times. Each pass reads the weights again, so that only one is in memory
-        at a time.
+        `jobs` can be iterated several times. Each pass reads the
+        weights again, so that only one is in memory at a time.
         """
         return 0.0
 

@@ -23,8 +23,8 @@ class ATP(Allocator):
         Attributes:
             slopes: to try, as shares of the steepest possible one, `2 min(S, 1 - S) / (B - 1)`; sparsity
                 falls with a negative one.
-            trial: the pruner of the trials, by default the recipe's own. Refiner and updates do not run in
-                trials.
+            trial: the pruner of the trials, by default the recipe's
+                own. Refiner and updates do not run in trials.
         """
 
         slopes: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)

@@ -1,5 +1,5 @@
-"""DLP (Chen et al., arXiv 2505.23807): blocks with a larger share of the model's Wanda scores are pruned
-more.
+"""DLP (Chen et al., arXiv 2505.23807): blocks with a
+larger share of the model's Wanda scores are pruned more.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class DLP(Allocator):
     def measure(self, jobs: Iterable[Job]) -> float:
         total, count = 0.0, 0
         for job in jobs:
-            # ||x_j|| is sqrt(tokens) times this norm; the factor is the same for all blocks and cancels in
-            # the ratios.
+            # ||x_j|| is sqrt(tokens) times this norm; the factor
+            # is the same for all blocks and cancels in the ratios.
             total += float((job.weight.abs() @ job.stats.second_moment.sqrt()).double().sum())
             count += job.weight.numel()
         return total / count

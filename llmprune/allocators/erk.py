@@ -1,5 +1,5 @@
-"""ERK (Mocanu et al., arXiv 1707.04780; Evci et al., arXiv 1911.11134): small and uneven matrices stay
-denser.
+"""ERK (Mocanu et al., arXiv 1707.04780; Evci et al.,
+arXiv 1911.11134): small and uneven matrices stay denser.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises `ValueError` if the file is damaged or not safetensors.
     """
     try:
-        # Opening makes the library's own checks: header size, dtypes, shapes against offsets, gaps, overlaps,
-        # file size.
+        # Opening makes the library's own checks: header size,
+        # dtypes, shapes against offsets, gaps, overlaps, file size.
         with safe_open(path, framework="pt"):
             pass
         with path.open("rb") as file:

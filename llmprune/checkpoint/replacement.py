@@ -20,8 +20,8 @@ from llmprune.common.messages import shown
 Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in messages, and its path
 MODEL = "the model"  # the name of that input
 _TEMPORARY = ".tmp"  # suffix of a file while it is being written
-# Folders of the system, which are never an output. A folder below `_SEALED` is none either, unless it is
-# below `_OPEN`.
+# Folders of the system, which are never an output. A folder
+# below `_SEALED` is none either, unless it is below `_OPEN`.
 _SEALED = (
     "bin",
     "boot",
@@ -120,8 +120,8 @@ def _is_of_system(target: Path) -> bool:
 def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `ValueError` if an output cannot be used: no folder can be made there, or it may not be replaced.
 
-    With `overwrite` an output of this program may be replaced. A folder that holds anything else is never
-    replaced.
+    With `overwrite` an output of this program may be replaced.
+    A folder that holds anything else is never replaced.
     """
     _check_name(output)
     if output.exists() and not output.is_dir():

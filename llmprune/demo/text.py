@@ -54,8 +54,8 @@ HELD_OUT_MODULES = (
     "zipapp",
 )
 
-# Left out altogether, since they are no readable text (tables, bundled wheels) or tests, which differ between
-# versions.
+# Left out altogether, since they are no readable text (tables,
+# bundled wheels) or tests, which differ between versions.
 _SKIPPED = ("__phello__", "ensurepip", "encodings", "idlelib", "lib2to3", "site-packages", "test", "this")
 _TABLE_FILES = ("_sysconfigdata", "topics.py", "entities.py", "_header_value_parser.py", "stringprep.py")
 # C modules, which have no Python source: their docstrings are trained on.

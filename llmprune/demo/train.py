@@ -114,8 +114,8 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch:
-            # A new epoch, with a new offset: every token is seen once per epoch, each time in another
-            # sequence.
+            # A new epoch, with a new offset: every token is seen
+            # once per epoch, each time in another sequence.
             offset = int(torch.randint(SEQUENCE, ()))
             starts = torch.arange(offset, tokens.numel() - SEQUENCE - 1, SEQUENCE)
             order = starts[torch.randperm(len(starts))]

@@ -162,8 +162,8 @@ def retrying(work: Callable[[], T], doing: str) -> T:
 
     Each further attempt is logged as a warning. `doing` says what is being done, for that warning.
     """
-    # The hub's client repeats some of its requests by itself, but gives up on a status 500 in the middle of a
-    # download.
+    # The hub's client repeats some of its requests by itself,
+    # but gives up on a status 500 in the middle of a download.
     for wait in _WAITS:
         try:
             return work()
@@ -209,10 +209,8 @@ def _passing(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return status in _PASSING
-    too_short = (
-        type(error) is OSError and error.errno is None
-    )  # how the client reports a file of the wrong size
-    return too_short or any(_broken(e) for e in _chain(error))
+    wrong_size = type(error) is OSError and error.errno is None  # the client's own check of a file
+    return wrong_size or any(_broken(e) for e in _chain(error))
 
 
 def _asked_wait(error: Exception) -> float:

@@ -113,8 +113,8 @@ def upload(
         names = files if CARD in files else [*files, CARD]
         contents = [card.encode() if name == CARD else folder / name for name in names]
         additions = [CommitOperationAdd(*pair) for pair in zip(names, contents, strict=True)]
-        # The hashes of the files were taken just now, and the hub accepts no other content. So they are
-        # checked here.
+        # The hashes of the files were taken just now, and the
+        # hub accepts no other content. So they are checked here.
         check()
         commit = _send(client, to, additions, removals, _title(folder), reporter)
         _check_arrived(client, repository, commit, additions)
@@ -214,9 +214,9 @@ def _send(
 ) -> str:
     """Upload the weights file by file, then make everything visible in one commit; returns the commit's id.
 
-    The client's `upload_folder` would make several commits, and a reader in between would find an incomplete
-    model. A file that the hub has, perhaps from an interrupted push, is recognised by its hash and not sent
-    again.
+    The client's `upload_folder` would make several commits, and a reader in
+    between would find an incomplete model. A file that the hub has, perhaps
+    from an interrupted push, is recognised by its hash and not sent again.
     """
     large = [a for a in additions if a.path_in_repo.endswith(".safetensors")]
     reporter.stage(f"uploading to {to.repository}", len(large) + 1)

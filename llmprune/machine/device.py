@@ -233,7 +233,7 @@ def free_memory(device: torch.device) -> int:
 class Stopwatch:
     """Adds up the seconds spent inside `with` blocks.
 
-    On a GPU by its own clock, without making the host wait.
+    On a GPU they are measured by its own clock, so that the host need not wait.
     """
 
     def __init__(self, device: torch.device) -> None:

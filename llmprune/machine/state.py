@@ -23,8 +23,8 @@ _LIBRARIES = threading.RLock()
 def libraries() -> Iterator[None]:
     """Let one thread at a time use libraries that change process-wide settings.
 
-    Afterwards the random number generators of Python, numpy and torch are in the state in which they were
-    before.
+    Afterwards the random number generators of Python, numpy
+    and torch are in the state in which they were before.
     """
     with _LIBRARIES:
         python_state, numpy_state, torch_state = (

@@ -23,9 +23,7 @@ from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
 from llmprune.numerics.counts import all_finite
 
-_Call = tuple[
-    tuple[Any, ...], dict[str, Any]
-]  # arguments of a block after the hidden states, and those by keyword
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the hidden states: args, kwargs
 Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
 # Tokens of a micro-batch: enough to keep the processor busy, few enough to stay in its cache.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -136,8 +134,8 @@ class BlockInputs:
         with self._outer():
             for part in self.slices():
                 calls = self._record(part, store=True)
-                # The arguments must depend only on the shape of a batch, so that one record per size is
-                # enough.
+                # The arguments must depend only on the shape of
+                # a batch, so that one record per size is enough.
                 known = self._calls.setdefault(part.stop - part.start, calls)
                 if not _same(known[0], calls[0]):
                     raise ValueError(

@@ -26,8 +26,8 @@ _building = threading.local()
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The causal language model of a config, for weights in `dtype`. The config is not changed.
 
-    Buffers have their values: rotary tables are not in the checkpoint, and casting the whole model would
-    round them.
+    Buffers have their values: rotary tables are not in the
+    checkpoint, and casting the whole model would round them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -118,8 +118,8 @@ def _empty_parameters() -> Iterator[None]:
 
 @functools.cache
 def _watch_registrations() -> None:
-    # The hook is never removed, since that could disturb a module that another thread is making at that
-    # moment.
+    # The hook is never removed, since that could disturb a
+    # module that another thread is making at that moment.
     register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]  # typed as returning None
 
 

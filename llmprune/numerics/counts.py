@@ -26,6 +26,6 @@ def true_per_row(mask: Tensor) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or Inf."""
-    # The sum is not finite if one element is not. It may also overflow; only then are the elements checked
-    # one by one.
+    # The sum is not finite if one element is not. It may also
+    # overflow; only then are the elements checked one by one.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -1,9 +1,9 @@
 """Numerics of the layer problem: find pruned weights V whose outputs are nearest to those of the weights W.
 
-The loss is `||X (W - V)^T||^2 / T = sum over rows of (w - v)^T G (w - v)`, with X the T inputs, G = X^T X / T
-the Gram matrix [C, C], R rows and C columns of W and V. Damping is a multiple of the mean of G's diagonal.
-Inputs that are always zero (`G_jj = 0`) get 1 on the diagonal, so every matrix factorised here is positive
-definite.
+The loss is `||X (W - V)^T||^2 / T = sum over rows of (w - v)^T G (w - v)`, with X
+the T inputs, G = X^T X / T the Gram matrix [C, C], R rows and C columns of W and V.
+Damping is a multiple of the mean of G's diagonal. Inputs that are always zero (`G_jj
+= 0`) get 1 on the diagonal, so every matrix factorised here is positive definite.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def _spectrum(gram: Tensor, damp: float) -> Spectrum:
 def aim(job: Job, correction: float) -> Tensor:
     """The right-hand side `W ((1 - c) G + c X_dense^T X / T)` [R, C] of the layer problem: V G must equal it.
 
-    With a correction c of 0 the wanted outputs are those of W on the pruned model's inputs X; with 1, those
-    of W on the dense model's inputs X_dense, so that the matrix also makes up for what the matrices before it
-    lost; values in between mix the two inputs. A high c overfits the calibration text when there is little of
-    it.
+    With a correction c of 0 the wanted outputs are those of W on the pruned model's
+    inputs X; with 1, those of W on the dense model's inputs X_dense, so that the
+    matrix also makes up for what the matrices before it lost; values in between mix
+    the two inputs. A high c overfits the calibration text when there is little of it.
     """
     gram = job.stats.gram
     return job.weight @ (torch.lerp(gram, job.stats.cross, correction) if correction else gram)

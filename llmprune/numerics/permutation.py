@@ -1,5 +1,4 @@
-"""Channel permutation (Zhang et al., ICLR 2024, with RIA): reorders columns so that N:M keeps more of the
-score.
+"""Channel permutation (Zhang et al., ICLR 2024, with RIA): an order of columns so that N:M keeps more score.
 
 R rows, C columns in G = C / M groups. First the columns are distributed so that every group gets large and
 small ones. Then, repeatedly, each group gives one column away, and solving a linear assignment problem
@@ -59,8 +58,8 @@ def _assigned(score: Tensor, groups: Tensor, position: int, n: int) -> Tensor:
 
     given = groups[:, position]
     stay = torch.cat([groups[:, :position], groups[:, position + 1 :]], dim=1)
-    # A row of a group keeps the n - 1 highest of the columns that stay, and the larger of their n-th and the
-    # new column.
+    # A row of a group keeps the n - 1 highest of the columns
+    # that stay, and the larger of their n-th and the new column.
     rivals = score[:, stay].topk(n, dim=2).values[:, :, n - 1]
     offered = score[:, given]
     gain = torch.stack([torch.maximum(rivals[:, g : g + 1], offered).sum(0) for g in range(len(groups))])

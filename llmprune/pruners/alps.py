@@ -1,5 +1,5 @@
-"""ALPS (Meng et al., arXiv 2406.07831): ADMM on the layer problem finds mask and weights together, then they
-are polished.
+"""ALPS (Meng et al., arXiv 2406.07831): ADMM on the layer
+problem finds mask and weights together, then they are polished.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from llmprune.numerics.gram import Spectrum, aim, reconstruct, spectrum
 
 _USUAL = 60  # iterations it usually takes, measured at 50 to 80 % sparsity; for the estimate of time
 _CHECK = 3  # every so many iterations it is checked how much the mask still changes
-# (share, factor): if at least this share of the kept weights changed since the last check, rho grows by the
-# factor.
+# (share, factor): if at least this share of the kept weights
+# changed since the last check, rho grows by the factor.
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 

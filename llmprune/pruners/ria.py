@@ -1,5 +1,5 @@
-"""RIA (Zhang et al., ICLR 2024): a weight's share of its row and of its column, times the input's norm to a
-power.
+"""RIA (Zhang et al., ICLR 2024): a weight's share of its
+row and of its column, times the input's norm to a power.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, let the later columns make up
-for it.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune
+column by column, let the later columns make up for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""SparseGPT's saliency as a score alone (Frantar and Alistarh, arXiv 2301.00774): the mask without the weight
-update.
+"""SparseGPT's saliency as a score alone (Frantar and Alistarh,
+arXiv 2301.00774): the mask without the weight update.
 """
 
 from __future__ import annotations

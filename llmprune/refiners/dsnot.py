@@ -1,8 +1,8 @@
-"""DSnoT (Zhang et al., arXiv 2310.08915): regrow and prune, one pair per row and cycle, until the expected
-error is gone.
+"""DSnoT (Zhang et al., arXiv 2310.08915): regrow and prune,
+one pair per row and cycle, until the expected error is gone.
 
-R rows, C columns, k candidates per row, S sampled tokens. "Grow" means to keep a weight that the mask had
-pruned.
+R rows, C columns, k candidates per row, S sampled tokens.
+"Grow" means to keep a weight that the mask had pruned.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ class _SignCandidates:
     """For unstructured masks: kept weights that lower the error when pruned, lowest score first."""
 
     def __init__(self, rows: _Rows, shift: Tensor, norm: Tensor, k: int, walk_on: bool) -> None:
-        # Ranked by 1 / score with the sign of the contribution: the lowest scores of either sign are at the
-        # two ends.
+        # Ranked by 1 / score with the sign of the contribution:
+        # the lowest scores of either sign are at the two ends.
         inverse = torch.where(norm > 0, shift.sign() / norm, 0)
         self._if_negative, self._if_positive = _both_ends(
             rows, k, lambda part: (inverse / part.weight).masked_fill_(part.weight == 0, 0)
@@ -298,8 +298,8 @@ def _best_cycles(rows: _Rows, sample: Tensor, margin: float, swaps: Sequence[_Sw
     raises perplexity. A row takes none unless its loss falls to `1 - margin`.
     """
     inputs = sample.T.contiguous()  # [C, S]: a swap changes a row's errors by multiples of two of these rows
-    # Columns of the swaps and the change of the errors per unit of input, [R, cycles]; 0 where a row does not
-    # swap.
+    # Columns of the swaps and the change of the errors per
+    # unit of input, [R, cycles]; 0 where a row does not swap.
     grown, dropped = (torch.stack([swap[i] for swap in swaps], dim=1) for i in (0, 1))
     active = torch.stack([swap[2] for swap in swaps], dim=1)
     won, lost = -rows.dense.gather(1, grown) * active, rows.weight.gather(1, dropped) * active

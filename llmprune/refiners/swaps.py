@@ -18,8 +18,8 @@ from llmprune.numerics.gram import aim
 
 # On a CPU, rows are processed in slices of about this many weights, which stay in the processor's cache.
 _CHUNK = 1 << 18
-# Finished rows are left out every so many swaps. On a GPU rarely, since the host must wait for it to know
-# them.
+# Finished rows are left out every so many swaps. On a GPU
+# rarely, since the host must wait for it to know them.
 _LOOK = {"cpu": 1, "cuda": 16}
 
 

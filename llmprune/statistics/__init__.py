@@ -1,3 +1,1 @@
-"""Input statistics of matrices: algorithms declare which they need, and they are collected in forward
-passes.
-"""
+"""Input statistics of matrices: algorithms declare which they need; they are collected in forward passes."""

@@ -82,11 +82,9 @@ class Halted:
 
 
 class Collector:
-    """Collects statistics of the inputs of modules; once for modules that get the very same tensor (q, k, v.
+    """Collects statistics of the inputs of modules, once for modules that get the very same tensor.
 
-    Gate, up).
-
-    The first module of such a group, in the order of the pass, is called its leader.
+    Such modules (q, k, v; gate, up) form a group. The first of them in the order of the pass is its leader.
 
     Args:
         needs: the statistics to collect.
@@ -97,8 +95,8 @@ class Collector:
     def __init__(self, needs: Need, positions: Tensor, watch: Stopwatch) -> None:
         self.needs, self._positions, self._watch = needs, positions, watch
         self.restart()
-        # id of an input -> the input and the leader of its group. Holding the tensor keeps its id from being
-        # reused.
+        # id of an input -> the input and the leader of its group.
+        # Holding the tensor keeps its id from being reused.
         self._inputs: dict[int, tuple[Tensor, str]] = {}
         self._shape, self._first, self._dense = (0, 0), 0, False
         self._modules = self._seen = 0

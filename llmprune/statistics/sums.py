@@ -1,7 +1,7 @@
 """The sums over tokens from which input statistics are computed.
 
-Batches and processes are merged by adding their sums. C input features, N sequences, T tokens, S sampled
-tokens.
+Batches and processes are merged by adding their sums. C
+input features, N sequences, T tokens, S sampled tokens.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from llmprune.numerics.gram import finite
 class BlockTune(BlockStep):
     """Trains a pruned block so that its outputs come near to those of the same block in the dense model.
 
-    The pruned block gets the outputs of the pruned blocks before it, the dense block those of the dense
-    model. The loss is the squared error divided by the squared dense outputs. Some calibration sequences are
-    held out. Each learning rate is tried for an eighth of the steps, and the one with the lowest held-out
-    error does the rest. If that does not lower the held-out error below what it was, the weights stay
-    unchanged.
+    The pruned block gets the outputs of the pruned blocks before it, the dense block
+    those of the dense model. The loss is the squared error divided by the squared dense
+    outputs. Some calibration sequences are held out. Each learning rate is tried for an
+    eighth of the steps, and the one with the lowest held-out error does the rest. If
+    that does not lower the held-out error below what it was, the weights stay unchanged.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,8 @@ class _Descent:
     def go_on(self, until: int) -> None:
         """Continue until `until` steps are done in all."""
         for step in range(self._step, until):
-            # A short warm-up, then a cosine that falls to 0: the small last steps leave no noise in the
-            # weights.
+            # A short warm-up, then a cosine that falls to 0: the
+            # small last steps leave no noise in the weights.
             warm_up = min(1.0, (step + 1) / 10)
             decay = 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
             self._optimizer.param_groups[0]["lr"] = self.rate * warm_up * decay

@@ -1,5 +1,5 @@
-"""Least squares on a fixed mask: the kept weights that best reproduce the layer's outputs, all rows solved
-together.
+"""Least squares on a fixed mask: the kept weights that best
+reproduce the layer's outputs, all rows solved together.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""OBS sweep (the update of SparseGPT, arXiv 2301.00774, for a mask already chosen): later columns make up for
-pruned ones.
+"""OBS sweep (the update of SparseGPT, arXiv 2301.00774, for a
+mask already chosen): later columns make up for pruned ones.
 """
 
 from __future__ import annotations
