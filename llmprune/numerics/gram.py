@@ -2,8 +2,8 @@
 
 The loss is `||X (W - V)^T||^2 / T = sum over rows of (w - v)^T G (w - v)`, with X
 the T inputs, G = X^T X / T the Gram matrix [C, C], R rows and C columns of W and V.
-Damping is a multiple of the mean of G's diagonal. Inputs that are always zero (`G_jj
-= 0`) get 1 on the diagonal, so every matrix factorised here is positive definite.
+Damping is a multiple of the mean of G's diagonal. Inputs that are always zero have
+`G_jj = 0` and get 1 there, so every matrix factorised here is positive definite.
 """
 
 from __future__ import annotations

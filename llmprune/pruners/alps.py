@@ -23,7 +23,7 @@ class ALPS(Pruner):
     """ADMM with the Gram matrix scaled to unit diagonal; the mask keeps the largest entries of `W + V / rho`.
 
     Here V is the dual variable and rho the penalty. It ends when the mask (the paper's support) is the same
-    at two checks. Conjugate gradient then solves for the kept weights.
+    at two checks in a row. Conjugate gradient then solves for the kept weights.
     """
 
     scope = "matrix"
@@ -70,9 +70,7 @@ class ALPS(Pruner):
     def prune(self, job: Job) -> Pruned:
         space = spectrum(job.stats, self.config.damp)
         dense = job.weight / space.scale
-        dense[:, job.stats.gram.diagonal() == 0] = (
-            0  # inputs that are always zero: their weights are pruned first
-        )
+        dense[:, job.stats.gram.diagonal() == 0] = 0  # weights of inputs that are always zero: pruned first
         target = (aim(job, self.config.correction) * space.scale).add_(dense, alpha=self.config.damp)
         weight, keep, score, iterations = self._admm(job, dense, target, space)
         weight = reconstruct(target, keep, space.matrix, self.config.polish, weight)

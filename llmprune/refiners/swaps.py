@@ -1,9 +1,9 @@
 """Exact swaps: per row, exchange a kept and a pruned weight while that lowers the layer's error, with the
 whole Gram matrix.
 
-R rows, r rows of a slice, C columns, m columns of a group (N:M). W is the dense matrix, V the pruned one, d =
-w - v the error of a row's weights, G the Gram matrix, c = G d, and d^T G d the row's loss. "Grow" means to
-keep a weight that the mask had pruned.
+R rows, r rows of a slice, C columns, m columns of a group (N:M). W is the dense matrix, V the pruned one,
+G the Gram matrix. A row of weights w, pruned to v, has the error d = w - v, c = G d, and the loss d^T G d.
+"Grow" means to keep a weight that the mask had pruned.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _LOOK = {"cpu": 1, "cuda": 16}
 class Swaps(Step):
     """Swaps a kept and a pruned weight of a row where that lowers the row's loss; no row's loss ever rises.
 
-    Pruning kept weight i and growing pruned weight j changes a row's loss by `2 v_i c_i + v_i^2 G_ii - 2 w_j
-    c_j + w_j^2 G_jj - 2 v_i w_j G_ij`. In each step every row takes the better of two pairs: the j that is
-    best alone with its best i, and the i that is best alone with its best j; for N:M within one group of m
-    columns. The other kept weights do not change. All rows of a slice take their steps together.
+    Pruning kept weight i and growing pruned weight j changes a row's loss by
+    `2 v_i c_i + v_i^2 G_ii - 2 w_j c_j + w_j^2 G_jj - 2 v_i w_j G_ij`.
+    In each step every row takes the better of two pairs: the j that is best alone with its best i, and the i
+    that is best alone with its best j; for N:M within one group of m columns. The other kept weights do not
+    change. All rows of a slice take their steps together.
     """
 
     changes = "mask"
