@@ -1,4 +1,8 @@
-"""The types every room agrees on. Shapes: R out_features, C in_features, K columns of a slice, N sequences, T tokens, S sampled tokens."""
+"""The types that the rest of the package is written against: what an algorithm is given, and what it returns.
+
+Shapes: R out_features, C in_features, K columns of a slice,
+N sequences, T tokens, S sampled tokens, D model width.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ T = TypeVar("T")
 
 
 class Need(Flag):
-    """What an algorithm must know about the inputs of a matrix; combine with `|`."""
+    """The input statistics that an algorithm can ask for; combine them with `|`.
+
+    `InputStats` says what each one is.
+    """
 
     NONE = 0
     MEAN = auto()
@@ -28,12 +35,12 @@ class Need(Flag):
 
 
 class InputStats:
-    """Statistics of one input group, per token, float32: vectors [C], gram and cross [C, C], sample [S, C].
+    """Statistics of the inputs that some matrices share, averaged over the tokens; all float32.
 
     Args:
-        count: tokens seen.
+        count: number of tokens they were computed from.
         sequence_length: tokens per calibration sequence.
-        values: the collected statistics by need; reading one that was not declared raises `LookupError`.
+        values: the collected statistics. Reading one that was not declared raises `LookupError`.
     """
 
     def __init__(self, count: int, sequence_length: int, values: Mapping[Need, Tensor]) -> None:
@@ -41,14 +48,17 @@ class InputStats:
         self._derived: dict[Any, Any] = {}
 
     def derived(self, key: Any, compute: Callable[[], T]) -> T:
-        """What `compute` returns, computed once for all matrices that share these inputs. `key` names it and its options."""
+        """The result of `compute`, computed once for all matrices that share these inputs.
+
+        `key` identifies the result and the options it depends on.
+        """
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]  # type: ignore[no-any-return]
 
     @property
     def needs(self) -> Need:
-        """The statistics that can be read."""
+        """The statistics that were collected and can be read."""
         collected = Need.NONE
         for need in self._values:
             collected |= need
@@ -57,7 +67,8 @@ class InputStats:
     def _read(self, need: Need) -> Tensor:
         if need not in self._values:
             raise LookupError(
-                f"statistic {need.name} was read but not declared; add Need.{need.name} to the algorithm's `needs`"
+                f"statistic {need.name} was read but not declared; "
+                f"add Need.{need.name} to the algorithm's `needs`"
             )
         return self._values[need]
 
@@ -78,30 +89,30 @@ class InputStats:
 
     @property
     def within_variance(self) -> Tensor:
-        """Token-weighted mean of each sequence's own population variance, [C]."""
+        """Mean over the tokens of the population variance within each token's own sequence, [C]."""
         return self._read(Need.WITHIN_VARIANCE)
 
     @property
     def gram(self) -> Tensor:
-        """X^T X / T over all tokens, [C, C]."""
+        """Gram matrix X^T X / `count` over all tokens, [C, C]."""
         return self._read(Need.GRAM)
 
     @property
     def cross(self) -> Tensor:
-        """X_dense^T X / T, [C, C]: the dense model's inputs at this place against these, token by token."""
+        """X_dense^T X / `count`, [C, C]: X_dense are the inputs of the same matrix in the dense model."""
         return self._read(Need.CROSS)
 
     @property
     def sample(self) -> Tensor:
-        """Input rows drawn evenly over the sequences, seeded, [S, C]."""
+        """Inputs of some tokens, [S, C], drawn with a seed, equally many from each sequence."""
         return self._read(Need.SAMPLE)
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration tokens int64 [N, T] on the CPU, where they came from, and the hash of the tokens.
+    """Calibration tokens int64 [N, T] on the CPU, with their source, seed and hash (`digest`).
 
-    `details` go into the record: what the source leaves open of how the rows were made.
+    `details` go into the record: how the rows were made, as far as `source` and `seed` do not say it.
     """
 
     tokens: Tensor
@@ -112,15 +123,18 @@ class CalibrationSet:
 
 
 class Pattern(ABC):
-    """Which positions may be pruned together and how many: turns a score into a keep mask."""
+    """A sparsity pattern: turns a score into a keep mask with an exact number of zeros."""
 
-    width: int  # columns per indivisible group
+    width: int  # columns per group: M for N:M, 1 for unstructured; a group must never be split
 
     @abstractmethod
     def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
-        """Keep mask, bool [R, K], of a score [R, K]; higher scores are kept, and among equals the lower column is pruned first.
+        """Keep mask, bool [R, K], of a score [R, K]: higher scores are kept.
 
-        `start` is the first column of a slice: the counts of slices laid side by side add up to the exact count of the whole matrix.
+        Of equal scores the lower column is pruned first.
+
+        `start`: the first column, where the score is a slice of a matrix. Adjoining slices together prune
+        exactly as many weights as the whole matrix would.
         """
 
     @abstractmethod
@@ -133,7 +147,7 @@ class Pattern(ABC):
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix to prune. `weight` is the dense float32 [R, C] and must not be written to."""
+    """One matrix to prune. `weight` is the dense matrix, float32 [R, C], and must not be written to."""
 
     name: str
     weight: Tensor
@@ -145,9 +159,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned matrix: float32 [R, C], zero wherever `keep` (bool [R, C]) is False.
+    """A pruned matrix: `weight`, float32 [R, C], is zero wherever `keep`, bool [R, C], is False.
 
-    `score` [R, C] is the ranking that chose the mask, for steps that continue from it. `notes` go into the matrix's row of the record.
+    `score` [R, C] is the score that chose the mask; later steps
+    may use it. `notes` go into the matrix's row of the record.
     """
 
     weight: Tensor
@@ -157,16 +172,22 @@ class Pruned:
 
 
 class Algorithm:
-    """Shared by every room: a nested frozen `Config`, checked once at construction.
+    """Base of every algorithm. Its options are a nested frozen dataclass `Config`, which checks them.
 
-    For the plan's estimate of memory: `copies` of a weight [R, C] in float32 at work at once, and `gram_copies` of a Gram matrix [C, C].
+    The class attributes say what the algorithm costs; the plan estimates memory and time from them.
 
-    For its estimate of time: `visits` of every entry of a weight, products of a weight with a [C, C] matrix (2 R C^2 operations each),
-    and per input of several matrices `solves` (2 C^3 operations each) and `decompositions` (eigenvalues in float64) of such a matrix.
+    Attributes:
+        copies: float32 copies of a weight [R, C] in memory at once.
+        gram_copies: copies of a Gram matrix [C, C] in memory at once.
+        visits: how often every entry of a weight is read or written.
+        products: products of a weight with a [C, C] matrix, 2 R C^2 operations each.
+        solves: factorisations of a [C, C] matrix, 2 C^3 operations each, once per input that several matrices
+            share.
+        decompositions: eigendecompositions of a [C, C] matrix in float64, once per shared input.
     """
 
     copies: ClassVar[int] = 4
-    gram_copies: ClassVar[int] = 3  # a factor and its making
+    gram_copies: ClassVar[int] = 3  # the matrix, its factor, and a work copy
     visits: float = 50
     products: float = 0
     solves: float = 0
@@ -181,7 +202,10 @@ class Algorithm:
 
 
 class Pruner(Algorithm, ABC):
-    """Decides which weights go. `scope` is the comparison its paper uses for unstructured masks."""
+    """Chooses the keep mask of a matrix, and may change the kept weights.
+
+    `scope`: whether its paper compares scores per `row` or over the whole `matrix` for unstructured masks.
+    """
 
     needs: Need = Need.NONE
     scope: ClassVar[str] = "row"
@@ -192,11 +216,11 @@ class Pruner(Algorithm, ABC):
 
 
 class ScorePruner(Pruner):
-    """A pruner that only ranks: the kept weights stay as they are."""
+    """A pruner that only scores the weights: the kept weights stay unchanged."""
 
     @abstractmethod
     def score(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor:
-        """Importance [R, C] of each weight; higher is kept."""
+        """Importance of each weight, [R, C]; the highest are kept."""
 
     def prune(self, job: Job) -> Pruned:
         score = self.score(job.weight, job.stats, job.generator)
@@ -221,9 +245,12 @@ class BlockJob:
     """A pruned block to tune as a whole, on calibration sequences 0 .. `sequences` - 1.
 
     Attributes:
-        weights: the pruned matrices, float32, laid out as in the block, by name. keeps: their masks, laid out alike.
-        mine: the sequences this process holds. batch: the most of them to run at once.
-        outputs: given weights like `weights` and sequences of `mine`, the block's outputs [n, T, D]; gradients reach the weights.
+        weights: the pruned matrices by name, float32, laid out as in the block.
+        keeps: their keep masks, laid out in the same way.
+        mine: the sequences that this process holds.
+        batch: the most sequences to run at once.
+        outputs: the block's outputs [n, T, D], given weights like `weights` and some sequences of `mine`;
+            gradients flow back to these weights.
         targets: the dense model's outputs of the same block, [n, T, D].
         add: sums tensors over all processes, in place.
     """
@@ -242,16 +269,19 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The tuned matrices of a block, laid out and named as in `BlockJob.weights`. `notes` go into the record of every matrix."""
+    """The tuned matrices of a block, laid out and named as in `BlockJob.weights`.
+
+    `notes` go into the record's row of every matrix.
+    """
 
     weights: Mapping[str, Tensor]
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BlockStep(Algorithm, ABC):
-    """An update of a whole block: moves the kept weights of its matrices together and leaves the masks.
+    """An update of a whole block: changes the kept weights of all its matrices together and leaves the masks.
 
-    `trained`: sequences it runs forwards and backwards, for the estimate of time.
+    `trained`: sequences it runs forward and backward, for the estimate of time.
     """
 
     changes: ClassVar[str] = "weights"
@@ -263,10 +293,13 @@ class BlockStep(Algorithm, ABC):
 
 
 class Allocator(Algorithm, ABC):
-    """Says how the model's sparsity should be shared out over its matrices; the plan shifts and rounds the wishes to the exact total.
+    """Divides the model's sparsity among its matrices.
 
-    One with `trials` (their labels) is asked to allocate for each of them; the model is pruned so by `trial_pruner` (the recipe's own where
-    empty), and the trial with the lowest loss on held-out calibration rows is the one that counts.
+    The plan then shifts and rounds the returned sparsities so that the total is exact.
+
+    An allocator with `trials` (one label each) allocates once per trial. The model is pruned with each
+    allocation by `trial_pruner` (empty: the recipe's own pruner), and the one with the lowest loss on
+    held-out calibration rows is used.
     """
 
     needs: Need = Need.NONE
@@ -274,9 +307,13 @@ class Allocator(Algorithm, ABC):
     trial_pruner: str = ""
 
     def measure(self, jobs: Iterable[Job]) -> float:
-        """One number for a block, from all its matrices on the dense model's inputs; asked of allocators with needs alone.
+        """One number for a block, computed from all its matrices and their inputs in the dense model.
 
-        `jobs` can be gone through several times, and reads each weight anew: at most one of them is in memory.
+        Only called if the allocator has `needs`.
+
+
+        `jobs` can be iterated several times. Each pass reads the
+        weights again, so that only one is in memory at a time.
         """
         return 0.0
 
@@ -289,20 +326,25 @@ class Allocator(Algorithm, ABC):
         sparsity: float,
         trial: int = 0,
     ) -> dict[str, float]:
-        """The sparsity wished for every matrix in `shapes` (R, C), given the number of its block and what was measured there.
+        """The wished sparsity of every matrix, by name.
 
-        `trial`: the number of one of the `trials`.
+        Args:
+            shapes: matrix name -> (R, C).
+            blocks: matrix name -> number of its block.
+            measures: block number -> what `measure` returned.
+            sparsity: of the whole model.
+            trial: which of the `trials` to allocate for, counted from 0.
         """
 
 
 class Reporter(Protocol):
-    """Is told how long work goes."""
+    """Shows the progress of a run to the user."""
 
     def stage(self, title: str, steps: int) -> None:
-        """A stage of so many steps begins."""
+        """Called when a stage of `steps` steps begins."""
 
     def step(self) -> None:
-        """One step of the stage is done."""
+        """Called when one step of the current stage is done."""
 
     def note(self, text: str) -> None:
-        """Something the user should know, in one line."""
+        """Called with one line that the user should know."""

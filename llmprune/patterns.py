@@ -1,4 +1,7 @@
-"""Sparsity patterns: a score becomes an exact keep mask. R rows, K columns of a slice of a matrix."""
+"""Sparsity patterns (unstructured, N:M): turn a score into a keep mask with an exact count.
+
+R rows, K columns of a slice of a matrix.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ from llmprune.contracts import Pattern
 from llmprune.numerics.counts import true_per_row
 
 SCOPES = ("row", "matrix", "published")
-
-
-# Rows are worked off in slices this small, for the cache and so that torch runs each operation on one thread: waiting for
-# a second thread some thousand times costs more than it brings, and very much more on a busy machine.
+# On a CPU, rows are processed in slices of about this many weights. They fit into the cache, and torch runs
+# operations of this size on one thread: starting a second one thousands of times costs more than it gains,
+# most of all on a busy machine.
 _CHUNK = 1 << 16
 
 
 def _threshold(score: Tensor, pruned: int) -> Tensor:
     """The `pruned`-th lowest value of each row, [R, 1]."""
-    if (
-        score.is_cpu and score.dtype == torch.float32
-    ):  # numpy's partial selection is vectorised: several times faster than kthvalue
-        return torch.from_numpy(
-            np.partition(score.numpy(), pruned - 1, axis=1)[:, pruned - 1 : pruned].copy()
-        )
+    if score.is_cpu and score.dtype == torch.float32:
+        # numpy's partial selection is vectorised: several times faster than kthvalue.
+        partitioned = np.partition(score.numpy(), pruned - 1, axis=1)
+        return torch.from_numpy(partitioned[:, pruned - 1 : pruned].copy())
     return torch.kthvalue(score, pruned, dim=1, keepdim=True).values
 
 
 def keep_highest(score: Tensor, pruned: int) -> Tensor:
-    """Keep mask [R, K] that drops exactly the `pruned` lowest of each row, the lower column first among equals.
+    """Keep mask [R, K] that drops exactly the `pruned` lowest of each row.
 
-    A partial selection: only the threshold is searched, and only rows with several weights at it are counted out.
+    Of equal scores the lower column goes first.
+
+    Only the threshold of each row is searched, nothing is sorted. Rows with several scores at the threshold
+    are the only ones where columns are counted.
     """
     keep = torch.ones_like(score, dtype=torch.bool)
     if pruned == 0:
@@ -48,20 +51,23 @@ def keep_highest(score: Tensor, pruned: int) -> Tensor:
         tied = surplus.nonzero().squeeze(1)
         if len(tied):
             equal = part[tied] == threshold[tied]
-            behind = equal.flip(1).cumsum(1).flip(1)  # of the equals, the last `surplus` columns are kept
-            part_keep[tied] |= equal & (behind <= surplus[tied, None])
+            # Of the scores at the threshold, those in the last `surplus` columns are kept.
+            number_from_right = equal.flip(1).cumsum(1).flip(1)
+            part_keep[tied] |= equal & (number_from_right <= surplus[tied, None])
     return keep
 
 
 def keep_highest_of_group(score: Tensor, n: int, m: int) -> Tensor:
-    """Keep mask [R, K] with the n highest of every aligned group of m columns, the higher column first among equals."""
+    """Keep mask [R, K] with the n highest of every aligned group of m columns.
+
+    Of equal scores the higher column is kept.
+    """
     keep = torch.empty_like(score, dtype=torch.bool)
     size = _CHUNK // m if score.is_cpu else max(1, score.numel() // m)
     for part, part_keep in zip(score.reshape(-1, m).split(size), keep.view(-1, m).split(size), strict=True):
         columns = part.T.contiguous()  # one contiguous row per position in the group
-        rank = torch.zeros_like(
-            columns, dtype=torch.int16
-        )  # how many of the group go before: higher, or equal and further right
+        # How many of its group come before each entry: those that are higher, or equal and further right.
+        rank = torch.zeros_like(columns, dtype=torch.int16)
         for j in range(m):
             rank[j + 1 :] += columns[j] > columns[j + 1 :]
             rank[:j] += columns[j] >= columns[:j]
@@ -70,12 +76,15 @@ def keep_highest_of_group(score: Tensor, n: int, m: int) -> Tensor:
 
 
 class Unstructured(Pattern):
-    """Any position, compared per row or over the whole matrix: `int(C * sparsity)` per row or `int(R * C * sparsity)` are pruned."""
+    """Any position may be pruned. Scores are compared within each row, or over the whole matrix (`scope`).
+
+    Pruned are `int(C * sparsity)` weights of each row, or `int(R * C * sparsity)` of the matrix.
+    """
 
     width = 1
 
     def __init__(self, scope: str = "row") -> None:
-        if scope not in SCOPES:  # "published" is a class of its own, below
+        if scope not in SCOPES:  # "published" has a class of its own, `PublishedThreshold`
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {shown(scope)}")
         self.scope = scope
 
@@ -102,9 +111,11 @@ class Unstructured(Pattern):
 
 
 class PublishedThreshold(Unstructured):
-    """For reproduction only: the `<= threshold` of the published magnitude and SparseGPT code, over a matrix or a slice of it.
+    """For reproducing published numbers only: prunes `score <= threshold`.
 
-    The threshold is entry `int(n * sparsity)` of the n sorted scores, so each slice loses one weight too many, and more on ties.
+    The published code for magnitude pruning and SparseGPT does so. Scores are compared over a matrix or a
+    slice of it. The threshold is entry `int(n * sparsity)` of the n sorted scores, so each slice loses one
+    weight too many, and more where scores are equal.
     """
 
     def __init__(self) -> None:
@@ -122,7 +133,7 @@ class PublishedThreshold(Unstructured):
 
 
 class NM(Pattern):
-    """In every aligned group of m inputs of a row exactly n are kept."""
+    """N:M sparsity: in every aligned group of m columns of a row exactly n weights are kept."""
 
     def __init__(self, n: int, m: int) -> None:
         if not 0 < n < m:
@@ -131,7 +142,7 @@ class NM(Pattern):
 
     @property
     def sparsity(self) -> float:
-        """The share of pruned weights the pattern implies."""
+        """The sparsity that the pattern implies, `1 - n / m`."""
         return 1 - self.n / self.width
 
     def select(self, score: Tensor, sparsity: float, start: int = 0) -> Tensor:
@@ -143,7 +154,8 @@ class NM(Pattern):
         counts = true_per_row(keep.reshape(-1, self.width))
         if not bool((counts == self.n).all()):
             raise ValueError(
-                f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights where {self.n} are wanted"
+                f"a group of {self.width} keeps {int(counts[counts != self.n][0])} weights "
+                f"where {self.n} are wanted"
             )
 
     def _check_width(self, matrix: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""The file name is the algorithm's name (`-` for `_`): `(room, name)` -> the one class its file defines."""
+"""Finds and builds algorithms by name.
+
+An algorithm's name is the name of its file in `pruners/`, `refiners/`, `updates/` or `allocators/` (the
+"room"), with `-` for `_`. There is no list to edit.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,19 @@ ROOMS = ("pruners", "refiners", "updates", "allocators")
 
 
 def names(room: str) -> list[str]:
-    """Algorithms of a room, by file name, nothing imported but the room itself."""
+    """The names of a room's algorithms, sorted; their files are not imported."""
     package = importlib.import_module(f"llmprune.{room}")
-    return sorted(
-        m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-    )
+    files = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return sorted(file.replace("_", "-") for file in files if not file.startswith("_"))
 
 
 def find(room: str, name: str) -> type[Algorithm]:
-    """The class of an algorithm. Raises `ValueError` with the nearest names; an import error inside the file surfaces whole."""
+    """The class of an algorithm.
+
+    Raises:
+        ValueError: no such algorithm, with the names most like it. An import error inside its file is passed
+            on unchanged.
+    """
     if name not in names(room):
         raise nearest(room.removesuffix("s"), name, names(room))
     module = importlib.import_module(f"llmprune.{room}.{name.replace('-', '_')}")
@@ -38,7 +46,11 @@ def find(room: str, name: str) -> type[Algorithm]:
 
 
 def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
-    """An algorithm with its options. Raises `ValueError` on an unknown option, a wrong type or a value out of range."""
+    """An algorithm with the given options.
+
+    Raises:
+        ValueError: an unknown algorithm or option, a wrong type, or a value out of range.
+    """
     cls = find(room, name)
     types = get_type_hints(cls.Config)
     for key, value in options.items():
@@ -54,7 +66,7 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
                 )
             continue
         if types[key] is float and isinstance(value, str):
-            value = _number(value)  # YAML reads 1e-4 as text: it wants a point, 1.0e-4
+            value = _number(value)  # YAML reads 1e-4 as text, since it wants a decimal point: 1.0e-4
             options = {**options, key: value}
         wanted = (int, float) if types[key] is float else types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and types[key] is not bool):
@@ -65,7 +77,7 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _number(text: str) -> Any:
-    """The number a text stands for, or the text."""
+    """The number that a text stands for; the text itself if it is no number."""
     try:
         return float(text)
     except ValueError:
@@ -73,11 +85,9 @@ def _number(text: str) -> Any:
 
 
 def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
-    """An option that takes several numbers; one alone will do."""
-    values = [
-        _number(v) if isinstance(v, str) else v
-        for v in (value if isinstance(value, (list, tuple)) else [value])
-    ]
+    """The value of an option that takes a list of numbers; a single number is a list of one."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    values = [_number(v) if isinstance(v, str) else v for v in items]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(
             f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}"
@@ -86,7 +96,10 @@ def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
 
 
 def describe(room: str, name: str) -> dict[str, Any]:
-    """The first line of an algorithm's source note (with its paper) and its options with their defaults."""
+    """An algorithm's summary and its options with their defaults.
+
+    The summary is the first paragraph of the algorithm's file, which names the paper.
+    """
     cls = find(room, name)
-    summary = (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()[0]
-    return {"summary": summary, "options": dataclasses.asdict(cls.Config())}
+    paragraph = (inspect.getdoc(inspect.getmodule(cls)) or "").partition("\n\n")[0]
+    return {"summary": " ".join(paragraph.split()), "options": dataclasses.asdict(cls.Config())}

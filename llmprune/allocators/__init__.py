@@ -1,1 +1,4 @@
-"""Allocators: overall sparsity to sparsity per matrix. One file is one algorithm."""
+"""Allocators: they divide the model's sparsity among its matrices.
+
+Each file is one algorithm, named by its file.
+"""

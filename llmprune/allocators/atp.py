@@ -1,4 +1,6 @@
-"""ATP (Huang et al., arXiv 2502.14770): sparsity rises from block to block by the same step; trials on calibration rows find the step."""
+"""ATP (Huang et al., arXiv 2502.14770): sparsity rises from block to block by the same step; trials on
+calibration rows find the step.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,20 @@ from llmprune.contracts import Allocator
 
 
 class ATP(Allocator):
-    """Block b of B gets `S + slope * (b - (B + 1) / 2)`; of several slopes the one whose trial has the lowest held-out loss."""
+    """Block b of B gets sparsity `S + slope * (b - (B + 1) / 2)`, where S is the model's sparsity.
+
+    Of several slopes, the one whose trial has the lowest held-out loss is used.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`slopes` to try, as shares of the steepest, `2 min(S, 1 - S) / (B - 1)`; negative ones fall. `trial`: the pruner of the trials.
+        """Options of ATP.
 
-        An empty `trial` is the recipe's own pruner; refiner and updates are left out of the trials either way.
+        Attributes:
+            slopes: to try, as shares of the steepest possible one, `2 min(S, 1 - S) / (B - 1)`; sparsity
+                falls with a negative one.
+            trial: the pruner of the trials, by default the recipe's
+                own. Refiner and updates do not run in trials.
         """
 
         slopes: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
@@ -47,10 +56,8 @@ class ATP(Allocator):
         trial: int = 0,
     ) -> dict[str, float]:
         numbers = sorted({blocks[name] for name in shapes})
-        half = self.config.slopes[trial] * min(sparsity, 1 - sparsity)  # from the middle block to the last
-        steps = (
-            {number: 2 * i / max(1, len(numbers) - 1) - 1 for i, number in enumerate(numbers)}
-            if len(numbers) > 1
-            else {numbers[0]: 0.0}
-        )
-        return {name: sparsity + half * steps[blocks[name]] for name in shapes}
+        rise = self.config.slopes[trial] * min(sparsity, 1 - sparsity)  # from the middle block to the last
+        last = len(numbers) - 1
+        # From -1 at the first block to 1 at the last.
+        position = {number: 2 * i / last - 1 if last else 0.0 for i, number in enumerate(numbers)}
+        return {name: sparsity + rise * position[blocks[name]] for name in shapes}

@@ -1,4 +1,6 @@
-"""DLP (Chen et al., arXiv 2505.23807): blocks with a larger share of the model's Wanda scores are pruned more."""
+"""DLP (Chen et al., arXiv 2505.23807): blocks with a
+larger share of the model's Wanda scores are pruned more.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from llmprune.contracts import Allocator, Job, Need
 
 
 class DLP(Allocator):
-    """A block's score is the mean of `|W_ij| * ||x_j||`; its keep ratio `1 - score / sum`, scaled over the blocks to `[0, 2 * limit]`."""
+    """A block's score is the mean of `|W_ij| * ||x_j||` over its weights.
+
+    Its keep ratio is `1 - score / sum of all scores`. The ratios are scaled to the range `[0, 2 * limit]`
+    over the blocks, and shifted so that their mean is the model's density.
+    """
 
     needs = Need.SECOND_MOMENT
 
@@ -26,7 +32,8 @@ class DLP(Allocator):
     def measure(self, jobs: Iterable[Job]) -> float:
         total, count = 0.0, 0
         for job in jobs:
-            # ||x_j|| is sqrt(tokens) times this norm: a factor common to all blocks, which the shares cancel.
+            # ||x_j|| is sqrt(tokens) times this norm; the factor
+            # is the same for all blocks and cancels in the ratios.
             total += float((job.weight.abs() @ job.stats.second_moment.sqrt()).double().sum())
             count += job.weight.numel()
         return total / count

@@ -1,4 +1,6 @@
-"""ERK (Mocanu et al., arXiv 1707.04780; Evci et al., arXiv 1911.11134): small and uneven matrices stay denser."""
+"""ERK (Mocanu et al., arXiv 1707.04780; Evci et al.,
+arXiv 1911.11134): small and uneven matrices stay denser.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from llmprune.contracts import Allocator
 
 
 class ERK(Allocator):
-    """Density proportional to `(R + C) / (R * C)`, capped at 1, scaled to the budget."""
+    """Density proportional to `(R + C) / (R * C)`, at most 1, scaled so that the model's sparsity is met."""
 
     def allocate(
         self,
@@ -20,7 +22,8 @@ class ERK(Allocator):
     ) -> dict[str, float]:
         kept = (1 - sparsity) * sum(r * c for r, c in shapes.values())
         full: set[str] = set()
-        while True:  # a matrix that would be more than dense is dense, and the others share what it leaves
+        # A matrix whose density would be above 1 stays dense, and the others share what is left.
+        while True:
             free = [n for n in shapes if n not in full]
             left = kept - sum(shapes[n][0] * shapes[n][1] for n in full)
             scale = left / max(1, sum(sum(shapes[n]) for n in free))

@@ -10,11 +10,14 @@ from llmprune.contracts import Allocator
 
 
 class Explicit(Allocator):
-    """Glob patterns on matrix names with their sparsity, the first match wins; the model's sparsity is met by the rest."""
+    """Sparsity by glob pattern on matrix names; the first pattern that matches counts.
+
+    The other matrices all get the sparsity with which the whole model reaches its own.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`sparsity`: mapping of glob pattern to sparsity."""
+        """`sparsity`: glob pattern -> sparsity in [0, 1)."""
 
         sparsity: Mapping[str, float] = field(default_factory=dict)
 
@@ -31,13 +34,12 @@ class Explicit(Allocator):
         sparsity: float,
         trial: int = 0,
     ) -> dict[str, float]:
-        wished = {
-            n: next((s for p, s in self.config.sparsity.items() if fnmatchcase(n, p)), None) for n in shapes
-        }
+        wished = {name: self._wished(name) for name in shapes}
         for pattern in self.config.sparsity:
-            if not any(fnmatchcase(n, pattern) for n in shapes):
+            if not any(fnmatchcase(name, pattern) for name in shapes):
                 raise ValueError(
-                    f"pattern {pattern!r} of allocator 'explicit' matches no matrix, such as {next(iter(shapes))!r}"
+                    f"pattern {pattern!r} of allocator 'explicit' matches no matrix, "
+                    f"such as {next(iter(shapes))!r}"
                 )
         sizes = {n: r * c for n, (r, c) in shapes.items()}
         rest = sum(sizes[n] for n, s in wished.items() if s is None)
@@ -45,7 +47,13 @@ class Explicit(Allocator):
         share = left / rest if rest else (0.0 if abs(left) < 1 else -1.0)
         if not 0 <= share < 1:
             raise ValueError(
-                f"the sparsities of allocator 'explicit' leave {left / max(1, rest):.3f} for the other matrices to reach {sparsity:g} "
-                "overall, which must be in [0, 1); change them or the model's sparsity"
+                f"the sparsities of allocator 'explicit' leave {left / max(1, rest):.3f} for the other "
+                f"matrices to reach {sparsity:g} overall, which must be in [0, 1); "
+                "change them or the model's sparsity"
             )
         return {n: share if s is None else float(s) for n, s in wished.items()}
+
+    def _wished(self, name: str) -> float | None:
+        """The sparsity given for a matrix; None where no pattern matches its name."""
+        given = self.config.sparsity.items()
+        return next((sparsity for pattern, sparsity in given if fnmatchcase(name, pattern)), None)

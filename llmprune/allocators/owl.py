@@ -12,15 +12,23 @@ from llmprune.contracts import Allocator, Job, Need
 
 
 class OWL(Allocator):
-    """The share of a block's Wanda scores above `outlier` times the block's mean score, scaled over the blocks to `[0, 2 * limit]`."""
+    """A block's measure is the share of its Wanda scores that exceed `outlier` times their mean.
+
+    The measures are scaled to the range `[0, 2 * limit]` over the blocks, and shifted so that their mean is
+    the model's density.
+    """
 
     needs = Need.SECOND_MOMENT
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`outlier`: how many times the mean makes an outlier. `limit`: how far a block may be from the model's sparsity.
+        """Options of OWL.
 
-        Of several limits that whose trial has the lowest held-out loss. `trial`: the pruner of the trials; empty: the recipe's own.
+        Attributes:
+            outlier: a score above this multiple of the block's mean score is an outlier.
+            limit: how far a block's sparsity may be from the model's. Of several limits, the one whose trial
+                has the lowest held-out loss is used.
+            trial: the pruner of the trials, by default the recipe's own.
         """
 
         outlier: float = 5.0
@@ -39,7 +47,8 @@ class OWL(Allocator):
 
     @property
     def trials(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(f"limit {limit:g}" for limit in self.config.limit) if len(self.config.limit) > 1 else ()
+        limits = self.config.limit
+        return tuple(f"limit {limit:g}" for limit in limits) if len(limits) > 1 else ()
 
     @property
     def trial_pruner(self) -> str:  # type: ignore[override]
@@ -69,4 +78,5 @@ class OWL(Allocator):
 
 
 def _score(job: Job) -> Tensor:
+    """Wanda's score of every weight, [R, C]."""
     return job.weight.abs() * job.stats.second_moment.sqrt()

@@ -1,1 +1,4 @@
-"""The only room that touches weight files: safetensors in, safetensors out, nothing is ever unpickled."""
+"""Reading and writing checkpoints as safetensors; the only part of the package that touches weight files.
+
+Pickle files are never opened.
+"""

@@ -1,4 +1,4 @@
-"""What an output folder consists of: the names of its files, and which of a source folder's files go along."""
+"""The files of an output folder: their names, and which files of the source folder are copied into it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 
 RECORD = "llmprune.json"
-SCHEMA = 1  # of the record
+SCHEMA = 1  # version of the record's format
 JOURNAL = "journal.jsonl"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MASKS = "masks.safetensors"
 CARD = "README.md"
 REPORT = "report.html"
-MADE = (RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT)  # what is written beside weights and companions
-WRITTEN_LAST = (RECORD, JOURNAL, CARD, REPORT)  # and may be written again
-# What a loader or a reader of the licence needs; anything else in the source folder is not ours to publish.
+MADE = (RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT)  # what a run writes besides weights and companions
+WRITTEN_LAST = (RECORD, JOURNAL, CARD, REPORT)  # those of them that may be written again later
+# Files copied from the source folder ("companions"): what is needed to load the model, and its licence. Other
+# files of the folder are not ours to publish.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -36,16 +37,16 @@ _SHARD = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
 
 def shard_name(number: int, shards: int) -> str:
-    """The name of one weight file, counted from 1."""
+    """The file name of shard `number` (from 1) of `shards`."""
     return f"model-{number:05d}-of-{shards:05d}.safetensors"
 
 
 def is_shard(name: str) -> bool:
-    """Whether a weight file of ours goes by this name."""
+    """Whether a file name is one that `shard_name` gives."""
     return _SHARD.fullmatch(name) is not None
 
 
 def is_companion(name: str, code: bool) -> bool:
-    """Whether a file of a source folder goes along with its weights; Python files only with `code`."""
+    """Whether a file of the source folder is copied into the output; Python files only with `code`."""
     path = Path(name)
     return any(path.match(pattern) for pattern in COMPANIONS) or (code and path.suffix == ".py")

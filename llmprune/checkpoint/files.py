@@ -1,4 +1,7 @@
-"""safetensors files byte by byte: checked headers, tensors read where they lie, and files that are whole and durable or not there."""
+"""Reading and writing safetensors files: headers are checked, and a file is written completely or not at all.
+
+"Durable" means: flushed to the disk, so that it survives a crash of the machine.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llmprune.common.messages import first_line
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -37,7 +42,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in its file: absolute bytes `start` to `end`."""
+    """Where a tensor is in its file: bytes `start` to `end` from the beginning of the file.
+
+    `dtype` as in safetensors.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,35 +54,34 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of a safetensors file. Raises `ValueError` where the file is damaged or something else."""
+    """Every tensor of a safetensors file, by name.
+
+    Raises `ValueError` if the file is damaged or not safetensors.
+    """
     try:
+        # Opening makes the library's own checks: header size,
+        # dtypes, shapes against offsets, gaps, overlaps, file size.
         with safe_open(path, framework="pt"):
-            pass  # the library's own checks: header size, dtypes, shapes against offsets, no gap, no overlap, the file's length
+            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             listed = json.loads(file.read(length))
         listed.pop("__metadata__", None)
-        return {
-            name: Entry(
-                t["dtype"],
-                tuple(t["shape"]),
-                8 + length + t["data_offsets"][0],
-                8 + length + t["data_offsets"][1],
-            )
-            for name, t in listed.items()
-        }
+        return {name: _entry(tensor, 8 + length) for name, tensor in listed.items()}
     except (SafetensorError, OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged or not safetensors ({_line(error)}); download it again"
+            f"{path} is damaged or not safetensors ({first_line(error)}); download it again"
         ) from None
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def _entry(tensor: Mapping[str, Any], data: int) -> Entry:
+    """One tensor of a header, given where the data begins in the file."""
+    start, end = tensor["data_offsets"][0], tensor["data_offsets"][1]
+    return Entry(tensor["dtype"], tuple(tensor["shape"]), data + start, data + end)
 
 
 class Stamp(NamedTuple):
-    """What tells one state of a file from another without reading it."""
+    """What the system says of a file; it differs if the file was changed or replaced."""
 
     device: int
     inode: int
@@ -83,12 +90,12 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        """The stamp in what the system says of a file."""
+        """The stamp from the result of `stat`."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def changed(path: Path) -> ValueError:
-    """The error for a file that is not what it was when the run began."""
+    """The error for a file that changed since the run began."""
     return ValueError(
         f"{path} changed during the run, so what was read before and after does not belong together; "
         "begin anew (--restart) once nothing writes to it"
@@ -96,10 +103,12 @@ def changed(path: Path) -> ValueError:
 
 
 class WeightFile:
-    """A safetensors file whose header is read once. Whenever it is opened again it must be the file it was then.
+    """A safetensors file whose header is read once.
+
+    Each later access checks that the file has not changed since.
 
     Raises:
-        ValueError: the file is damaged, something else, or changes while it is in use.
+        ValueError: the file is damaged, not safetensors, or changes while it is in use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,12 +116,12 @@ class WeightFile:
         try:
             self._stamp = Stamp.of(path.stat())
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {_line(error)}") from None
+            raise ValueError(f"cannot read {path}: {first_line(error)}") from None
         self.entries = read_header(path)
         self.check()
 
     def check(self) -> None:
-        """Raise `ValueError` where the file is not what it was."""
+        """Raise `ValueError` if the file has changed."""
         try:
             now = Stamp.of(self.path.stat())
         except OSError:
@@ -121,11 +130,15 @@ class WeightFile:
             raise changed(self.path)
 
     def load(self, name: str) -> Tensor:
-        """One tensor, copied into memory of its own: a mapping would die with the process when the file shrinks under it."""
+        """One tensor, read into memory of its own.
+
+        The file is not mapped into memory: if a mapped file is made shorter, reading it kills the process.
+        """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(
-                f"{name!r} in {self.path} is stored as {entry.dtype}, which is not supported; use a checkpoint in plain dtypes"
+                f"{name!r} in {self.path} is stored as {entry.dtype}, which is not supported; "
+                "use a checkpoint in plain dtypes"
             )
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         buffer = _bytes(tensor) if tensor.numel() else memoryview(bytearray())
@@ -138,11 +151,11 @@ class WeightFile:
                     if not read:
                         raise changed(self.path)
                     buffer = buffer[read:]
-                self._check_opened(file.fileno())  # it may have been written to while it was read
+                self._check_opened(file.fileno())  # it may have changed while it was read
         except FileNotFoundError:
             raise changed(self.path) from None
         except OSError as error:
-            raise ValueError(f"cannot read {name!r} from {self.path}: {_line(error)}") from None
+            raise ValueError(f"cannot read {name!r} from {self.path}: {first_line(error)}") from None
         return tensor
 
     def _check_opened(self, handle: int) -> None:
@@ -151,7 +164,7 @@ class WeightFile:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, not copied when it is contiguous."""
+    """The bytes of a CPU tensor, without a copy if it is contiguous."""
     return _bytes(tensor.contiguous()) if tensor.numel() else memoryview(b"")
 
 
@@ -162,37 +175,44 @@ def _bytes(tensor: Tensor) -> memoryview:
 def layout(
     shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a safetensors file with these tensors (name -> dtype name, shape), in this order, and where each will lie."""
+    """The bytes of a safetensors header, and where each tensor's data will be.
+
+    Args:
+        shapes: name -> (dtype as in safetensors, shape), in the order in which the data will be written.
+        metadata: of the file.
+    """
     listed: dict[str, object] = {"__metadata__": dict(metadata)}
     spans, end = {}, 0
     for name, (dtype, shape) in shapes.items():
         start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        spans[name] = (dtype, shape, start, end)
+        spans[name] = Entry(dtype, shape, start, end)
         listed[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(listed, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     head = len(encoded).to_bytes(8, "little") + encoded
+    data = len(head)
     return head, {
-        name: Entry(dtype, shape, len(head) + start, len(head) + end)
-        for name, (dtype, shape, start, end) in spans.items()
+        name: span._replace(start=data + span.start, end=data + span.end) for name, span in spans.items()
     }
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write a safetensors file durably; returns its bytes and SHA-256."""
-    # Wide dtypes first: every tensor then starts at a multiple of its item size.
+    """Write a safetensors file durably; returns its size in bytes and its SHA-256."""
+    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    head, _ = layout(
-        {name: (_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}, {"format": "pt"}
-    )
+    shapes = {name: (_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+    head, _ = layout(shapes, {"format": "pt"})
     return write_durably(path, [head, *(raw(tensors[name]) for name in order)])
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file so that it is whole and on the disk under its name, or not there; returns its bytes and SHA-256."""
+    """Write a file durably; under its name it is complete or not there.
+
+    Returns its size in bytes and its SHA-256.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     digest, size = hashlib.sha256(), 0
-    temporary.unlink(missing_ok=True)  # never written through, should it be a link
+    temporary.unlink(missing_ok=True)  # if it is a link, nothing is written to where it leads
     with temporary.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
@@ -206,7 +226,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
+    """Make renamed and removed files of a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

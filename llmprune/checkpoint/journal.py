@@ -1,4 +1,7 @@
-"""The journal of a run: what it is, and what of it is finished and durable. One JSON object a line, synced before it counts."""
+"""The journal of a run: which run it is and which of its blocks are finished, so that it can be resumed.
+
+Each line is a JSON object, which is written to the disk before the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from typing import Any
 
 from llmprune.checkpoint.files import sync_folder, write_durably
 
-Identity = dict[str, Any]  # part of the run -> what must be the same for its results to be the same
+Identity = dict[str, Any]  # everything that two runs must have in common to give the same results
 
 
 class Journal:
-    """Lines of a file: the identity first, then entries. A line torn by a crash was never finished and is cut off.
+    """A journal file: first a line with the identity of the run, then one line per entry.
 
-    `anew`: what the file holds is not read, since `begin` will replace it.
+    A last line that a crash cut short does not count and is removed. With `anew` the file is not read, since
+    `begin` will replace it.
+
+    Raises:
+        ValueError: the file is damaged.
     """
 
     def __init__(self, path: Path, anew: bool = False) -> None:
@@ -38,11 +45,11 @@ class Journal:
         return [entry for entry in self.entries if "block" in entry]
 
     def find(self, key: str) -> Any:
-        """The value of the first entry with a key, None where there is none."""
+        """The value under `key` in the first entry that has it; None if there is none."""
         return next((entry[key] for entry in self.entries if key in entry), None)
 
     def begin(self, identity: Identity, files: list[str] | None = None) -> None:
-        """Start a new journal. `files`: the names of the files that the run will write, None where they are not known yet."""
+        """Start a new journal. `files`: names of the files that the run will write; None if not known yet."""
         line = json.dumps({"identity": identity, "files": files}).encode() + b"\n"
         write_durably(self.path, [line])
         self.identity, self.entries, self._length = identity, [], len(line)
@@ -67,7 +74,7 @@ def remove(path: Path) -> None:
 
 
 def difference(before: Identity, now: Identity) -> str | None:
-    """What differs between two identities, in words; None when nothing does."""
+    """The first difference between two identities, in words; None if they are equal."""
     old, new = _flat(json.loads(json.dumps(before))), _flat(json.loads(json.dumps(now)))
     for key in [*new, *(k for k in old if k not in new)]:
         if old.get(key) != new.get(key):
@@ -76,13 +83,13 @@ def difference(before: Identity, now: Identity) -> str | None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {
-            k: v
-            for name, inner in value.items()
-            for k, v in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: value}
+    """Nested dictionaries as one, whose keys are the paths to the values: `model.dtype`."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{name}" if prefix else str(name)))
+    return flat
 
 
 def _short(value: Any) -> str:

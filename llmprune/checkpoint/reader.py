@@ -1,4 +1,4 @@
-"""Lazy reading of checkpoints: names, shapes and dtypes without loading; a tensor only when asked for."""
+"""Reads checkpoints lazily: names, shapes and dtypes are known at once, a tensor is loaded when asked for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a stored tensor before it is loaded. `dtype` is None for types no pruner handles (integers, 8-bit floats)."""
+    """What is known of a stored tensor before it is loaded.
+
+    `dtype` is None for types that cannot be pruned (integers, 8-bit floats).
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -39,23 +42,24 @@ class WeightSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """What there is, by name."""
+        """All tensors, by name."""
         ...
 
     def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, as stored. Raises `ValueError` where the source is not what it was when it was opened."""
+        """One tensor on the CPU, as stored. Raises `ValueError` if the source changed since it was opened."""
         ...
 
     def check(self) -> None:
-        """Raise `ValueError` where the source is not what it was when it was opened."""
+        """Raise `ValueError` if the source changed since it was opened."""
         ...
 
 
 class Checkpoint:
-    """The safetensors files of one folder, checked before anything is loaded, and each time one of them is opened again.
+    """The safetensors files of one folder. They are checked first, and each time one of them is opened again.
 
     Raises:
-        ValueError: no safetensors, a damaged header, an index naming a missing file or one outside the folder.
+        ValueError: no safetensors, a damaged header, or an index that names a missing file or one outside the
+            folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,50 +71,48 @@ class Checkpoint:
             missing = wanted - found if wanted is not None else set()
             if missing:
                 raise ValueError(
-                    f"{folder / INDEX} places {shown(sorted(missing)[0])} in {file}, which does not hold it; download the checkpoint again"
+                    f"{folder / INDEX} places {shown(sorted(missing)[0])} in {file}, which does not hold it; "
+                    "download the checkpoint again"
                 )
 
     def _listing(self) -> dict[str, set[str] | None]:
-        """Shard file -> the tensors an index promises in it (None: no index)."""
+        """Shard file -> the tensors that the index places in it (None: there is no index)."""
         if (self.folder / SINGLE).is_file() and not (self.folder / INDEX).is_file():
             return {SINGLE: None}
         if not (self.folder / INDEX).is_file():
             raise ValueError(self._no_safetensors())
         weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(f, str) for f in weight_map.values())
-        ):
+        usable = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not weight_map or not usable:
             raise ValueError(
-                f"{self.folder / INDEX} has no usable weight_map (tensor name -> file); download the checkpoint again"
+                f"{self.folder / INDEX} has no usable weight_map (tensor name -> file); "
+                "download the checkpoint again"
             )
         listing: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            # A plain file name cannot leave the folder. (Resolving instead would refuse the hub cache, whose files are links.)
-            if (
-                file in ("", ".", "..")
-                or len(file.encode(errors="replace")) > 255
-                or any(c in file for c in "/\\\0")
-            ):
+            if not _is_file_name(file):
                 raise ValueError(
-                    f"{self.folder / INDEX} names {shown(file)} for {shown(name)}: shards must be plain file names inside the folder"
+                    f"{self.folder / INDEX} names {shown(file)} for {shown(name)}: "
+                    "shards must be plain file names inside the folder"
                 )
-            promised = listing.setdefault(file, set())
-            assert promised is not None
-            promised.add(name)
+            tensors = listing.setdefault(file, set())
+            assert tensors is not None
+            tensors.add(name)
         return listing
 
     def _no_safetensors(self) -> str:
+        """The message for a folder without safetensors."""
         pickles = [p.name for suffix in ("bin", "pt", "pth") for p in sorted(self.folder.glob(f"*.{suffix}"))]
         if pickles:
             return (
-                f"{self.folder} has no safetensors, only {pickles[0]}, a pickle, which llmprune never opens; if you trust it, convert it: "
+                f"{self.folder} has no safetensors, only {pickles[0]}, a pickle, which llmprune never opens; "
+                "if you trust it, convert it: "
                 "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
             )
         return f"{self.folder} has no {SINGLE} and no {INDEX}; expected a Hugging Face checkpoint folder"
 
     def _open(self, file: str) -> set[str]:
+        """Open one weight file and take in its tensors; returns their names."""
         path = self.folder / file
         if not path.is_file():
             raise ValueError(
@@ -140,9 +142,16 @@ class Checkpoint:
         return self._where[name].load(name)
 
     def check(self) -> None:
-        """Raise `ValueError` where a weight file is not what it was."""
+        """Raise `ValueError` if a weight file has changed."""
         for file in dict.fromkeys(self._where.values()):
             file.check()
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a text is the plain name of a file, which cannot lead out of its folder."""
+    # Not by resolving the path: in the hub's cache the files are links that lead out of the folder.
+    too_long = len(name.encode(errors="replace")) > 255
+    return name not in ("", ".", "..") and not too_long and not any(c in name for c in "/\\\0")
 
 
 class MemoryCheckpoint:
@@ -154,7 +163,8 @@ class MemoryCheckpoint:
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
                 raise ValueError(
-                    f"{name} of the model in memory is on the meta device (offloaded?); load the model wholly or give its folder"
+                    f"{name} of the model in memory is on the meta device (offloaded?); "
+                    "load the model wholly or give its folder"
                 )
             if tensor.data_ptr() not in seen or tensor.numel() == 0:
                 self._state[name] = tensor
@@ -172,7 +182,7 @@ class MemoryCheckpoint:
         return tensor
 
     def check(self) -> None:
-        """Raise `ValueError` where a weight was written to."""
+        """Raise `ValueError` if a weight was written to."""
         for name in self._state:
             self._check(name)
 
@@ -184,12 +194,15 @@ class MemoryCheckpoint:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to in place; always 0 for one made in inference mode, which is not counted."""
+    """How often a tensor was written to in place.
+
+    Always 0 for one made in inference mode, as torch does not count.
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Overlay:
-    """A source some of whose tensors are read from other safetensors files."""
+    """A weight source in which the tensors of some safetensors files replace those of another source."""
 
     def __init__(self, source: WeightSource, files: Sequence[Path]) -> None:
         self._source = source
@@ -197,7 +210,7 @@ class Overlay:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """What there is, by name."""
+        """All tensors, by name."""
         return self._source.tensors
 
     def load(self, name: str) -> Tensor:
@@ -205,14 +218,17 @@ class Overlay:
         return self._where[name].load(name) if name in self._where else self._source.load(name)
 
     def check(self) -> None:
-        """Raise `ValueError` where something is not what it was."""
+        """Raise `ValueError` if the source or one of the files has changed."""
         self._source.check()
         for file in dict.fromkeys(self._where.values()):
             file.check()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ValueError` naming the file otherwise."""
+    """The JSON object in a file.
+
+    Raises `ValueError`, naming the file, if it cannot be read or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -223,12 +239,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished folder. Raises `ValueError` where it is none, or of a later version of this program."""
+    """The record of a finished output folder.
+
+    Raises `ValueError` if it is none, or of a later version of llmprune.
+    """
     record = read_json(folder / RECORD)
     schema = record.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
         raise ValueError(
-            f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; update llmprune"
+            f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; "
+            "update llmprune"
         )
     if schema != SCHEMA or isinstance(schema, bool):
         raise ValueError(
@@ -238,7 +258,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_ahead(source: WeightSource, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each group in turn; while one is in use a thread reads the next."""
+    """The tensors of each group of names in turn; while one group is in use, a thread reads the next."""
 
     def load(names: Sequence[str]) -> dict[str, Tensor]:
         return {name: source.load(name) for name in names}
@@ -250,14 +270,14 @@ def read_ahead(source: WeightSource, groups: Sequence[Sequence[str]]) -> Iterato
             tensors = coming.result()
             coming = pool.submit(load, groups[number + 1]) if number + 1 < len(groups) else None
             yield tensors
-            del tensors  # not kept alive while the next group is waited for
+            del tensors  # frees the memory before the next group is waited for
 
 
 def fingerprint(source: WeightSource) -> str:
-    """SHA-256 over every tensor's name, shape, dtype and bytes; one pass over the weights, two tensors in memory.
+    """SHA-256 over every tensor's name, shape, dtype and bytes; at most two tensors are in memory.
 
     Raises:
-        ValueError: naming the first tensor with a NaN or Inf.
+        ValueError: a tensor holds NaN or Inf; the message names the first one.
     """
     names = sorted(source.tensors)
     whole = hashlib.sha256()
@@ -276,5 +296,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if not all_finite(tensor):
         bad = int((~tensor.isfinite()).sum())
         raise ValueError(
-            f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, pruning it would spread them"
+            f"weight {name!r} holds {bad} NaN or Inf values; the checkpoint is damaged, "
+            "pruning it would spread them"
         )

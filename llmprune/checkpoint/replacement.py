@@ -1,6 +1,7 @@
-"""Which folder may be written or replaced, and how one is removed: file by file, by name, and never what is not ours.
+"""Decides which folder may be written or replaced, and removes one without touching files of anyone else.
 
-Every folder that this program replaces or throws away goes through `check_place`, `foreign_entries` and `remove`.
+Every folder that this program replaces or removes goes through `check_place`, `foreign_entries` and `remove`.
+"Ours" are files that a run of this program wrote; everything else is foreign.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from llmprune.checkpoint.contents import JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, is_companion, is_shard
 from llmprune.common.messages import shown
 
-MODEL = "the model"  # the name in words of that input
-Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in words, and where it is
-_TEMPORARY = ".tmp"  # a file that was being written when its run died
-# Folders of the system: never an output. Below the sealed ones nothing is, but for the open ones.
+Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in messages, and its path
+MODEL = "the model"  # the name of that input
+_TEMPORARY = ".tmp"  # suffix of a file while it is being written
+# Folders of the system, which are never an output. A folder
+# below `_SEALED` is none either, unless it is below `_OPEN`.
 _SEALED = (
     "bin",
     "boot",
@@ -54,15 +56,15 @@ _MORE = (
     "Volumes",
 )
 _OPEN = ("dev/shm", "usr/local", "usr/src")
-_DERIVED = re.compile(r"\..*\.(partial|replaced|lock)", re.DOTALL)  # what a run makes beside its output
+_DERIVED = re.compile(r"\..*\.(partial|replaced|lock)", re.DOTALL)  # names that a run uses beside its output
 
 
 def check_place(output: Path, inputs: Inputs) -> None:
-    """Raise `ValueError` where nothing may ever be written as an output, whatever stands there.
+    """Raise `ValueError` if a path must never be an output, whatever is there.
 
     Args:
-        output: as it was given; links are followed.
-        inputs: what the run reads. A model may be neither above nor below the output, another input not below it.
+        output: as the user gave it; links are followed.
+        inputs: what the run reads. The output may not be or contain any of them, nor lie inside the model.
     """
     target = output.resolve()
 
@@ -91,20 +93,22 @@ def check_place(output: Path, inputs: Inputs) -> None:
 
 
 def _here() -> Path | None:
+    """The working directory; None if it was removed."""
     try:
         return Path.cwd().resolve()
-    except OSError:  # removed under us
+    except OSError:
         return None
 
 
 def _homes() -> set[Path]:
-    """The home folders of this machine's users; system accounts that live in a system folder are covered by that."""
+    """The home folders of this machine's users, without those in system folders, which are refused anyway."""
     named = [entry.pw_dir for entry in pwd.getpwall()] + [os.environ.get("HOME", "")]
     found = {Path(name).resolve() for name in named if name.startswith("/")}
     return {home for home in found if home.parent != home and not _is_of_system(home)}
 
 
 def _is_of_system(target: Path) -> bool:
+    """Whether a folder belongs to the operating system."""
     root = Path(target.anchor)
     if target in {root / name for name in (*_SEALED, *_MORE, *_OPEN)} or target.name == "lost+found":
         return True
@@ -114,9 +118,10 @@ def _is_of_system(target: Path) -> bool:
 
 
 def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
-    """Raise `ValueError` where an output cannot be used: no folder can be made there, or it holds what may not be replaced.
+    """Raise `ValueError` if an output cannot be used: no folder can be made there, or it may not be replaced.
 
-    With `overwrite` an output of this program may be replaced; a folder that holds anything else may not, whatever the flags.
+    With `overwrite` an output of this program may be replaced.
+    A folder that holds anything else is never replaced.
     """
     _check_name(output)
     if output.exists() and not output.is_dir():
@@ -130,16 +135,19 @@ def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
     check_ours(output.resolve(), f"output folder {output}")
     if not overwrite:
         raise ValueError(
-            f"output folder {output} is not empty; choose another with --output or replace it with --overwrite"
+            f"output folder {output} is not empty; "
+            "choose another with --output or replace it with --overwrite"
         )
 
 
 def _check_name(output: Path) -> None:
+    """Raise `ValueError` if no output can have this name."""
     try:
         str(output).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"output {str(output)!a} is not UTF-8, which weight files cannot be read under; choose another --output"
+            f"output {str(output)!a} is not UTF-8, which weight files cannot be read under; "
+            "choose another --output"
         ) from None
     name = output.resolve().name
     if _DERIVED.fullmatch(name):
@@ -156,23 +164,24 @@ def _check_name(output: Path) -> None:
 
 
 def check_ours(folder: Path, called: str, unfinished: bool = False) -> None:
-    """Raise `ValueError` naming what a folder holds that no run of this program has put there."""
+    """Raise `ValueError` if a folder holds anything foreign. `called`: how the message names the folder."""
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"{called} is no folder of llmprune's and would have to be replaced; move it away")
     foreign = foreign_entries(folder, unfinished)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
-            f"{called} holds {shown(foreign[0])}{more}, which llmprune has not written, so it is not replaced; "
-            "choose another --output, or move that away first"
+            f"{called} holds {shown(foreign[0])}{more}, which llmprune has not written, "
+            "so it is not replaced; choose another --output, or move that away first"
         )
 
 
 def foreign_entries(folder: Path, unfinished: bool = False) -> list[str]:
-    """Names in a folder that are not those of one output of this program; sorted.
+    """The names in a folder that do not belong to one output of this program, sorted.
 
-    A finished output is known by its record, which lists its files with their sizes; an unfinished one by its journal. Links and
-    special files are never ours, nor, where a run would write into them, files that have a second name.
+    A finished output is recognised by its record, which lists its files with their sizes, an unfinished one
+    by its journal. Links and special files are foreign, and in an unfinished output, into whose files a run
+    would write, also files with a second hard link.
     """
     listed = {} if unfinished else _recorded_files(folder)
     ours = _of_journal(folder) if unfinished or listed is None else lambda entry: _is_recorded(entry, listed)
@@ -181,70 +190,74 @@ def foreign_entries(folder: Path, unfinished: bool = False) -> list[str]:
 
 
 def _is_plain(entry: os.DirEntry[str], alone: bool) -> bool:
-    return entry.is_file(follow_symlinks=False) and not (
-        alone and entry.stat(follow_symlinks=False).st_nlink > 1
-    )
+    """Whether an entry is a regular file; with `alone`, one without a second hard link."""
+    if not entry.is_file(follow_symlinks=False):
+        return False
+    return not alone or entry.stat(follow_symlinks=False).st_nlink <= 1
 
 
 def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
+    """Whether the record lists a file with its present size, or the file is written after the record."""
     if entry.name in listed:
         return entry.stat(follow_symlinks=False).st_size == listed[entry.name]
     return entry.name.removesuffix(_TEMPORARY) in WRITTEN_LAST
 
 
 def _recorded_files(folder: Path) -> Mapping[str, int] | None:
-    """The files that a folder's record lists, with their bytes; None where it is no record of an output."""
+    """The files that a folder's record lists, with their sizes in bytes; None if it has no usable record."""
     path = folder / RECORD
     try:
-        record = (
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not path.is_symlink() else None
-        )
+        if not path.is_file() or path.is_symlink():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    totals = (
-        record.get("totals")
-        if isinstance(record, dict) and "matrices" in record and "schema" in record
-        else None
-    )
+    if not isinstance(record, dict) or "matrices" not in record or "schema" not in record:
+        return None
+    totals = record.get("totals")
     files = totals.get("files") if isinstance(totals, dict) else None
-    return (
-        files if isinstance(files, dict) and all(isinstance(size, int) for size in files.values()) else None
-    )
+    if not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
+        return None
+    return files
 
 
 def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
-    """Whether an entry is one that the run of a folder's journal writes."""
+    """A function that tells whether an entry of a folder is written by the run of the folder's journal."""
     path = folder / JOURNAL
     if not path.is_file() or path.is_symlink():
-        return lambda entry: entry.name == JOURNAL + _TEMPORARY  # killed before anything was written
-    planned: object = []  # a damaged journal tells nothing but that it is one
-    try:
-        with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline(1 << 24))
-        if (
-            isinstance(first, dict)
-            and isinstance(first.get("identity"), dict)
-            and "model" in first["identity"]
-        ):
-            planned = first.get("files")
-    except (OSError, ValueError, RecursionError):
-        pass
+        # A run that was killed before its journal was complete has written nothing else.
+        return lambda entry: entry.name == JOURNAL + _TEMPORARY
+    planned = _planned_files(path)
 
     def ours(entry: os.DirEntry[str]) -> bool:
         name = entry.name.removesuffix(_TEMPORARY)
         if is_shard(name) or name in (JOURNAL, MASKS):
             return True
-        if planned is None:  # a model in memory writes its config and tokenizer as it likes
+        if planned is None:  # a model in memory: transformers chooses the names of config and tokenizer files
             return name in MADE or is_companion(name, code=True)
         return isinstance(planned, list) and name in planned
 
     return ours
 
 
-def remove(folder: Path, unfinished: bool = False) -> list[str]:
-    """Remove an output of this program, whole or unfinished; returns the names of what is not ours, which stays.
+def _planned_files(journal: Path) -> object:
+    """The files that a journal's run writes: None if not known in advance, empty for a damaged journal."""
+    try:
+        with journal.open(encoding="utf-8") as file:
+            first = json.loads(file.readline(1 << 24))
+    except (OSError, ValueError, RecursionError):
+        return []
+    identity = first.get("identity") if isinstance(first, dict) else None
+    return first.get("files") if isinstance(identity, dict) and "model" in identity else []
 
-    What tells that the folder is ours goes last: a removal that is killed can be done again.
+
+def remove(folder: Path, unfinished: bool = False) -> list[str]:
+    """Remove an output of this program, finished or unfinished.
+
+    Returns the names of foreign files, which stay.
+
+    The record and the journal, by which the folder is recognised, are removed last, so that a removal that
+    was interrupted can be repeated.
     """
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link and no folder of llmprune's; move it away")
@@ -258,7 +271,7 @@ def remove(folder: Path, unfinished: bool = False) -> list[str]:
 
 
 def input_files(named: Iterable[tuple[str, object]]) -> Inputs:
-    """Those of a run's inputs, each with its name in words, that are files or folders on this machine."""
+    """Those of a run's inputs, given by name and value, that are files or folders on this machine."""
     paths = [
         (what, Path(value).expanduser())
         for what, value in named

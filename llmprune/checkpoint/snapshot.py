@@ -1,4 +1,4 @@
-"""The small files of a checkpoint folder as they were when a run began: config, tokenizer, index, licence."""
+"""Detects changes of a checkpoint's small files (config, tokenizer, index, licence) during a run."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from llmprune.checkpoint.files import changed
 
 
 class Snapshot:
-    """Digests of a folder's small files. What is read of them later must be what it was; files that appear later are none."""
+    """Remembers digests of a folder's small files.
+
+    A file read later must be unchanged; files that appear later are ignored.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        names = (
-            p.name for p in folder.iterdir() if p.name in (INDEX, CARD) or is_companion(p.name, code=True)
-        )
-        self._digests = {
-            name: _digest(data) for name in sorted(names) if (data := _content(folder / name)) is not None
-        }
+        self._digests: dict[str, bytes] = {}
+        for name in sorted(path.name for path in folder.iterdir()):
+            if name in (INDEX, CARD) or is_companion(name, code=True):
+                data = _content(folder / name)
+                if data is not None:
+                    self._digests[name] = _digest(data)
 
     def companions(self, code: bool) -> list[str]:
-        """The files that go along with the weights; Python files only with `code`."""
+        """The files that are copied into the output; Python files only with `code`."""
         return [name for name in self._digests if is_companion(name, code)]
 
     def appeared(self) -> list[str]:
-        """Files that would go along with the weights and were not there when the run began."""
-        return sorted(
-            p.name
-            for p in self.folder.iterdir()
-            if is_companion(p.name, code=True) and p.name not in self._digests
-        )
+        """Files that would be copied into the output, but were not there when the run began."""
+        companions = (path.name for path in self.folder.iterdir() if is_companion(path.name, code=True))
+        return sorted(name for name in companions if name not in self._digests)
 
     def read(self, name: str) -> bytes:
-        """The content of one of the files. Raises `ValueError` where it is not what it was."""
+        """The content of one of the files. Raises `ValueError` if it has changed."""
         data = _content(self.folder / name)
         if data is None or _digest(data) != self._digests[name]:
             raise changed(self.folder / name)
         return data
 
     def check(self) -> None:
-        """Raise `ValueError` where one of the files is not what it was."""
+        """Raise `ValueError` if one of the files has changed."""
         for name in self._digests:
             self.read(name)
 
 
 def _content(path: Path) -> bytes | None:
+    """The content of a file; None if there is none or it cannot be read."""
     try:
         return path.read_bytes() if path.is_file() else None
     except OSError:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: one durable shard per block in a folder beside the target, which is moved into place only when whole."""
+"""Writes a checkpoint: one shard per block, in a folder beside the output, moved into place when complete."""
 
 from __future__ import annotations
 
@@ -24,16 +24,25 @@ from llmprune.common.messages import size_text
 
 
 class CheckpointWriter:
-    """Writes into `.NAME.partial` beside the output folder, under a lock; `finish` moves the whole folder into place.
+    """Writes a checkpoint into `.NAME.partial` beside the output folder NAME, then moves it into place.
 
-    An output folder that exists stays as it is until then. What a run that died left behind is continued with `resume`, thrown away
-    with `restart`, and otherwise refused once it holds a finished block.
+    Until `finish` moves it, an existing output folder stays unchanged. A lock keeps other processes out. An
+    unfinished run is continued with `resume` and thrown away with `restart`; without either it is thrown away
+    if it has finished no block, and refused otherwise.
+
+    Args:
+        output: the output folder.
+        overwrite: whether an existing output of this program may be replaced.
+        resume: continue an unfinished run.
+        restart: throw an unfinished run away.
+        inputs: what the run reads, which must not be overwritten.
 
     Attributes:
-        reopened: the output is whole already, so there is nothing to write; `journal` is what its run left to do.
+        reopened: the output was complete already, so there is nothing to write; `journal` is the one left in
+            it.
 
     Raises:
-        ValueError: an output that cannot be used, one that another process is writing, an unfinished run in it.
+        ValueError: the output cannot be used, another process is writing it, or there is an unfinished run.
     """
 
     def __init__(
@@ -51,16 +60,17 @@ class CheckpointWriter:
             )
         self._given, self.overwrite = output, overwrite
         self._left_behind = self._begun = self._moving = False
-        self.output = output.resolve()  # through links
-        whole = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
-        replacement.check_output(output, overwrite or whole, inputs)
+        self.output = output.resolve()
+        complete = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
+        replacement.check_output(output, overwrite or complete, inputs)
         self.folder = self.output.with_name(f".{self.output.name}.partial")
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
         try:
             self._check_beside(resume)
             self.journal = self._unfinished(resume, restart)
-            self.reopened = whole and not self.journal.blocks
-            if not self.reopened:  # the run ends with replacing what stands there, perhaps an old output that is back in its place
+            self.reopened = complete and not self.journal.blocks
+            if not self.reopened:
+                # Once more: `_check_beside` may have put an old output back, which this run would replace.
                 replacement.check_output(output, overwrite, inputs)
         except BaseException:
             self._lock.release()
@@ -72,8 +82,8 @@ class CheckpointWriter:
         self._masks: MaskFile | None = None
 
     def _unfinished(self, resume: bool, restart: bool) -> Journal:
-        """The journal of what an earlier run left here, to go on with; an empty one where nothing is gone on with."""
-        if restart:  # thrown away when the new run begins, not before it is known to be possible
+        """The journal of the unfinished run to continue; an empty one if there is none."""
+        if restart:  # the old journal is removed by `begin`, when it is known that the new run is possible
             return Journal(self.folder / JOURNAL, anew=True)
         journal = Journal(self.folder / JOURNAL)
         if journal.blocks and not resume:
@@ -84,7 +94,10 @@ class CheckpointWriter:
         return journal if resume else Journal(self.folder / JOURNAL, anew=True)
 
     def _check_beside(self, resume: bool) -> None:
-        """Look at what an earlier run left beside the output, and put an old output back that a run died over moving away."""
+        """Check what an earlier run left beside the output.
+
+        If it was killed after it had moved an old output away, the old output is put back.
+        """
         if os.path.lexists(self.folder):
             replacement.check_ours(self.folder, str(self.folder), unfinished=True)
         if not os.path.lexists(self._replaced):
@@ -102,10 +115,11 @@ class CheckpointWriter:
 
     @property
     def _replaced(self) -> Path:
-        """Where what stood in the output waits until the new one is in place."""
+        """Where an old output is kept until the new one is in place."""
         return self.output.with_name(f".{self.output.name}.replaced")
 
     def _clear(self) -> None:
+        """Throw an unfinished run away."""
         if self.folder.exists():
             _remove(self.folder, unfinished=True)
         self.journal = Journal(self.folder / JOURNAL, anew=True)
@@ -117,16 +131,19 @@ class CheckpointWriter:
         masks: Mapping[str, tuple[int, int]],
         companions: list[str] | None = None,
     ) -> None:
-        """Start writing, or go on where the run with this identity stopped.
+        """Start writing, or continue where the run with this identity stopped.
 
         Args:
-            masks: weight name -> (R, C). companions: the files that will go along with the weights, None where they are not known yet.
+            identity: of the run.
+            shards: how many weight files the output will have.
+            masks: weight name -> (R, C).
+            companions: names of the files that will be copied from the source folder; None if not known yet.
 
         Raises:
-            ValueError: the unfinished run is another one, or what it finished was changed since.
+            ValueError: the unfinished run is another one, or a file that it finished was changed.
         """
         self.shards = shards
-        if self.reopened:  # what stands there is another run, and may be replaced
+        if self.reopened:  # the complete output is of another run, and may be replaced
             self.reopened, self.journal = False, Journal(self.folder / JOURNAL)
         if not self.journal.blocks and self.journal.identity != json.loads(json.dumps(identity)):
             self._clear()
@@ -146,21 +163,22 @@ class CheckpointWriter:
         self._masks = MaskFile(self.folder / MASKS, masks)
 
     def check_identity(self, identity: Identity) -> None:
-        """Raise `ValueError` where the unfinished run is another one."""
+        """Raise `ValueError` if the unfinished run has another identity."""
         differs = difference(self.journal.identity or {}, identity)
         if differs:
             raise ValueError(
-                f"the unfinished run into {self._given} is another one: {differs}; give its options, or begin anew with --restart"
+                f"the unfinished run into {self._given} is another one: {differs}; "
+                "give its options, or begin anew with --restart"
             )
 
     @property
     def finished(self) -> list[Path]:
-        """The shards of the blocks that are done and durable, in order."""
+        """The shards of the finished blocks, in order."""
         return [self.folder / entry["file"] for entry in self.journal.blocks]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The record's rows of the finished blocks, in order."""
+        """The rows of the record for the finished blocks, in order."""
         self._wait()
         return [row for entry in self.journal.blocks for row in entry["rows"]]
 
@@ -172,7 +190,15 @@ class CheckpointWriter:
         rows: list[dict[str, Any]],
         seconds: Mapping[str, float],
     ) -> None:
-        """Finish block `number` (from 1) in the background: shard and packed masks durable, then its line in the journal."""
+        """Write a finished block in the background: shard and masks durably, then its line in the journal.
+
+        Args:
+            number: of the block, from 1.
+            tensors: its tensors as they are stored.
+            masks: its packed keep masks by weight name.
+            rows: its rows of the record.
+            seconds: the time it took, by stage.
+        """
         self._wait()
         self._pending = self._behind.submit(self._write_block, number, tensors, masks, rows, dict(seconds))
 
@@ -198,57 +224,50 @@ class CheckpointWriter:
         self.journal.add(entry)
 
     def _wait(self) -> None:
+        """Wait for the block that is being written, and raise the error if that failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def rest(self, source: WeightSource) -> None:
-        """The last shard: every tensor that no block wrote, byte for byte."""
+        """Write the last shard: every tensor that is in no block, byte for byte as in the source."""
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
-        outside = [name for name in source.tensors if name not in written]
-        save_tensors(
-            self.folder / shard_name(self.shards, self.shards), {name: source.load(name) for name in outside}
-        )
+        outside = {name: source.load(name) for name in source.tensors if name not in written}
+        save_tensors(self.folder / shard_name(self.shards, self.shards), outside)
 
     def copy_companions(self, source: Snapshot, code: bool) -> None:
-        """Config and tokenizer files as they are in the source folder; Python files only when its code was asked for."""
+        """Copy config and tokenizer files unchanged from the source folder; Python files only with `code`."""
         for name in source.companions(code):
             write_durably(self.folder / name, [source.read(name)])
 
     def index(self) -> None:
-        """The index: its presence means every weight is there."""
-        shards = {
-            shard_name(n, self.shards): read_header(self.folder / shard_name(n, self.shards))
-            for n in range(1, self.shards + 1)
-        }
-        where = {name: file for file, entries in shards.items() for name in entries}
-        total = sum(e.end - e.start for entries in shards.values() for e in entries.values())
-        text = json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2
-        )
-        write_durably(self.folder / INDEX, [text.encode() + b"\n"])
+        """Write the index; if it is there, every weight is written."""
+        files = [shard_name(number, self.shards) for number in range(1, self.shards + 1)]
+        headers = {file: read_header(self.folder / file) for file in files}
+        where = {name: file for file, entries in headers.items() for name in entries}
+        total = sum(entry.end - entry.start for entries in headers.values() for entry in entries.values())
+        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_durably(self.folder / INDEX, [json.dumps(listing, indent=2).encode() + b"\n"])
 
     @property
     def files(self) -> dict[str, int]:
-        """The files of the output with their bytes, but for those that are written last and may be written again."""
+        """The files of the output and their sizes in bytes, without those that may be written again later."""
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
-        return {
-            e.name: e.stat().st_size
-            for e in entries
-            if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp")
-        }
+        lasting = (e for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp"))
+        return {entry.name: entry.stat().st_size for entry in lasting}
 
     def finish(self) -> None:
-        """Move the finished folder into place; what stood there is removed only afterwards.
+        """Move the finished folder into place; an old output is removed only afterwards.
 
         Raises:
-            RuntimeError: it cannot be moved, or something was put there during the run that is not replaced.
+            RuntimeError: the folder cannot be moved, or something that may not be replaced was put in its
+                place.
         """
         old = self._replaced
         try:
             self._make_room(old)
-        except (OSError, ValueError) as error:  # a mount point, for one, cannot be renamed
+        except (OSError, ValueError) as error:  # for example, a mount point cannot be renamed
             raise self._not_moved(error) from error
         self._moving = True
         try:
@@ -260,50 +279,55 @@ class CheckpointWriter:
                 self._left_behind = False
             raise self._not_moved(error) from error
         sync_folder(self.output.parent)
-        self.journal.path = self.output / JOURNAL  # stays until the run has nothing left to do
+        self.journal.path = self.output / JOURNAL  # it stays until `complete`
         self._remove_replaced()
 
     def _make_room(self, old: Path) -> None:
-        """Move what stands in the output aside, where it may be replaced."""
+        """Move an old output to `old`, if it may be replaced."""
         if not self.output.exists():
             return
-        if any(self.output.iterdir()):  # hours may have passed since it was looked at
+        if any(self.output.iterdir()):  # hours may have passed since it was checked
             replacement.check_output(self.output, self.overwrite)
         self._remove_replaced()
         if os.path.lexists(old):
             raise ValueError(f"{old} was put there meanwhile")
-        self.journal.add({"replacing": True})  # tells a later run whose the folder is
+        self.journal.add({"replacing": True})  # a later run learns from it that the folder was moved by a run
         os.replace(self.output, old)
         self._left_behind = True
 
     def _remove_replaced(self) -> None:
+        """Remove the old output, if there was one."""
         if self._left_behind and os.path.lexists(self._replaced):
             _remove(self._replaced)
         self._left_behind = False
 
     @property
     def moved(self) -> bool:
-        """Whether the finished folder is in its place, as far as the disk tells."""
+        """Whether the finished folder is in its place, by what is on the disk."""
         return (self.reopened and self.journal.path.exists()) or (
             self._moving and not self.folder.exists() and (self.output / INDEX).is_file()
         )
 
     def complete(self) -> None:
-        """Nothing is left to do: the journal goes, and what a run that was killed while moving had replaced."""
+        """End the run for good: remove its journal, and an old output that is still waiting to be removed."""
         self._remove_replaced()
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)
 
     def _not_moved(self, error: Exception) -> RuntimeError:
+        """The error for a finished folder that cannot be moved into place."""
         reason = error.strerror if isinstance(error, OSError) else error
         return RuntimeError(
-            f"the finished checkpoint cannot be moved to {self.output} ({reason}); it lies whole in {self.folder}"
+            f"the finished checkpoint cannot be moved to {self.output} ({reason}); "
+            f"it lies whole in {self.folder}"
         )
 
     def close(self) -> int:
-        """Wait for what is being written and release the lock; returns how many blocks an unfinished run has finished.
+        """Wait for what is being written and release the lock.
 
-        One that has finished nothing is removed.
+        An unfinished run without a finished block is removed.
+
+        Returns: how many blocks the run has finished, if it is unfinished; else 0.
         """
         self._behind.shutdown()
         if self._masks is not None:
@@ -323,18 +347,20 @@ def _says_replacing(path: Path) -> bool:
 
 
 def _remove(folder: Path, unfinished: bool = False) -> None:
+    """Remove an output of this program. Raises `ValueError` if it holds a foreign file."""
     foreign = replacement.remove(folder, unfinished)
-    if foreign:  # put there a moment ago
+    if foreign:  # put there since the folder was checked
         raise ValueError(
             f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away"
         )
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Raise `ValueError` when the disk of the output folder has less than `needed` bytes free."""
+    """Raise `ValueError` if the disk of the output folder has fewer than `needed` bytes free."""
     existing = next(p for p in (output, *output.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; make room or choose another --output"
+            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; "
+            "make room or choose another --output"
         )

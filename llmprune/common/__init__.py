@@ -1,1 +1,4 @@
-"""What every room may use: one-line messages, shipped data files, safe YAML. Imports nothing of the package."""
+"""Helpers for the whole package: one-line messages, shipped data files, safe YAML.
+
+Imports nothing of the package.
+"""

@@ -1,4 +1,4 @@
-"""Finds the shipped data folders (`recipes`, `eval`) in a checkout and in an installed wheel alike."""
+"""Values, sizes and errors as text for one-line messages to the user."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import Any
 
 
 def shown(value: Any) -> str:
-    """A value from a file as it stands in a message: never longer than a line."""
+    """A value as it is quoted in a message: on one line, at most 120 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         text = f"a {type(value).__name__}"
-    text = " ".join(line.strip() for line in text.splitlines())  # arrays and modules take several
+    text = " ".join(line.strip() for line in text.splitlines())  # the repr of arrays and modules has several
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def size_text(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes in megabytes or gigabytes, with its unit."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """What an error says, in a line; its type where it says nothing."""
+    """The first line of an error's message, at most `most` characters; without a message, its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is one of a library, as opposed to the user's wish to stop; panics of libraries in Rust are no `Exception`."""
+    """Whether an error is a failure, rather than the user's wish to stop (`KeyboardInterrupt`, `SystemExit`).
+
+    A panic in a library written in Rust is a failure although it is no `Exception`.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
-    """The error for an unknown name: what was received, the nearest names and all of them."""
+    """The error for an unknown name: it quotes the name, the names most like it, and all available names."""
     names = sorted(available)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""

@@ -1,4 +1,7 @@
-"""The data folders that ship with the package (`recipes`, `eval`), in a checkout and in an installed wheel alike, and safe YAML."""
+"""Finds the data files that ship with the package (`recipes/`, `eval/`), and loads YAML safely.
+
+The files are found both in a checkout and in an installed wheel.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,20 @@ from llmprune.common.messages import shown
 def shipped(*parts: str) -> Path:
     """The path of a shipped folder or file below `recipes/` or `eval/`."""
     package = Path(__file__).resolve().parent.parent
-    inside = package / "_data" / Path(*parts)  # where the wheel puts them
+    inside = package / "_data" / Path(*parts)  # in a wheel; a checkout has no such folder
     return inside if inside.exists() else package.parent / Path(*parts)
 
 
 def shipped_names(*parts: str) -> list[str]:
-    """Names of the YAML files in a shipped folder."""
+    """The names of the YAML files in a shipped folder, without `.yaml`, sorted."""
     return sorted(p.stem for p in shipped(*parts).glob("*.yaml"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file, loaded safely. Raises `ValueError` naming the file otherwise."""
+    """The mapping in a YAML file.
+
+    Raises `ValueError`, naming the file, if it cannot be read or holds something else.
+    """
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -34,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice: the first of the two would be lost without a word."""
+    """yaml's safe loader, but a key given twice is refused: yaml itself silently drops the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -45,16 +51,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, loaded safely. Raises `ValueError`, in one line, for what is not YAML."""
+    """The value of a YAML text. Raises `ValueError`, in one line, if it is not YAML."""
     try:
         loader = _Loader(text)
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        ValueError,
-    ) as error:  # ValueError: a number of too many digits, for one
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number with too many digits
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

@@ -1,1 +1,1 @@
-"""The embedded default model: a small Llama really trained on the interpreter's own standard library."""
+"""The embedded demo model: a small Llama, trained on the source of Python's standard library."""

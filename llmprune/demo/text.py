@@ -1,8 +1,8 @@
-"""The demo model's text: what every user already has, the standard library of the running Python.
+"""The text of the demo model: the standard library of the running Python, which every user already has.
 
-The split is by module, fixed by name, so that no held-out module is ever seen in training or calibration.
-The modules below exist in every Python from 3.10 on; their text differs a little between versions, and so do
-perplexities measured on it (the record stores the Python version).
+It is split by module name, so that no held-out module is ever seen in training or calibration. The modules
+below exist in every Python from 3.10 on. Their text differs a little between versions, and so do perplexities
+measured on it; the record stores the Python version.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ HELD_OUT_MODULES = (
     "zipapp",
 )
 
-# Not text a reader would recognise (tables, vendored wheels, version-dependent tests): left out of every split.
+# Left out altogether, since they are no readable text (tables,
+# bundled wheels) or tests, which differ between versions.
 _SKIPPED = ("__phello__", "ensurepip", "encodings", "idlelib", "lib2to3", "site-packages", "test", "this")
 _TABLE_FILES = ("_sysconfigdata", "topics.py", "entities.py", "_header_value_parser.py", "stringprep.py")
-# C modules whose docstrings are prose worth training on.
+# C modules, which have no Python source: their docstrings are trained on.
 _C_MODULES = (
     "builtins",
     "array",
@@ -74,6 +75,7 @@ _C_MODULES = (
 
 
 def _library() -> Path:
+    """The folder of the standard library. Raises `ValueError` if this Python has none with source files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "argparse.py").is_file():
         raise ValueError(
@@ -89,6 +91,7 @@ def _read(path: Path) -> str:
 
 
 def _module_documents(name: str) -> list[str]:
+    """The source of a module, or of each file of a package."""
     root = _library()
     if (root / f"{name}.py").is_file():
         return [_read(root / f"{name}.py")]
@@ -107,7 +110,7 @@ def held_out_documents() -> list[str]:
 
 
 def training_documents() -> Iterator[str]:
-    """Everything else: module sources, pydoc topics and the docstrings of C modules; read as they are asked for."""
+    """Everything else, read one by one: sources of other modules, pydoc topics, docstrings of C modules."""
     root = _library()
     held_back = {*CALIBRATION_MODULES, *HELD_OUT_MODULES, *_SKIPPED}
     for path in sorted(root.rglob("*.py")):
@@ -116,7 +119,7 @@ def training_documents() -> Iterator[str]:
             continue
         try:
             document = _read(path)
-        except (SyntaxError, UnicodeDecodeError):  # a few library files are broken on purpose
+        except (SyntaxError, UnicodeDecodeError):  # a few files of the library are invalid on purpose
             continue
         if document:
             yield document
@@ -125,20 +128,21 @@ def training_documents() -> Iterator[str]:
 
 
 def _topics() -> list[str]:
+    """The texts of Python's `help()`. All are used for training, since they quote each other at length."""
     from pydoc_data.topics import topics
 
-    # One module, so one side of the split: topics quote each other at length.
     return [topics[name].strip() for name in sorted(topics)]
 
 
 def _docstrings() -> list[str]:
+    """The docstrings of the C modules, one document per module."""
     documents = []
     for name in _C_MODULES:
         module = __import__(name)
-        out = io.StringIO()
+        document = io.StringIO()
         for attribute, value in sorted(vars(module).items()):
             text = inspect.getdoc(value) if callable(value) else None
             if text:
-                out.write(f"{name}.{attribute}\n{text}\n\n")
-        documents.append(out.getvalue().strip())
-    return [d for d in documents if d]
+                document.write(f"{name}.{attribute}\n{text}\n\n")
+        documents.append(document.getvalue().strip())
+    return [document for document in documents if document]

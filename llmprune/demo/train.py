@@ -1,7 +1,7 @@
-"""Train the demo model from nothing: `python -m llmprune.demo.train --output llmprune/demo/model`.
+"""Train the demo model from scratch: `python -m llmprune.demo.train --output llmprune/demo/model`.
 
-The tokenizer and the weights see only `text.training_documents()`. The held-out loss in the log is measured for the curve;
-nothing is chosen by it: the last step is what is saved. Two CPU cores need about forty minutes.
+Tokenizer and weights see only `text.training_documents()`. The held-out loss is logged for the curve and
+chooses nothing: the weights after the last step are saved. It takes about forty minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from the training documents; no token is ever unknown."""
+    """Byte-level BPE learned from the training documents; it can encode any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS)
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """All documents as one int64 row, each closed by the end token."""
+    """The tokens of all documents in a row, int64, with the end token after each."""
     rows = tokenizer(documents, add_special_tokens=False)["input_ids"]
     return torch.tensor([token for row in rows for token in [*row, tokenizer.eos_token_id]])
 
@@ -98,24 +98,24 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
     model = build(vocabulary)
     output.mkdir(parents=True, exist_ok=True)
     log = (output.parent / "training.jsonl").open("w")
-    counts = {
+    settings = {
+        "batch": batch,
+        "sequence": SEQUENCE,
+        "steps": steps,
+        "seed": seed,
         "train_tokens": tokens.numel(),
         "held_out_tokens": held_out.numel(),
         "parameters": model.num_parameters(),
     }
-    print(
-        json.dumps({"batch": batch, "sequence": SEQUENCE, "steps": steps, "seed": seed, **counts}),
-        file=log,
-        flush=True,
-    )
+    print(json.dumps(settings), file=log, flush=True)
     opts, started, running = optimizers(model), time.monotonic(), []
-    compiled = torch.compile(batch_loss)  # fuses the elementwise work: 1.6 times faster on two cores
+    compiled = torch.compile(batch_loss)  # fuses elementwise operations: 1.6 times faster on two cores
     base = [group["lr"] for opt in opts for group in opt.param_groups]
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
-        if (
-            len(order) < batch
-        ):  # a new epoch at a new offset: every token is seen once per epoch, never cut twice alike
+        if len(order) < batch:
+            # A new epoch, with a new offset: every token is seen
+            # once per epoch, each time in another sequence.
             offset = int(torch.randint(SEQUENCE, ()))
             starts = torch.arange(offset, tokens.numel() - SEQUENCE - 1, SEQUENCE)
             order = starts[torch.randperm(len(starts))]
@@ -130,8 +130,9 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
             opt.zero_grad(set_to_none=True)
         running.append(loss.item())
         if step % 50 == 49 or step == steps - 1:
-            row = {"step": step + 1, "loss": round(sum(running) / len(running), 4)}
-            row |= {
+            row = {
+                "step": step + 1,
+                "loss": round(sum(running) / len(running), 4),
                 "held_out_loss": round(held_out_loss(model, held_out), 4),
                 "seconds": round(time.monotonic() - started, 1),
             }
@@ -144,7 +145,7 @@ def train(steps: int, batch: int, vocabulary: int, seed: int, output: Path) -> N
 
 
 def plot(log: Path, png: Path) -> None:
-    """The loss curve of a training log."""
+    """Draw the loss curve of a training log."""
     import matplotlib
 
     matplotlib.use("Agg")

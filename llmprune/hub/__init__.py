@@ -1,1 +1,1 @@
-"""From the names of models to folders, and from finished folders to repositories."""
+"""Downloading models from the Hugging Face hub and publishing finished folders there."""

@@ -1,4 +1,4 @@
-"""From the name of a model to a folder on this machine: `demo`, an alias, a local folder, or a hub id."""
+"""Finds the folder of a model: `demo`, an alias, a local folder, or a hub id, which is downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmprune.common.messages import nearest
+from llmprune.common.messages import first_line, nearest
 
 ALIASES = {
     "llama-7b": "huggyllama/llama-7b",
@@ -26,19 +26,26 @@ ALIASES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-_WANTED = [*_NEEDED, "README.md", "LICENSE*", "NOTICE*"]  # the licence travels with the weights
-_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+_WANTED = [*_NEEDED, "README.md", "LICENSE*", "NOTICE*"]  # the licence must accompany the weights
+_UNWANTED = ["*/*", "consolidated*"]  # the same weights in other formats
 _HUB_ID = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*"
-_PASSING = (408, 429, 500, 502, 503, 504)  # what may be gone a moment later
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone a moment later
 _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
-_LONGEST_WAIT = 300.0  # the hub counts requests per five minutes
+_LONGEST_WAIT = 300.0  # seconds; the hub limits requests per five minutes
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine. `label` names it in records: never a local path. `remote`: it came from the hub."""
+    """A model on this machine.
+
+    Attributes:
+        folder: where its files are.
+        label: its name in records; never a local path.
+        revision: the commit, None for a local folder.
+        remote: whether it came from the hub.
+    """
 
     folder: Path
     label: str
@@ -47,15 +54,17 @@ class Located:
 
 
 def demo_folder() -> Path:
-    """The embedded model."""
+    """The folder of the embedded demo model."""
     return Path(__file__).resolve().parent.parent / "demo" / "model"
 
 
 def locate(model: str, revision: str | None = None, code: bool = False) -> Located:
-    """Find a model, downloading it (safetensors and small files only) when it is a hub id.
+    """Find a model.
+
+    From a hub id, download its safetensors and small files, and with `code` its Python files.
 
     Raises:
-        ValueError: an unknown name, no such folder, or a download that failed, each with the way out.
+        ValueError: an unknown name, no such folder, or a failed download; the message says what to do.
     """
     path = Path(model).expanduser()
     if revision is not None and (model == "demo" or path.is_dir()):
@@ -76,16 +85,19 @@ def locate(model: str, revision: str | None = None, code: bool = False) -> Locat
     folder = download(repository, revision, code)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{repository} has no safetensors; if it has a pickle (.bin), which llmprune never opens, and you trust it, convert it: "
+            f"{repository} has no safetensors; if it has a pickle (.bin), which llmprune never opens, "
+            "and you trust it, convert it: "
             "AutoModelForCausalLM.from_pretrained(ID).save_pretrained(NEW_FOLDER)"
         )
     return Located(folder, repository, folder.name, True)
 
 
 def download(repository: str, revision: str | None, code: bool) -> Path:
-    """A snapshot of a hub repository in the hub's own cache (its folder is named by the commit).
+    """Download a hub repository into the hub's own cache.
 
-    Files the cache has are not fetched again; one whose connection breaks goes on where it stopped.
+    Returns its folder there, which is named by the commit.
+
+    Files in the cache are not downloaded again, and a file that was interrupted is continued.
     """
     try:
         return _snapshot(repository, revision, ["*.py"] if code else [])
@@ -112,31 +124,31 @@ def _snapshot(repository: str, revision: str | None, extra: list[str]) -> Path:
 
     try:
         return retrying(lambda: fetch(_WANTED), f"downloading {repository}")
-    except FileNotFoundError as error:  # the hub is out of reach, and the cache has a part
+    except FileNotFoundError as error:  # the hub cannot be reached, and the cache is incomplete
         if getattr(error, "snapshot_path", None) is None:
             raise
         try:
-            return fetch(_NEEDED, local=True)  # it may lack no more than the licence
+            return fetch(_NEEDED, local=True)  # perhaps only the licence is missing
         except FileNotFoundError:
             raise error from None
 
 
 def _bar(title: str) -> type:
-    """One bar for the bytes of all files; the hub's client draws three. It is silent where the client's own would be."""
+    """A class of progress bars for the hub's client: one bar for the bytes of all files, instead of three.
+
+    It is silent where the client's own bars would be.
+    """
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             counts_bytes = options.get("unit") == "B" and not str(options.get("name")).endswith(".transfer")
-            options |= {
-                "desc": title,
-                "delay": 1e-9,
-                "bar_format": None,
-            }  # with a delay, nothing is drawn before the first byte
+            # With a delay, nothing is drawn before the first byte.
+            options |= {"desc": title, "delay": 1e-9, "bar_format": None}
             super().__init__(*args, **(options if counts_bytes else {**options, "disable": True}))
 
         def set_description(self, *args: Any, **options: Any) -> None:
-            """What the client calls at the end: the title stays, and the bar is left behind if it moved."""
+            """Called by the client at the end: keep the title, and the bar if anything was downloaded."""
             self.delay = 0
             if not self.n:
                 self.disable = True
@@ -146,8 +158,12 @@ def _bar(title: str) -> type:
 
 
 def retrying(work: Callable[[], T], doing: str) -> T:
-    """`work()`, tried again a few times while the hub is busy or the connection breaks; each time is told on the log."""
-    # The client tries some of its requests again by itself, but not all: a 500 in the middle of a download is final for it.
+    """The result of `work()`, which is tried again a few times if the hub is busy or the connection breaks.
+
+    Each further attempt is logged as a warning. `doing` says what is being done, for that warning.
+    """
+    # The hub's client repeats some of its requests by itself,
+    # but gives up on a status 500 in the middle of a download.
     for wait in _WAITS:
         try:
             return work()
@@ -161,38 +177,44 @@ def retrying(work: Callable[[], T], doing: str) -> T:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _answer(error: BaseException) -> Any:
-    """The hub's answer behind an error, None where there was none."""
-    return next((e.response for e in _chain(error) if getattr(e, "response", None) is not None), None)  # type: ignore[attr-defined]
+    """The HTTP response of the hub that caused an error; None if there was none."""
+    responses = (getattr(cause, "response", None) for cause in _chain(error))
+    return next((response for response in responses if response is not None), None)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error."""
+    """The HTTP status that caused an error; None if there was none."""
     answer = _answer(error)
     return None if answer is None else answer.status_code
 
 
 def _broken(error: BaseException) -> bool:
-    """A connection that broke; one that could not be made is no network, and is said at once."""
+    """Whether an error is a connection that broke.
+
+    One that could not be made is not worth another attempt.
+    """
     names = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("httpx")}
     return "TransportError" in names and not names & {"ConnectError", "ProxyError", "UnsupportedProtocol"}
 
 
 def _passing(error: Exception) -> bool:
+    """Whether an error may be gone at the next attempt."""
     status = status_of(error)
     if status is not None:
         return status in _PASSING
-    too_short = type(error) is OSError and error.errno is None  # the client's own check of a file's size
-    return too_short or any(_broken(e) for e in _chain(error))
+    wrong_size = type(error) is OSError and error.errno is None  # the client's own check of a file
+    return wrong_size or any(_broken(e) for e in _chain(error))
 
 
 def _asked_wait(error: Exception) -> float:
-    """Seconds the hub asks to wait, as far as we are willing."""
+    """Seconds for which the hub asks to wait, at most `_LONGEST_WAIT`; 0 if it does not ask."""
     headers = getattr(_answer(error), "headers", {})
     asked = re.fullmatch(r"[0-9]{1,6}", headers.get("Retry-After", "")) or re.search(
         r"r=0\s*;\s*t=([0-9]{1,6})", headers.get("RateLimit", "")
@@ -201,48 +223,57 @@ def _asked_wait(error: Exception) -> float:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of the hub's client says, in one line and never with the token."""
+    """The message of an error of the hub's client, in one line and without the token."""
     from huggingface_hub import get_token
 
-    told = next((e for e in _chain(error) if getattr(e, "response", None) is not None or _broken(e)), error)
-    line = (str(told).strip() or type(told).__name__).splitlines()[0][:200]
+    causes = (e for e in _chain(error) if getattr(e, "response", None) is not None or _broken(e))
+    line = first_line(next(causes, error))
     token = get_token()
     return line.replace(token, "***") if token else line
 
 
 def offline() -> bool:
-    """Whether the user forbids the network (`HF_HUB_OFFLINE`)."""
+    """Whether the user has turned on offline mode (`HF_HUB_OFFLINE`)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def _not_downloaded(error: Exception, repository: str, revision: str | None) -> str:
+    """The message for a failed download: the cause in one line, and what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status, name = status_of(error), repository if revision is None else f"{repository} at {revision}"
+    status, login = status_of(error), "log in with `hf auth login`"
     if isinstance(error, GatedRepoError):
-        return f"{repository} is gated: accept its licence on the hub, then log in with `hf auth login` or set HF_TOKEN"
+        return f"{repository} is gated: accept its licence on the hub, then {login} or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
-        return f"{repository} has no revision {revision!r}; leave --revision out or name a branch, tag or commit of it"
+        return (
+            f"{repository} has no revision {revision!r}; "
+            "leave --revision out or name a branch, tag or commit of it"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"no folder and no hub repository {repository!r} (or it is private: log in with `hf auth login`)"
-        )
+        return f"no folder and no hub repository {repository!r} (or it is private: {login})"
     if status == 401:
-        return (
-            f"the hub refuses the token for {repository}: log in with `hf auth login` or set a valid HF_TOKEN"
-        )
+        return f"the hub refuses the token for {repository}: {login} or set a valid HF_TOKEN"
     if status == 403:
-        return f"the hub refuses {repository} ({one_line(error)}): log in with `hf auth login` or set an HF_TOKEN that may read it"
+        return (
+            f"the hub refuses {repository} ({one_line(error)}): {login} or set an HF_TOKEN that may read it"
+        )
     if status == 429:
-        return f"the hub counts too many requests (429) for {repository}: wait some minutes, or log in with `hf auth login`"
+        return f"the hub counts too many requests (429) for {repository}: wait some minutes, or {login}"
     if offline():
-        return f"{name} is not wholly in the cache and offline mode is on (HF_HUB_OFFLINE): turn it off, or use a local folder or demo"
-    if (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError))
-    ):
-        return f"cannot store {repository} in the hub's cache ({one_line(error)}): make room there, or set HF_HOME to another folder"
-    return f"cannot download {repository} ({type(error).__name__}: {one_line(error)}); without network, use a local folder or demo"
+        name = repository if revision is None else f"{repository} at {revision}"
+        return (
+            f"{name} is not wholly in the cache and offline mode is on (HF_HUB_OFFLINE): "
+            "turn it off, or use a local folder or demo"
+        )
+    of_network = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and error.errno is not None and not of_network:
+        return (
+            f"cannot store {repository} in the hub's cache ({one_line(error)}): "
+            "make room there, or set HF_HOME to another folder"
+        )
+    return (
+        f"cannot download {repository} ({type(error).__name__}: {one_line(error)}); "
+        "without network, use a local folder or demo"
+    )

@@ -1,10 +1,11 @@
-"""From a finished folder to a repository of the hub: what belongs to it, whole or not at all."""
+"""Publishes a finished folder in a repository of the hub, in a single commit: completely or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def check_destination(repository: str, token: str | None) -> str:
-    """The token to push with. Raises `ValueError` where nothing can be pushed there, without asking the hub."""
+    """The token to push with: the given one, or the one the user is logged in with.
+
+    Raises:
+        ValueError: nothing can be pushed to this repository, as far as can be told without asking the hub.
+    """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -40,19 +45,24 @@ def check_destination(repository: str, token: str | None) -> str:
         raise ValueError("push needs a token with write access: log in with `hf auth login` or set HF_TOKEN")
     if not (found.isascii() and found.isprintable()) or " " in found:
         raise ValueError(
-            "the token holds characters no token has; log in again with `hf auth login` or set a valid HF_TOKEN"
+            "the token holds characters no token has; "
+            "log in again with `hf auth login` or set a valid HF_TOKEN"
         )
     return found
 
 
 def belonging_files(folder: Path) -> list[str]:
-    """What is published of a finished folder, and nothing else that lies in it. Raises `ValueError` where it is not finished."""
+    """The files of a finished output folder that are published.
+
+    Raises `ValueError` if the folder is not finished.
+    """
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}; push takes the output folder of llmprune run or prune")
     for name in (INDEX, "config.json", RECORD):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder} has no {name}, so it is no finished output folder; push takes one that llmprune run or prune wrote"
+                f"{folder} has no {name}, so it is no finished output folder; "
+                "push takes one that llmprune run or prune wrote"
             )
     code = "auto_map" in read_json(folder / "config.json")
     companions = {p.name for p in folder.iterdir() if is_companion(p.name, code)}
@@ -62,7 +72,14 @@ def belonging_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a folder goes: a branch (None: `main`) of a repository `owner/name`; `private` is of one that is made."""
+    """Where a folder is published.
+
+    Attributes:
+        repository: `owner/name`.
+        revision: the branch; None is `main`.
+        private: whether the repository, if it is created, will be private.
+        token: to push with.
+    """
 
     repository: str
     revision: str | None
@@ -73,28 +90,32 @@ class Destination:
 def upload(
     folder: Path, files: list[str], card: str, to: Destination, check: Callable[[], None], reporter: Reporter
 ) -> dict[str, Any]:
-    """Publish the files of a folder in one commit; what the hub already has is not sent again.
+    """Publish the files of a folder in one commit. Files that the hub already has are not sent again.
 
     Args:
+        folder: the finished output folder.
+        files: names of the files to publish.
         card: the text of the model card.
-        check: raises `ValueError` where the weights are not what they were when they were counted.
+        to: where they are published.
+        check: raises `ValueError` if the weights have changed since they were counted.
+        reporter: shows the progress.
 
     Raises:
-        ValueError: the hub refuses or cannot be reached, in one line with the way out.
+        ValueError: the hub refuses or cannot be reached; the message says what to do.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     client, repository, revision = HfApi(token=to.token), to.repository, to.revision
-    with _told(to):
-        created, hidden = _prepare(client, to)
+    with _errors_in_one_line(to):
+        created, private = _prepare(client, to)
         removals = _left_over(client, to, files)
         _check_card(client, card)
-        contents = {
-            name: card.encode() if name == CARD else folder / name
-            for name in [*files, *({CARD} - set(files))]
-        }
-        additions = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        check()  # each file's hash is known from here on, and the hub takes nothing else
+        names = files if CARD in files else [*files, CARD]
+        contents = [card.encode() if name == CARD else folder / name for name in names]
+        additions = [CommitOperationAdd(*pair) for pair in zip(names, contents, strict=True)]
+        # The hashes of the files were taken just now, and the
+        # hub accepts no other content. So they are checked here.
+        check()
         commit = _send(client, to, additions, removals, _title(folder), reporter)
         _check_arrived(client, repository, commit, additions)
     return {
@@ -103,7 +124,7 @@ def upload(
         "revision": revision,
         "commit": commit,
         "created": created,
-        "private": hidden,
+        "private": private,
         "files": [{"name": a.path_in_repo, "bytes": a.upload_info.size} for a in additions],
         "bytes": sum(a.upload_info.size for a in additions),
         "removed": [r.path_in_repo for r in removals],
@@ -111,20 +132,22 @@ def upload(
 
 
 def _prepare(client: HfApi, to: Destination) -> tuple[bool, bool]:
-    """Make the repository and branch where they are not there: (whether it was created, whether it is private)."""
+    """Create the repository and the branch if they do not exist.
+
+    Returns whether it was created and is private.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        hidden = bool(
-            retrying(lambda: client.model_info(to.repository), f"looking for {to.repository}").private
-        )
-        created = False
+        found = retrying(lambda: client.model_info(to.repository), f"looking for {to.repository}")
+        created, private = False, bool(found.private)
     except RepositoryNotFoundError:
         retrying(lambda: client.create_repo(to.repository, private=to.private), f"creating {to.repository}")
-        hidden, created = to.private, True
-    if to.private and not hidden:
+        created, private = True, to.private
+    if to.private and not private:
         raise ValueError(
-            f"{to.repository} is there and public: give --public (private=False) to publish in it, or name another repository"
+            f"{to.repository} is there and public: give --public (private=False) to publish in it, "
+            "or name another repository"
         )
     branch = to.revision
     if branch is not None:
@@ -132,32 +155,30 @@ def _prepare(client: HfApi, to: Destination) -> tuple[bool, bool]:
             lambda: client.create_branch(to.repository, branch=branch, exist_ok=True),
             f"creating branch {to.revision}",
         )
-    return created, hidden
+    return created, private
 
 
 def _left_over(client: HfApi, to: Destination, files: list[str]) -> list[CommitOperationDelete]:
-    """Weight files of an earlier push that this one replaces: a loader may prefer one to ours.
+    """Removals of the weight files of an earlier push, which a loader might take instead of the new ones.
 
     Raises:
-        ValueError: the repository holds weights that are not this program's to remove.
+        ValueError: the repository holds weights that were not written by this program.
     """
     from huggingface_hub import CommitOperationDelete
 
     there = client.list_repo_files(to.repository, revision=to.revision)
-    stale = sorted(
-        n
-        for n in set(there) - set(files)
-        if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))
-    )
+    weights = {n for n in there if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}
+    stale = sorted(weights - set(files))
     if stale and RECORD not in there:
         raise ValueError(
-            f"{to.repository} holds other weights ({stale[0]}), which loaders would mix up with these; name another repository"
+            f"{to.repository} holds other weights ({stale[0]}), which loaders would mix up with these; "
+            "name another repository"
         )
     return [CommitOperationDelete(path_in_repo=name) for name in stale]
 
 
 def _check_card(client: HfApi, card: str) -> None:
-    """Ask the hub whether it takes the card now, not after hours of upload."""
+    """Raise `ValueError` if the hub refuses the model card. Asked first, not after hours of upload."""
     from huggingface_hub.errors import BadRequestError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -172,11 +193,13 @@ def _check_card(client: HfApi, card: str) -> None:
         retrying(ask, "checking the model card")
     except BadRequestError as error:
         raise ValueError(
-            f"the hub refuses the model card ({_server_words(error)}); edit the top of README.md and push again"
+            f"the hub refuses the model card ({_server_words(error)}); "
+            "edit the top of README.md and push again"
         ) from None
 
 
 def _title(folder: Path) -> str:
+    """The title of the commit."""
     totals = read_record(folder)["totals"]
     return f"{totals['sparsity']:.1%} sparse, by llmprune {__version__}"
 
@@ -189,51 +212,51 @@ def _send(
     title: str,
     reporter: Reporter,
 ) -> str:
-    """The commit's id. The weights go first, file by file; then one commit makes all of it visible at once.
+    """Upload the weights file by file, then make everything visible in one commit; returns the commit's id.
 
-    `upload_folder` would commit in parts, and a reader in between would find half a model.
-    A file the hub has (sent by a push that was interrupted) is recognised by its hash and not sent again.
+    The client's `upload_folder` would make several commits, and a reader in
+    between would find an incomplete model. A file that the hub has, perhaps
+    from an interrupted push, is recognised by its hash and not sent again.
     """
     large = [a for a in additions if a.path_in_repo.endswith(".safetensors")]
     reporter.stage(f"uploading to {to.repository}", len(large) + 1)
+
+    def upload_file(addition: CommitOperationAdd) -> None:
+        client.preupload_lfs_files(to.repository, [addition], revision=to.revision, free_memory=False)
+
+    def make_commit() -> str:
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions, *removals]
+        made = client.create_commit(to.repository, operations, commit_message=title, revision=to.revision)
+        return made.oid
+
     for addition in large:
-        one = [addition]
-        retrying(
-            lambda one=one: client.preupload_lfs_files(
-                to.repository, one, revision=to.revision, free_memory=False
-            ),  # type: ignore[misc]
-            f"uploading {addition.path_in_repo}",
-        )
+        retrying(partial(upload_file, addition), f"uploading {addition.path_in_repo}")
         reporter.step()
-    commit = retrying(
-        lambda: client.create_commit(
-            to.repository, [*additions, *removals], commit_message=title, revision=to.revision
-        ),
-        "committing",
-    )
+    commit = retrying(make_commit, "committing")
     reporter.step()
-    return commit.oid
+    return commit
 
 
 def _check_arrived(client: HfApi, repository: str, commit: str, additions: list[CommitOperationAdd]) -> None:
+    """Raise `ValueError` if a file of the commit is missing or incomplete."""
     from huggingface_hub.hf_api import RepoFile
 
-    sizes = {
-        f.path: f.size for f in client.list_repo_tree(repository, revision=commit) if isinstance(f, RepoFile)
-    }
+    entries = client.list_repo_tree(repository, revision=commit)
+    sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
     for addition in additions:
+        name, wanted = addition.path_in_repo, addition.upload_info.size
         if (
-            sizes.get(addition.path_in_repo) != addition.upload_info.size
-        ):  # a .gitignore of the repository's, for one
+            sizes.get(name) != wanted
+        ):  # for example, the hub leaves out what a .gitignore of the repository names
             raise ValueError(
-                f"{addition.path_in_repo} did not arrive whole in {repository} "
-                f"({sizes.get(addition.path_in_repo)} of {addition.upload_info.size} bytes); look for a .gitignore there and push again"
+                f"{name} did not arrive whole in {repository} ({sizes.get(name)} of {wanted} bytes); "
+                "look for a .gitignore there and push again"
             )
 
 
 @contextmanager
-def _told(to: Destination) -> Iterator[None]:
-    """What the hub refuses, in one line with the way out and never with the token."""
+def _errors_in_one_line(to: Destination) -> Iterator[None]:
+    """Raise errors inside the `with` as `ValueError`: one line without the token that says what to do."""
     try:
         yield
     except KeyboardInterrupt:
@@ -241,31 +264,52 @@ def _told(to: Destination) -> Iterator[None]:
             f"nothing is visible in {to.repository} yet; the same push again sends only what is missing"
         ) from None
     except Exception as error:  # hub, network and transport errors share no base class
-        if type(error) is ValueError and "\n" not in str(error):  # ours; the client's own take several lines
+        if type(error) is ValueError and "\n" not in str(
+            error
+        ):  # ours; those of the client have several lines
             raise
         raise ValueError(_not_pushed(error, to.repository, to.revision).replace(to.token, "***")) from error
 
 
 def _not_pushed(error: Exception, repository: str, revision: str | None) -> str:
+    """The message for a failed push: the cause in one line, and what to do."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     status, line, owner = status_of(error), _server_words(error), repository.partition("/")[0]
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no branch {revision!r}, and one of that name cannot be made"
     if status == 401:
-        return f"the hub refuses the token for {repository}: log in with `hf auth login` or set a valid HF_TOKEN, with write access"
+        return (
+            f"the hub refuses the token for {repository}: "
+            "log in with `hf auth login` or set a valid HF_TOKEN, with write access"
+        )
     if status == 403:
-        return f"the hub does not let this token write {repository} ({line}): use a token with write access for {owner!r}, or another owner"
+        return (
+            f"the hub does not let this token write {repository} ({line}): "
+            f"use a token with write access for {owner!r}, or another owner"
+        )
     if status == 404:
-        return f"the hub has no {repository!r}, or no owner {owner!r}, that this token may write ({line}); check the name and the token"
+        return (
+            f"the hub has no {repository!r}, or no owner {owner!r}, that this token may write ({line}); "
+            "check the name and the token"
+        )
     if status == 409:
-        return f"{repository} is taken, or being changed by someone else ({line}); wait and push again, or name another repository"
+        return (
+            f"{repository} is taken, or being changed by someone else ({line}); "
+            "wait and push again, or name another repository"
+        )
     if status in (402, 413):
-        return f"the hub has no room for it ({line}); free some in the settings of {owner!r}, or name another owner"
-    return f"cannot push to {repository} ({type(error).__name__}: {line}); the same push again sends only what is missing"
+        return (
+            f"the hub has no room for it ({line}); "
+            f"free some in the settings of {owner!r}, or name another owner"
+        )
+    return (
+        f"cannot push to {repository} ({type(error).__name__}: {line}); "
+        "the same push again sends only what is missing"
+    )
 
 
 def _server_words(error: Exception) -> str:
-    """The hub's own words where it has some; the client's otherwise."""
+    """The hub's own message if it sent one, else the client's; in one line."""
     words = getattr(error, "server_message", None)
     return " ".join(str(words).split())[:200] if words else one_line(error)

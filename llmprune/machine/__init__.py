@@ -1,1 +1,1 @@
-"""What a run may use of the machine it is on."""
+"""What a run uses of the machine: device, memory, processes, threads, signals."""

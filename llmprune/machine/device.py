@@ -1,4 +1,7 @@
-"""The only file that may say "cuda": which device, which dtype, how much memory."""
+"""The device of a run: which one, in which dtype, how much memory it has, how fast it is.
+
+This is the only file of the package that may use `torch.cuda`.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device to compute on: a GPU where there is one, else the CPU. Raises `ValueError` for one this machine lacks."""
+    """The device to compute on; with `auto` a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: not the name of a device, or of one that this machine does not have.
+    """
     if name == "auto":
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        gpu = torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -42,39 +46,45 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of forward passes: the checkpoint's own where the device multiplies it fast, else float32, unless named.
+    """The dtype of forward passes; with `auto` the stored one if the device multiplies it fast, else float32.
 
     Raises:
-        ValueError: an unknown name, or float16 on a CPU, whose matrix products there are some hundred times slower.
+        ValueError: an unknown name, or float16 on a CPU, where its matrix products are some hundred times
+            slower.
     """
     if name == "auto":
-        fast = (
-            device.type == "cuda"
-            or stored == torch.float32
-            or (stored == torch.bfloat16 and has_bfloat16_units())
-        )
+        fast_bfloat16 = stored == torch.bfloat16 and has_bfloat16_units()
+        fast = device.type == "cuda" or stored == torch.float32 or fast_bfloat16
         return stored if fast else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     if name == "float16" and device.type == "cpu":
         raise ValueError(
-            "dtype float16 is some hundred times slower than float32 on a CPU; use --dtype float32 or bfloat16"
+            "dtype float16 is some hundred times slower than float32 on a CPU; "
+            "use --dtype float32 or bfloat16"
         )
     return DTYPES[name]
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16); elsewhere it is slower than float32."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, AVX-512 BF16), faster than float32."""
     return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def use_local_device(number: int) -> str:
-    """Take GPU `number` of this machine for this process, where there are GPUs; returns the backend for torch.distributed."""
+    """Use GPU `number` of this machine in this process, if it has GPUs.
+
+    Returns the backend for torch.distributed.
+
+    Raises:
+        ValueError: the machine has GPUs, but no such number.
+    """
     if not torch.cuda.is_available():
         return "gloo"
     if number >= torch.cuda.device_count():
         raise ValueError(
-            f"process {number} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start fewer processes"
+            f"process {number} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
+            "start fewer processes"
         )
     torch.cuda.set_device(number)
     return "cpu:gloo,cuda:nccl"
@@ -88,7 +98,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Give memory back that is kept for reuse: the GPU's by torch, and the host's by the C library, where that is glibc."""
+    """Give back memory kept for reuse: on a GPU by torch, on the host by the C library if that is glibc."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if sys.platform == "linux":
@@ -104,31 +114,33 @@ _EXACT = Setting(lambda: torch.backends.cuda.matmul.allow_tf32, _set_tf32, False
 
 
 def exact_matmul() -> AbstractContextManager[None]:
-    """Full float32 products inside the `with`: TF32 would move masks."""
+    """Compute float32 matrix products in full precision inside the `with`: with TF32 masks would differ."""
     return _EXACT.held()
 
 
 def describe(device: torch.device) -> str:
-    """The device in words."""
+    """The device in words, for the record: its name and memory, or the number of threads of a CPU."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB)"
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process since it started, shared file pages included, in bytes."""
+    """Peak resident memory of this process since it started, including pages of mapped files, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
 class PrivateMemory:
-    """Peak resident memory without shared file pages, in bytes: sampled while open, since the kernel keeps no such peak.
+    """Measures the peak of the resident memory without pages of mapped files, in bytes, inside a `with`.
 
-    `peak` is None where the system does not tell private and shared pages apart.
+    The kernel keeps no such peak, so a thread reads the current value every now and then. `peak` is None
+    where the system does not report these pages separately.
     """
 
-    _EVERY = 0.02  # seconds
+    _EVERY = 0.02  # seconds between two readings
 
     def __init__(self) -> None:
         self.peak = self._now()
@@ -162,25 +174,25 @@ class PrivateMemory:
 
 
 def available_memory() -> int:
-    """Host memory this process may still take, in bytes: what the system has available, or its control group's limit."""
+    """Host memory that this process may still use, in bytes, within the limit of its control group."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (
-            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
-        )
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
     except (OSError, ValueError):
         return free
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds this device does, times two, per second: the best of a few products of 2048 x 1024 x 1024."""
-    a, b = (
-        torch.ones(2048, 1024, device=device, dtype=dtype),
-        torch.ones(1024, 1024, device=device, dtype=dtype),
-    )
+    """Floating-point operations per second of matrix products on this device: the best of a few measurements.
+
+    A multiply-add counts as two operations.
+    """
+    a = torch.ones(2048, 1024, device=device, dtype=dtype)
+    b = torch.ones(1024, 1024, device=device, dtype=dtype)
     return 2 * 2048 * 1024 * 1024 / _best_time(device, lambda: a @ b, 5)
 
 
@@ -191,15 +203,18 @@ def visit_seconds(device: torch.device) -> float:
 
 
 def eigh_seconds(device: torch.device, size: int) -> float:
-    """Seconds of one eigendecomposition in float64 of [size, size], from a smaller one where that is large: the work grows cubically."""
+    """Seconds of one eigendecomposition of a [size, size] matrix in float64.
+
+    Above a size of 512 they are extrapolated: the work grows with the cube of the size.
+    """
     small = min(size, 512)
-    matrix = torch.eye(small, device=device, dtype=torch.float64) + torch.ones(
-        small, small, device=device, dtype=torch.float64
-    )
+    matrix = torch.ones(small, small, device=device, dtype=torch.float64)
+    matrix = torch.eye(small, device=device, dtype=torch.float64) + matrix
     return _best_time(device, lambda: torch.linalg.eigh(matrix), 2) * (size / small) ** 3
 
 
 def _best_time(device: torch.device, work: Callable[[], object], times: int) -> float:
+    """The shortest time, in seconds, that the work took out of several runs."""
     best = float("inf")
     for _ in range(times):
         wait_for(device)
@@ -211,12 +226,15 @@ def _best_time(device: torch.device, work: Callable[[], object], times: int) -> 
 
 
 def free_memory(device: torch.device) -> int:
-    """Memory this process may still take where it computes, in bytes: the GPU's, or the host's on a CPU."""
+    """Memory of the device that this process may still use, in bytes: the GPU's, or the host's for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 class Stopwatch:
-    """Seconds spent inside `with` blocks. On a GPU measured on its own clock, without making the host wait."""
+    """Adds up the seconds spent inside `with` blocks.
+
+    On a GPU they are measured by its own clock, so that the host need not wait.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
@@ -225,7 +243,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time the block."""
+        """Add the time spent inside the `with`."""
         if self._gpu:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -238,7 +256,7 @@ class Stopwatch:
             self._seconds += time.monotonic() - started
 
     def take(self) -> float:
-        """The seconds so far, and start again from zero."""
+        """The seconds so far; the watch starts again from zero."""
         if self._pairs:
             self._pairs[-1][1].synchronize()
         total: float = self._seconds + sum(a.elapsed_time(b) for a, b in self._pairs) / 1000
@@ -247,13 +265,13 @@ class Stopwatch:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the GPU has done what was asked of it; nothing on a CPU."""
+    """Wait until the GPU has finished all its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak_device_memory(device: torch.device) -> None:
-    """Start counting the GPU's peak anew; nothing on a CPU."""
+    """Start measuring the GPU's peak memory anew; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

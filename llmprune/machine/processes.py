@@ -1,6 +1,7 @@
-"""Several processes on one run, started by `torchrun` or `accelerate launch`: who does what, and how results come together.
+"""Several processes on one run (`torchrun`, `accelerate launch`): dividing the work and joining the results.
 
-K processes (ranks). The only file that talks to torch.distributed; alone, every method is trivial.
+The only file that uses `torch.distributed`. Processes are numbered by their rank, from 0. With a single
+process every method works without communication.
 """
 
 from __future__ import annotations
@@ -16,19 +17,31 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-# Ranks wait for rank 0 while it scores tasks, however long that takes. A dead rank is noticed by its closed connection, not by this.
+# The others wait for rank 0 while it scores tasks, however long that takes. A process that died is noticed by
+# its closed connection, not by this limit.
 _PATIENCE = timedelta(days=30)
 
 
-class Team:
-    """This process among `size` processes. `alone`: there is only one."""
+# Parts of the messages with which torch.distributed reports that another process is gone.
+_LOST_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "Socket",
+    "connectFullMesh",
+)
 
-    def __init__(self, rank: int = 0, size: int = 1, nearby: int = 0) -> None:
-        self.rank, self.size, self._nearby = rank, size, nearby
+
+class Team:
+    """This process, number `rank` among `size` processes, and number `local_rank` on its machine."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self._local_rank = rank, size, local_rank
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the one that writes and speaks."""
+        """Whether this is rank 0, the one that writes files and messages."""
         return self.rank == 0
 
     @property
@@ -37,7 +50,7 @@ class Team:
         return self.size == 1
 
     def share(self, items: int) -> slice:
-        """This rank's part of so many items: contiguous, in the order of ranks."""
+        """This rank's part of `items` items; the parts are contiguous and in the order of ranks."""
         return slice(self.rank * items // self.size, (self.rank + 1) * items // self.size)
 
     def add(self, *tensors: Tensor) -> None:
@@ -47,7 +60,7 @@ class Team:
                 torch.distributed.all_reduce(tensor)
 
     def join_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """The rows [n, C] of every rank below one another; rank r has counts[r]."""
+        """The rows [n, C] of all ranks, concatenated in the order of ranks; rank r has counts[r] of them."""
         if self.alone:
             return rows
         parts = [rows.new_empty(n, *rows.shape[1:]) for n in counts]
@@ -58,12 +71,12 @@ class Team:
         return torch.cat(parts)
 
     def from_rank(self, rank: int, tensor: Tensor) -> None:
-        """Fill a CPU tensor with that of a rank, byte for byte."""
+        """Overwrite a CPU tensor with the same tensor of rank `rank`, byte for byte."""
         if not self.alone:
             torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), rank)
 
     def tell(self, value: T, rank: int = 0) -> T:
-        """The value of one rank, on every rank."""
+        """The value that one rank gave, returned on every rank."""
         if self.alone:
             return value
         box = [value]
@@ -71,7 +84,10 @@ class Team:
         return box[0]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What rank 0 gets from the work, on every rank; what it raises is raised on every rank."""
+        """Do the work on rank 0 and return its result on every rank.
+
+        An error of it is raised on every rank.
+        """
         if self.alone:
             return work()
         outcome: tuple[Any, BaseException | None] = (None, None)
@@ -86,19 +102,22 @@ class Team:
         return value  # type: ignore[no-any-return]
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Work on every rank, the first of each machine before the others: what it downloads, they find in the cache."""
+        """Do the work on every rank, on the first one of each machine before the others.
+
+        What the first one downloads, the others find in the cache.
+        """
         if self.alone:
             return work()
-        value = work() if self._nearby == 0 else None
+        value = work() if self._local_rank == 0 else None
         torch.distributed.barrier()
-        return value if self._nearby == 0 else work()  # type: ignore[return-value]
+        return value if self._local_rank == 0 else work()  # type: ignore[return-value]
 
 
 ALONE = Team()
 
 
 def current() -> Team:
-    """The team this process was started in; joins it on the first call."""
+    """The team of processes that this process was started in; the first call connects to the others."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         return Team()
@@ -106,56 +125,42 @@ def current() -> Team:
         raise ValueError(
             f"WORLD_SIZE is {size}, but this build of torch has no torch.distributed; start a single process"
         )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.distributed.is_initialized():
-        # Imported later (transformers does), its default arguments would hold the group, and `_leave` would not end its threads.
+        # Imported only after the group is made (as transformers does), this module keeps the group alive in
+        # default arguments, and `_leave` could not end its threads.
         importlib.import_module("torch.distributed.nn")
         from llmprune.machine.device import use_local_device
 
-        backend = use_local_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        torch.distributed.init_process_group(use_local_device(local_rank), timeout=_PATIENCE)
         atexit.register(_leave)
-    return Team(
-        torch.distributed.get_rank(),
-        torch.distributed.get_world_size(),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank)
 
 
 def _leave() -> None:
-    # A thread of the group that outlives the interpreter aborts the finished process now and then.
+    # A thread of the group that outlives the interpreter sometimes aborts a process that had finished.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def speaks() -> bool:
-    """True on the one process that tells of a failure: the first to ask."""
+    """Whether this process should print the error of a failed run: True only on the first one that asks."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     try:
         store = torch.distributed.distributed_c10d._get_default_store()
         return bool(store.add("llmprune/failure", 1) == 1)
-    except RuntimeError:  # the store went down with its process
+    except RuntimeError:  # the process that held the store has ended
         return torch.distributed.get_rank() == 0
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error of a collective means that another process of the run is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in (
-            "Connection closed by peer",
-            "Connection reset by peer",
-            "Broken pipe",
-            "NCCL",
-            "Socket",
-            "connectFullMesh",
-        )
-    )
+    """Whether an error of `torch.distributed` means that another process of the run has ended."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_SIGNS)
 
 
 def share_out(costs: dict[str, int], size: int) -> dict[str, int]:
-    """Which rank takes which item: the costliest first, each to the rank with the least to do."""
+    """Which of `size` ranks takes which item: the costliest first, each to the rank with the least work."""
     loads = [0] * size
     owner = {}
     for name in sorted(costs, key=lambda n: (-costs[n], n)):

@@ -1,4 +1,7 @@
-"""State that libraries keep once per process, and that threads of one program would change under one another."""
+"""Protects settings that a library keeps once per process from threads that change them at the same time.
+
+Not imported by `import llmprune` alone, which must not load torch.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,43 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Held while a library changes such state for a while and puts it back: transformers loading a model (torch's default dtype, its
-# weight initialisers), lm-eval scoring (loggers, warnings, stderr). Two at once would put back what they took from one another.
+import numpy as np
+import torch
+
+# Held while a library changes such settings and restores them: transformers loading a model (torch's default
+# dtype and weight initialisers), lm-eval scoring (loggers, warnings, stderr). Two threads at once would
+# restore each other's values.
 _LIBRARIES = threading.RLock()
 
 
 @contextmanager
 def libraries() -> Iterator[None]:
-    """Alone with the libraries' process-wide state, and the random numbers of Python, numpy and torch afterwards as before."""
-    import numpy as np
-    import torch
+    """Let one thread at a time use libraries that change process-wide settings.
 
+    Afterwards the random number generators of Python, numpy
+    and torch are in the state in which they were before.
+    """
     with _LIBRARIES:
-        own, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        python_state, numpy_state, torch_state = (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+        )
         try:
             yield
         finally:
-            random.setstate(own)
-            np.random.set_state(arrays)
-            torch.set_rng_state(tensors)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
 
 
 class Setting:
-    """A process-wide setting that is one value while anyone needs it so, and afterwards what it was.
+    """A process-wide setting with a wanted value while a thread needs it, and its former value afterwards.
 
     Args:
-        read, write: how the setting is read and set. wanted: its value while someone needs it.
+        read: returns the setting.
+        write: changes it.
+        wanted: its value while it is needed.
     """
 
     def __init__(self, read: Callable[[], object], write: Callable[[object], None], wanted: object) -> None:
@@ -43,7 +57,10 @@ class Setting:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The wanted value inside the `with`. The last of several threads to leave restores what the first one found."""
+        """Have the wanted value inside the `with`.
+
+        The last of several threads to leave restores the former value.
+        """
         with self._lock:
             if self._users == 0:
                 self._before = self._read()

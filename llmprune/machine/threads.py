@@ -1,4 +1,7 @@
-"""How many threads torch gets, and how they wait. Imports nothing heavy: torch reads these settings when it is imported."""
+"""Sets how many threads torch uses and how they wait for work, by environment variables.
+
+Torch reads these when it is imported, so this file must run before that and must not import torch itself.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,21 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-# Any of these is the user's own choice of how threads wait.
+# If any of these is set, the user has chosen how threads wait.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# Rounds of waiting before a thread sleeps. To sleep at once made a run alone a third slower, to spin for long (torch's own way) made
-# it six times slower beside another program; see docs/benchmarks.md. The second is for Intel's and LLVM's OpenMP, in milliseconds.
+# How long a thread spins before it sleeps: rounds for GNU's OpenMP, milliseconds for Intel's and LLVM's.
+# Sleeping at once made a run that has the machine to itself a third slower; spinning long, torch's default,
+# made a run beside another program six times slower (docs/benchmarks.md).
 _CALM = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def settle(environment: MutableMapping[str, str]) -> None:
-    """Put torch's thread settings into an environment, where the user has not chosen: torch and child processes read them.
+    """Add torch's thread settings to an environment, as far as the user has not set them.
 
-    Threads that wait for work go to sleep soon instead of spinning: beside another program, spinning makes every short
-    piece of parallel work wait for a core that only spins. Where the control group grants fewer processors than can be
-    seen, there are no more threads than that.
+    Threads that wait for work soon sleep instead of spinning: beside another program, every short piece of
+    parallel work would have to wait for a core on which a thread only spins. If the control group grants
+    fewer processors than are visible, there are no more threads than that.
     """
     if not any(name in environment for name in _WAITING):
         environment.update(_CALM)
@@ -30,30 +34,33 @@ def settle(environment: MutableMapping[str, str]) -> None:
 
 
 def usable_processors() -> int:
-    """Processors this process may use: those of its affinity mask, or fewer where its control group has a quota."""
+    """Processors that this process may use, by its affinity mask and by the quota of its control group."""
     return min(visible_processors(), granted_processors())
 
 
 def visible_processors() -> int:
-    """Processors in the affinity mask, or of the machine where the system has no such mask."""
+    """Processors in this process's affinity mask, or all of the machine if the system has no such masks."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def granted_processors(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """Processors that the control groups' CPU quotas amount to, rounded up; a very large number where there is none."""
+    """The CPU quota of the control groups in processors, rounded up.
+
+    A very large number if there is no quota.
+    """
     shares = [share for folder in _folders(root, own) if (share := _share(folder)) is not None]
     return max(1, math.ceil(min(shares) - 1e-9)) if shares else 1 << 30
 
 
 def _folders(root: Path, own: Path) -> list[Path]:
-    """The folders of this process's control group and of those above it, of version 2 and of version 1."""
+    """The folders of this process's control group and of the groups above it, for cgroup versions 1 and 2."""
     try:
         lines = own.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
-    folders = [root, root / "cpu"]  # inside a container its own group is the root
+    folders = [root, root / "cpu"]  # inside a container the root is the process's own group
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers == "" or "cpu" in controllers.split(","):
@@ -64,7 +71,7 @@ def _folders(root: Path, own: Path) -> list[Path]:
 
 
 def _share(folder: Path) -> float | None:
-    """Processors that one control group grants; None where it sets no limit."""
+    """Processors that one control group grants; None if it sets no limit."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):

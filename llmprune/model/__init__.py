@@ -1,1 +1,1 @@
-"""An empty model, its prunable matrices and its block inputs."""
+"""The model of a run: built without weights, its prunable matrices, and the inputs of its blocks."""

@@ -1,7 +1,8 @@
-"""Block inputs: what the real model hands its blocks, captured once and replayed block by block.
+"""The inputs of the blocks (hidden states), computed block by block, with the weights of one block in memory.
 
-N sequences, T tokens, D model width. The arguments beside the hidden states (masks, rotary tables, ...) are never re-created by hand:
-the real model runs with its blocks replaced by recorders, so each block's own arguments are known before any block has weights.
+N sequences, n sequences of a micro-batch, T tokens, D model width, V vocabulary. Blocks take further
+arguments beside the hidden states (attention masks, rotary tables, ...). To get them exactly as the model
+makes them, the model itself is run once with functions that record the arguments in place of its blocks.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
 from llmprune.numerics.counts import all_finite
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-Store = Callable[[tuple[int, ...], torch.dtype], Tensor]
-# A micro-batch holds about this many tokens: enough to fill the processor, little enough to stay in its cache.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the hidden states: args, kwargs
+Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
+# Tokens of a micro-batch: enough to keep the processor busy, few enough to stay in its cache.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the last block was reached."""
+    """Ends a forward pass when the last block is reached."""
 
 
 @contextmanager
 def _replaced(blocks: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Each block's forward replaced by `forward(number, hidden, *args, **kwargs)` inside the `with`."""
+    """Replace each block's forward by `forward(number, hidden, *args, **kwargs)` inside the `with`."""
     try:
         for number, block in enumerate(blocks):
             block.forward = _bound(forward, number)
@@ -45,7 +46,7 @@ def _replaced(blocks: list[nn.Module], forward: Callable[..., Any]) -> Iterator[
 
 
 def _bound(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-    # A name for the first parameter: some models pass the hidden states by keyword.
+    # The first parameter must have this name: some models pass the hidden states by keyword.
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return forward(number, hidden_states, *args, **kwargs)
 
@@ -53,43 +54,56 @@ def _bound(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 def micro_batch(tokens: int, device: torch.device) -> int:
-    """Sequences of `tokens` tokens that go through a block together."""
+    """How many sequences of `tokens` tokens go through a block together."""
     return max(1, _TOKENS[device.type] // tokens)
 
 
 def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room for the block inputs in RAM."""
+    """Allocate the block inputs in memory."""
     return torch.empty(shape, dtype=dtype)
 
 
 def on_disk(folder: Path) -> Store:
-    """Room for the block inputs in a memory-mapped file of a folder, which disappears with the process."""
+    """A function that allocates the block inputs in a temporary file of a folder, mapped into memory.
+
+    Raises:
+        ValueError: (by the function) the disk is too small.
+    """
 
     def store(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        handle, name = tempfile.mkstemp(
-            prefix="activations-", dir=folder
-        )  # its own: several processes share the folder
-        path, numbers = Path(name), torch.Size(shape).numel()
+        # A unique name: several processes use the same folder.
+        handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)
+        path, elements = Path(name), torch.Size(shape).numel()
         with os.fdopen(handle, "wb") as file:
-            try:  # the space is claimed now: a mapping on a full disk would kill the process
-                os.posix_fallocate(file.fileno(), 0, max(1, numbers * dtype.itemsize))
+            try:
+                # Claim the disk space now: writing to a mapped file on a full disk would kill the process.
+                os.posix_fallocate(file.fileno(), 0, max(1, elements * dtype.itemsize))
             except OSError as error:
                 path.unlink()
-                size = size_text(numbers * dtype.itemsize)
+                size = size_text(elements * dtype.itemsize)
                 raise ValueError(
                     f"the block inputs need {size} on the disk of {folder}: {error.strerror}; make room"
                 ) from None
-        mapped = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
-        path.unlink()
+        mapped = torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
+        path.unlink()  # the mapping keeps the file's content until the process ends
         return mapped
 
     return store
 
 
 class BlockInputs:
-    """The inputs of the current block, [N, T, D] in the compute dtype, moved on in place block by block.
+    """The inputs of the current block, [N, T, D] in the compute dtype; `forward` moves on to the next block.
 
-    `store` makes room for them; `note` is told when memory runs out and the micro-batch is halved.
+    Args:
+        skeleton: the model.
+        tokens: int64 [N, T].
+        device: to compute on.
+        store: allocates the block inputs.
+        note: called with a message when memory runs out and the micro-batch is halved.
+
+    Raises:
+        ValueError: an architecture whose blocks cannot be run by themselves, or embeddings that are not
+            finite.
     """
 
     def __init__(
@@ -100,42 +114,38 @@ class BlockInputs:
         store: Store = in_memory,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._skeleton, self._tokens, self.device, self._make, self._note = (
-            skeleton,
-            tokens,
-            device,
-            store,
-            note,
-        )
+        self._skeleton, self._tokens, self.device = skeleton, tokens, device
+        self._store, self._note = store, note
         self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
         self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
-        self._calls: dict[int, list[_Call]] = {}  # micro-batch size -> arguments per block
+        self._calls: dict[int, list[_Call]] = {}  # size of a micro-batch -> arguments of each block
         self._hidden: Tensor | None = None
-        self._as_tuple = False  # what the model expects its blocks to return
+        self._as_tuple = False  # whether the model expects its blocks to return a tuple
         self._embed()
 
     def slices(self, start: int = 0) -> Iterator[slice]:
         """The micro-batches, from sequence `start` on."""
-        return (
-            slice(i, min(i + self.batch, len(self._tokens)))
-            for i in range(start, len(self._tokens), self.batch)
-        )
+        count = len(self._tokens)
+        return (slice(i, min(i + self.batch, count)) for i in range(start, count, self.batch))
 
     @torch.no_grad()
     def _embed(self) -> None:
+        """Compute and store the inputs of the first block, and record the arguments of all blocks."""
         with self._outer():
             for part in self.slices():
                 calls = self._record(part, store=True)
-                # Arguments depend on the shape of the batch alone, so one record per size serves all.
+                # The arguments must depend only on the shape of
+                # a batch, so that one record per size is enough.
                 known = self._calls.setdefault(part.stop - part.start, calls)
                 if not _same(known[0], calls[0]):
                     raise ValueError(
-                        "the blocks of this model get arguments that depend on the tokens; this architecture is not supported"
+                        "the blocks of this model get arguments that depend on the tokens; "
+                        "this architecture is not supported"
                     )
 
     @contextmanager
     def _outer(self) -> Iterator[None]:
-        """Embeddings and what else the model needs before its blocks, loaded inside the `with`."""
+        """Load the weights that the model uses before its blocks, such as embeddings, inside the `with`."""
         head = _head_name(self._skeleton)
         names = [n for n in self._skeleton.outside_blocks() if not n.startswith(head)]
         self._skeleton.load(names)
@@ -143,15 +153,19 @@ class BlockInputs:
         self._skeleton.free(names)
 
     def _record(self, part: slice, store: bool) -> list[_Call]:
+        """The arguments of every block for one micro-batch.
+
+        With `store` the first block's inputs are stored.
+        """
         calls = self._recorded(part, store)
-        if calls is None:  # the model takes the first item of what a block returns
+        if calls is None:  # then the model takes the first item of what a block returns
             self._as_tuple = True
             calls = self._recorded(part, store)
         assert calls is not None
         return calls
 
     def _recorded(self, part: slice, store: bool) -> list[_Call] | None:
-        """The arguments of every block for one micro-batch; None where the recorders' return value was not what the model expects."""
+        """As `_record`, or None if the model expects its blocks to return something else (`_as_tuple`)."""
         calls: list[_Call] = []
         shapes = set()
 
@@ -172,29 +186,33 @@ class BlockInputs:
         return calls if len(shapes) == 1 else None
 
     def put(self, part: slice, hidden: Tensor, block: int | None) -> None:
-        """Store hidden states [n, T, D] of some sequences, the outputs of a block (None: of the embeddings).
+        """Store hidden states [n, T, D] of some sequences: outputs of a block, or of the embeddings (None).
 
         Raises:
-            ValueError: a number that is not finite, with the block where it appears.
+            ValueError: NaN or Inf; the message names the block.
         """
         if self._hidden is None:
-            self._hidden = self._make((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
+            self._hidden = self._store((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
         self._hidden[part] = hidden
         if not all_finite(self._hidden[part]):
             raise ValueError(self._not_finite(block))
 
     def _not_finite(self, block: int | None) -> str:
+        """The message for outputs of a block that are not finite."""
         names, dtype = list(self._skeleton.blocks), str(self._skeleton.dtype).removeprefix("torch.")
         where = "the embeddings" if block is None else f"block {block + 1} of {len(names)} ({names[block]})"
         remedy = "try --dtype float32; else" if dtype != "float32" else "most likely"
         return (
-            f"{where} put out the first NaN or Inf, in {dtype}; {remedy} the checkpoint is broken there or before "
-            "(huge weights, a norm's epsilon in config.json)"
+            f"{where} put out the first NaN or Inf, in {dtype}; {remedy} the checkpoint is broken there "
+            "or before (huge weights, a norm's epsilon in config.json)"
         )
 
     @torch.no_grad()
     def each(self, work: Callable[[slice], None], again: Callable[[], None]) -> None:
-        """Do the work on every micro-batch. `again` is told when memory ran out: it all begins anew, with smaller ones."""
+        """Do the work on every micro-batch.
+
+        If memory runs out, `again` is called, and all the work is done anew with smaller micro-batches.
+        """
         try:
             for part in self.slices():
                 work(part)
@@ -207,7 +225,13 @@ class BlockInputs:
 
     @torch.no_grad()
     def forward(self, number: int, weights: Mapping[str, Tensor] | None = None, done: int = 0) -> None:
-        """Run every micro-batch but the `done` first sequences through block `number`; its outputs become the next block's inputs."""
+        """Replace the stored inputs of block `number` by its outputs, which are the next block's inputs.
+
+        Args:
+            number: of the block, from 0.
+            weights: used in place of the block's own, by name in the block.
+            done: how many sequences, from the first on, have been replaced already.
+        """
         while done < len(self._tokens):
             try:
                 for part in self.slices(done):
@@ -221,26 +245,32 @@ class BlockInputs:
         return self.outputs(number, self.hidden(part), weights)
 
     def hidden(self, rows: slice | list[int]) -> Tensor:
-        """What is stored of some sequences, [n, T, D], on the device."""
+        """The stored hidden states of some sequences, [n, T, D], on the device."""
         assert self._hidden is not None
         return self._hidden[rows].to(self.device)
 
     def outputs(self, number: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """What block `number` makes of hidden states [n, T, D], with `weights` (by name in the block) in place of its own."""
+        """The outputs of block `number` for hidden states [n, T, D].
+
+        `weights`, by name in the block, are used in place of its own.
+        """
         if len(hidden) not in self._calls:
             with self._outer(), torch.no_grad():
                 self._calls[len(hidden)] = self._record(slice(0, len(hidden)), store=False)
         args, kwargs = self._calls[len(hidden)][number]
         block = self._blocks[number]
-        out: Tensor | tuple[Tensor, ...] = (
-            functional_call(block, dict(weights), (hidden, *args), kwargs)
-            if weights
-            else block(hidden, *args, **kwargs)
-        )
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor | tuple[Tensor, ...]
+        if weights:
+            result = functional_call(block, dict(weights), (hidden, *args), kwargs)
+        else:
+            result = block(hidden, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
 
     def halve(self, error: BaseException) -> None:
-        """Go on with half the micro-batch where memory ran out; any other error is raised again, as is one that no halving helps."""
+        """Halve the micro-batch after memory ran out.
+
+        Any other error, or a micro-batch of one sequence, is raised again.
+        """
         if not devices.out_of_memory(error) or self.batch == 1:
             raise error
         self._note(f"out of memory with {self.batch} sequences at once; going on with {self.batch // 2}")
@@ -249,7 +279,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """After the last block: the model's own last norm and output head, one micro-batch at a time, [n, T, V]."""
+        """The model's logits [n, T, V] from the outputs of the last block, one micro-batch at a time."""
         outer = self._skeleton.outside_blocks()
         self._skeleton.load(outer)
         for part in self.slices():
@@ -266,7 +296,10 @@ class BlockInputs:
 
 
 def _same(a: _Call, b: _Call) -> bool:
-    """Whether two calls got equal tensors, but for rounding: rotary tables made twice may differ in their last bit."""
+    """Whether two calls have the same tensors as arguments, up to rounding.
+
+    Rotary tables may differ in the last bit when they are made twice.
+    """
     from torch.utils._pytree import tree_leaves
 
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
@@ -274,11 +307,13 @@ def _same(a: _Call, b: _Call) -> bool:
 
 
 def _near(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
     if x.shape != y.shape or x.dtype != y.dtype or not x.is_floating_point():
         return torch.equal(x, y)
     return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2)
 
 
 def _head_name(skeleton: Skeleton) -> str:
+    """The prefix of the output head's parameter names; one that no name has if there is no head."""
     head = skeleton.model.get_output_embeddings()
     return next((f"{name}." for name, module in skeleton.model.named_modules() if module is head), "\0")

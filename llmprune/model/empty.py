@@ -1,4 +1,7 @@
-"""A model without weights: parameters on meta, buffers as the model makes them, and nothing changed for other threads."""
+"""Builds a model without weights: parameters on the meta device, buffers with their values.
+
+Settings that other threads share, such as torch's default dtype, are not changed.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,30 @@ _building = threading.local()
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The causal language model of a config, for weights in `dtype`. The config is not written to.
+    """The causal language model of a config, for weights in `dtype`. The config is not changed.
 
-    Buffers are real: rotary tables are not in the checkpoint, and a cast of the whole model would round them.
+    Buffers have their values: rotary tables are not in the
+    checkpoint, and casting the whole model would round them.
     """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)  # transformers writes the dtype into it
-    own = _own_class(config, trust_remote_code)
-    # Code of the checkpoint, and wrappers of several models, make the dtype torch's default for the whole process meanwhile.
+    model_class = _transformers_class(config, trust_remote_code)
+    # `from_config` changes torch's default dtype for the whole process while it runs, hence `libraries`.
     with libraries(), _empty_parameters():
-        if own is None:
+        if model_class is None:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
-        config = _config_of(own, config)
+        config = _config_of(model_class, config)
         _set_dtype(config, dtype)
         with _DefaultDtype(dtype):
-            return own(config)
+            return model_class(config)
 
 
-def _own_class(config: Any, trust_remote_code: bool) -> Any:
-    """The class that transformers itself has for a config; None where the checkpoint brings its own code or there is none."""
+def _transformers_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that transformers itself has for a config.
+
+    None if there is none, or if the checkpoint's own code is to be used.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.auto_factory import _get_model_class
 
@@ -52,12 +59,13 @@ def _own_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _config_of(model_class: Any, config: Any) -> Any:
-    """The part of a config that a class is made from: of a multimodal model's, perhaps the text model's."""
+    """The config to make a class from; for the language model in a multimodal one it is only a part."""
     text = config.sub_configs.get("text_config")
     return config.get_text_config() if text is not None and model_class.config_class is text else config
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Write the dtype into a config and the configs inside it."""
     config.dtype = dtype
     for key in config.sub_configs:
         if (inner := getattr(config, key, None)) is not None:
@@ -65,9 +73,12 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> None:
 
 
 class _DefaultDtype(TorchFunctionMode):
-    """What this thread makes in torch's default dtype is in another one; the default itself, which all threads share, stays."""
+    """Gives this thread another default dtype for tensors.
 
-    # These say which dtype they give.
+    Torch's own default, which all threads share, does not change.
+    """
+
+    # Functions whose result has a dtype that the caller chose.
     _EXPLICIT = frozenset(("to", "type", "type_as", "float", "double", "half", "bfloat16"))
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -82,24 +93,21 @@ class _DefaultDtype(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        if (
-            not isinstance(made, Tensor)
-            or made.dtype != torch.get_default_dtype()
-            or made.dtype == self._dtype
-        ):
-            return made
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype():
+            return result
+        if result.dtype == self._dtype:
+            return result
         explicit = kwargs.get("dtype") is not None or getattr(func, "__name__", "") in self._EXPLICIT
-        if explicit or any(
-            isinstance(a, Tensor) and a.is_floating_point() for a in tree_leaves((args, kwargs))
-        ):
-            return made
-        return made.to(self._dtype)
+        inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if explicit or any(tensor.is_floating_point() for tensor in inputs):
+            return result
+        return result.to(self._dtype)
 
 
 @contextmanager
 def _empty_parameters() -> Iterator[None]:
-    """Parameters of modules made by this thread inside the `with` are on meta; those of other threads are not touched."""
+    """Put the parameters of modules that this thread makes inside the `with` on the meta device."""
     _watch_registrations()
     _building.active = True
     try:
@@ -110,13 +118,15 @@ def _empty_parameters() -> Iterator[None]:
 
 @functools.cache
 def _watch_registrations() -> None:
-    # It stays registered: taking it away could disturb a module that another thread is making at that moment.
-    register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]  # it may return another one
+    # The hook is never removed, since that could disturb a
+    # module that another thread is making at that moment.
+    register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]  # typed as returning None
 
 
 def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """The parameter on the meta device; None (leave it unchanged) outside of `_empty_parameters`."""
     if parameter is None or not getattr(_building, "active", False):
-        return None  # leave it as it is
+        return None
     empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     empty.__dict__.update(parameter.__dict__)
     return empty

@@ -1,4 +1,4 @@
-"""Opening a model: name, folder, hub id or a model in memory becomes an empty skeleton over a lazy weight source."""
+"""Opens a model, given by name, folder, hub id or as a model in memory, without loading its weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: where its weights are, its empty skeleton, its tokenizer (None: it has none).
+    """An opened model.
 
-    `located` and `files` (its small files as they were when it was opened) are None for a model in memory.
+    Attributes:
+        located: its folder; None for a model in memory.
+        files: its small files as they were when it was opened; None for a model in memory.
+        label: its name in the record.
+        source: where its weights are read from.
+        skeleton: the model without weights.
+        tokenizer: None if it has none.
+        instance: the user's model, for a model in memory.
+        trust_remote_code: whether Python code of the checkpoint may run.
     """
 
     located: Located | None
@@ -40,18 +48,18 @@ class Model:
 
     @property
     def limit(self) -> int | None:
-        """The longest sequence the model was made for, if its config says."""
+        """The longest sequence that the model was made for, in tokens; None if its config does not say."""
         return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
 
     def check(self) -> None:
-        """Raise `ValueError` where the model's files, or its weights in memory, changed since it was opened."""
+        """Raise `ValueError` if its files, or its weights in memory, have changed since it was opened."""
         self.source.check()
         if self.files is not None:
             self.files.check()
 
     @property
     def folder(self) -> Path | None:
-        """Where its files are: of a model in memory the folder it was loaded from, None where there is none."""
+        """The folder of its files; for a model in memory the one it was loaded from, if there is one."""
         if self.located is not None:
             return self.located.folder
         named = getattr(self.instance.config, "name_or_path", "")
@@ -72,10 +80,18 @@ def open_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Model:
-    """Open a model lazily: name, folder, hub id, or a transformers model in memory (which is never written to).
+    """Open a model without loading its weights.
+
+    Args:
+        model: a name, folder or hub id, or a transformers model in memory, which is never changed.
+        tokenizer: used instead of the checkpoint's.
+        revision: branch, tag or commit on the hub.
+        device: `auto` or a device of torch.
+        dtype: of forward passes, `auto` or a name.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        ValueError: an unknown name, a damaged or quantised checkpoint, one without safetensors.
+        ValueError: an unknown name, a damaged or quantised checkpoint, or one without safetensors.
     """
     chosen = devices.choose_device(device)
     if not isinstance(model, (str, os.PathLike)):
@@ -99,8 +115,8 @@ def open_model(
 
 
 def whole(model: Model) -> Any:
-    """The whole model in memory, on its device: for what cannot be streamed block by block."""
-    if model.instance is not None:  # a copy, so that the user's stays as it is
+    """The whole model with its weights, on its device: for work that cannot be done block by block."""
+    if model.instance is not None:  # a copy, since the user's model must not be changed
         return copy.deepcopy(model.instance).to(model.skeleton.device, model.skeleton.dtype).eval()
     from transformers import AutoModelForCausalLM
 
@@ -112,5 +128,5 @@ def whole(model: Model) -> Any:
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
         )
-    model.check()  # it was read past our own reader
+    model.check()  # transformers has read the files without the checks of our own reader
     return loaded.to(model.skeleton.device).eval()

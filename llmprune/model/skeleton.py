@@ -1,4 +1,4 @@
-"""An empty model: parameters on meta, real buffers, weights loaded by assignment and freed after use."""
+"""The model without its weights: parameters are on the meta device, and are loaded and freed part by part."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
-from llmprune.common.messages import shown
+from llmprune.common.messages import first_line, shown
 from llmprune.model.empty import build_empty
 
 _COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder. Raises `ValueError` for one that is missing, unknown, or of a quantised checkpoint."""
+    """The transformers config of a folder.
+
+    Raises:
+        ValueError: it is missing, unknown to transformers, or of a quantised checkpoint.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -27,34 +31,35 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     check_dense(raw, str(folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many types here; the first line says what is wrong
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    except Exception as error:  # transformers raises many types here
         raise ValueError(
-            f"transformers cannot use the config of {folder} (model_type {shown(raw.get('model_type'))}): {line}"
+            f"transformers cannot use the config of {folder} "
+            f"(model_type {shown(raw.get('model_type'))}): {first_line(error, 300)}"
         ) from error
 
 
 def check_dense(config: dict[str, Any], where: str) -> None:
     """Raise `ValueError` for a quantised or compressed checkpoint."""
     for key in _COMPRESSED:
-        if config.get(key):
-            method = (
-                config[key].get("quant_method", "unknown") if isinstance(config[key], dict) else config[key]
-            )
+        value = config.get(key)
+        if value:
+            method = value.get("quant_method", "unknown") if isinstance(value, dict) else value
             raise ValueError(
-                f"{where} is quantised or compressed ({key}: {method}); prune the original checkpoint in float32, bfloat16 or float16"
+                f"{where} is quantised or compressed ({key}: {method}); "
+                "prune the original checkpoint in float32, bfloat16 or float16"
             )
 
 
 def _check_sizes(config: Any, source: WeightSource) -> None:
-    """Raise `ValueError` for a config that asks for more than the checkpoint can hold, before anything of that size is made."""
-    most = max((t.elements for t in source.tensors.values()), default=0)
+    """Raise `ValueError` if a config has larger sizes than the checkpoint, before the model is built."""
+    most = max((tensor.elements for tensor in source.tensors.values()), default=0)
     for key, value in config.get_text_config().to_dict().items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         if key in ("num_hidden_layers", "n_layer", "num_layers") and value > len(source.tensors):
             raise ValueError(
-                f"config.json asks for {value} blocks, the checkpoint has {len(source.tensors)} tensors; it is damaged"
+                f"config.json asks for {value} blocks, the checkpoint has {len(source.tensors)} tensors; "
+                "it is damaged"
             )
         sized = key.endswith(("_size", "_dim", "_heads")) or key in ("n_embd", "n_inner", "n_head")
         if sized and value > max(most, 1 << 16):
@@ -64,12 +69,21 @@ def _check_sizes(config: Any, source: WeightSource) -> None:
 
 
 class Skeleton:
-    """A causal language model without weights, and the checkpoint to fill it from, part by part.
+    """A causal language model without weights, which are loaded from a checkpoint part by part.
 
     Attributes:
         source: where its weights come from.
-        blocks: name -> module of the repeated blocks, found by structure: the list of modules of one class with the most weights.
-        stored: parameter name -> name in the checkpoint. unused: names in the checkpoint that no part of the model goes by.
+        dtype: of the weights when they are loaded.
+        device: where they are loaded to.
+        model: the transformers model.
+        blocks: name -> module of its repeated blocks. They are the list of modules of one class with the most
+            weights.
+        stored: parameter name -> name in the checkpoint.
+        unused: names of tensors in the checkpoint that no parameter uses.
+
+    Raises:
+        ValueError: config and checkpoint do not match, are damaged, or of an architecture that is not
+            supported.
     """
 
     def __init__(
@@ -84,27 +98,25 @@ class Skeleton:
         _check_sizes(config, source)
         try:
             self.model = build_empty(config, dtype, trust_remote_code)
-        except Exception as error:  # a config may be wrong in as many ways as there are models
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        except Exception as error:  # a wrong config may raise any type, depending on the model
             raise ValueError(
-                f"transformers cannot build a model from config.json ({type(error).__name__}: {line}); is it damaged?"
+                f"transformers cannot build a model from config.json "
+                f"({type(error).__name__}: {first_line(error, 300)}); is it damaged?"
             ) from error
         self.model.eval()
-        for buffer_owner in self.model.modules():
-            for name, buffer in buffer_owner._buffers.items():
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
-                    buffer_owner._buffers[name] = buffer.to(device)
+                    module._buffers[name] = buffer.to(device)
         self.blocks = self._find_blocks()
         self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self.stored = self._match_names()
         self.unused = sorted(set(source.tensors) - set(self.stored.values()))
 
     def _find_blocks(self) -> dict[str, nn.Module]:
-        lists = [
-            (n, m)
-            for n, m in self.model.named_modules()
-            if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1
-        ]
+        """The repeated blocks by name: the list of modules of one class that has the most weights."""
+        module_lists = ((n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList))
+        lists = [(name, modules) for name, modules in module_lists if len({type(m) for m in modules}) == 1]
         if not lists:
             raise ValueError(
                 f"{type(self.model).__name__} has no list of equal blocks; this architecture is not supported"
@@ -113,13 +125,16 @@ class Skeleton:
         return {f"{name}.{i}": block for i, block in enumerate(blocks)}
 
     def _match_names(self) -> dict[str, str]:
-        """Parameter name -> name in the checkpoint, which may leave out or add the base model's prefix, or a tied weight."""
+        """Parameter name -> name in the checkpoint.
+
+        The checkpoint may have the base model's prefix where the model has not or the other way round, and
+        need not have a weight that is tied to another one.
+        """
         prefix = f"{self.model.base_model_prefix}."
         tied = getattr(self.model, "_tied_weights_keys", None) or {}
+        buffers = {name for name, _ in self.model.named_buffers() if name in self.source.tensors}
         stored, missing = {}, []
-        for name in sorted(
-            self._parameters | {n for n, b in self.model.named_buffers() if n in self.source.tensors}
-        ):
+        for name in sorted(self._parameters | buffers):
             candidates = (name, name.removeprefix(prefix), prefix + name, self._tied_to(name, tied))
             found = next((c for c in candidates if c in self.source.tensors), None)
             if found is None:
@@ -128,83 +143,86 @@ class Skeleton:
                 stored[name] = found
         if missing:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} weights of {type(self.model).__name__}, the first is {missing[0]!r}; "
-                "it is incomplete or of another architecture"
+                f"the checkpoint lacks {len(missing)} weights of {type(self.model).__name__}, "
+                f"the first is {missing[0]!r}; it is incomplete or of another architecture"
             )
-        for name, where in stored.items():
-            wanted, have = (
-                tuple(self.model.get_parameter_or_buffer(name).shape),
-                self.source.tensors[where].shape,
-            )
-            if wanted != have:
-                raise ValueError(
-                    f"weight {where!r} has shape {have} where the config asks for {wanted}; config and checkpoint do not match"
-                )
+        self._check_shapes(stored)
         return stored
 
+    def _check_shapes(self, stored: Mapping[str, str]) -> None:
+        """Raise `ValueError` if a tensor of the checkpoint has another shape than its parameter."""
+        for name, where in stored.items():
+            wanted = tuple(self.model.get_parameter_or_buffer(name).shape)
+            have = self.source.tensors[where].shape
+            if wanted != have:
+                raise ValueError(
+                    f"weight {where!r} has shape {have} where the config asks for {wanted}; "
+                    "config and checkpoint do not match"
+                )
+
     def remarks(self) -> tuple[str, ...]:
-        """What the user should know of the checkpoint: that it holds tensors which no part of the model goes by."""
+        """What the user should know of the checkpoint: that it has tensors which the model does not use."""
         if not self.unused:
             return ()
         prefix = next(iter(self.blocks)).rpartition(".")[0]
-        block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
-        beyond = {
-            int(found[1])
-            for name in self.unused
-            if (found := block.match(name)) and int(found[1]) >= len(self.blocks)
-        }
-        asked = (
-            f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {len(beyond)} more; "
-            if beyond
-            else ""
+        of_block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
+        numbers = {int(found[1]) for found in map(of_block.match, self.unused) if found}
+        beyond = sum(number >= len(self.blocks) for number in numbers)
+        more = f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {beyond} more; "
+        return (
+            f"note: {more if beyond else ''}{len(self.unused)} tensors of the checkpoint belong to no part "
+            f"of the model and pass unchanged, the first is {self.unused[0]!r}",
         )
-        told = f"{asked}{len(self.unused)} tensors of the checkpoint belong to no part of the model and pass unchanged"
-        return (f"note: {told}, the first is {self.unused[0]!r}",)
 
     def _tied_to(self, name: str, tied: Any) -> str | None:
+        """The parameter that shares its weight with this one; None if there is none."""
         if not getattr(self.model.config, "tie_word_embeddings", False) or name not in tied:
             return None
         return tied[name] if isinstance(tied, dict) else None
 
     def parameters_of(self, module_name: str) -> list[str]:
-        """Names of the parameters below a module."""
+        """Names of the parameters of a module and of the modules in it."""
         return [n for n in sorted(self.stored) if n.startswith(f"{module_name}.")]
 
     def outside_blocks(self) -> list[str]:
-        """Names of the parameters in no block: embeddings, last norm, output head."""
-        return [n for n in sorted(self.stored) if not n.startswith(tuple(f"{b}." for b in self.blocks))]
+        """Names of the parameters that are in no block: embeddings, last norm, output head."""
+        in_blocks = tuple(f"{block}." for block in self.blocks)
+        return [name for name in sorted(self.stored) if not name.startswith(in_blocks)]
 
     def load(self, names: list[str]) -> None:
-        """Fill parameters (or stored buffers) from the checkpoint, in the compute dtype, on the device."""
+        """Load parameters, or stored buffers, from the checkpoint to the device, in the compute dtype."""
         for name in names:
             self.fill([name], {self.stored[name]: self.source.load(self.stored[name])})
 
     def fill(self, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """The same from tensors already read, by their names in the checkpoint; they are not copied where they fit as they are."""
+        """As `load`, from tensors already read, by their names in the checkpoint.
+
+        They are not copied if they have the right dtype and device.
+        """
         for name in names:
             owner, leaf = self._owner(name)
             tensor, buffer = tensors[self.stored[name]], owner._buffers.get(leaf)
             if buffer is not None:
-                owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)  # never rounded
+                # A buffer keeps its own dtype: the compute dtype might round it.
+                owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)
             else:
-                owner._parameters[leaf] = nn.Parameter(
-                    tensor.to(self.device, self.dtype), requires_grad=False
-                )
+                loaded = tensor.to(self.device, self.dtype)
+                owner._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
 
     def block_tensors(self) -> list[list[str]]:
-        """Per block, the names of its tensors in the checkpoint."""
+        """For each block, the names of its tensors in the checkpoint."""
         return [list(dict.fromkeys(self.stored[n] for n in self.parameters_of(b))) for b in self.blocks]
 
     def free(self, names: list[str]) -> None:
-        """Give the memory of parameters back."""
+        """Free the memory of parameters, by putting them back on the meta device."""
         for name in names:
             owner, leaf = self._owner(name)
-            full = owner._parameters.get(leaf)
-            if full is not None:
-                owner._parameters[leaf] = nn.Parameter(
-                    torch.empty_like(full, device="meta"), requires_grad=False
-                )
+            loaded = owner._parameters.get(leaf)
+            if loaded is not None:
+                empty = torch.empty_like(loaded, device="meta")
+                owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter or buffer, and its name in that module."""
         parent, _, leaf = name.rpartition(".")
         return self.model.get_submodule(parent), leaf

@@ -1,4 +1,7 @@
-"""The prunable matrices of a block, every oddity turned into a plain [R, C] view (out_features, in_features)."""
+"""The prunable matrices of a block, as [R, C] (out_features, in_features) however the model stores them.
+
+"As stored" means in the layout of the checkpoint and the module, which is [C, R] for `Conv1D`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Target:
-    """One prunable matrix: its module, the parameter's name, and whether the parameter is stored as [C, R]."""
+    """One prunable matrix.
 
-    name: str  # of the module
+    Attributes:
+        name: of its module.
+        module: which has the matrix as `weight`.
+        transposed: whether the matrix is stored as [C, R].
+    """
+
+    name: str
     module: nn.Module
     transposed: bool
 
@@ -28,15 +37,17 @@ class Target:
         return (int(b), int(a)) if self.transposed else (int(a), int(b))
 
     def read(self, stored: Tensor) -> Tensor:
-        """The weight as [R, C] in float32 on the module's device, from its stored form; not a copy where it is that already."""
+        """The weight as [R, C] in float32 on the module's device; a copy only if necessary.
+
+        `stored` is the same weight from the checkpoint. It is used if the module's weight is not float32,
+        since then it may have been rounded when it was loaded.
+        """
         loaded: Tensor = self.module.weight.detach()  # type: ignore[operator]
-        exact = (
-            loaded if loaded.dtype == torch.float32 else stored
-        )  # a compute dtype may have rounded what was loaded
+        exact = loaded if loaded.dtype == torch.float32 else stored
         return self.oriented(exact).to(loaded.device, torch.float32).contiguous()
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """A weight laid out as stored, seen as [R, C]."""
+        """A [R, C] view of a stored weight."""
         return stored.T if self.transposed else stored
 
     def view(self, stored: Tensor) -> Tensor:
@@ -45,27 +56,29 @@ class Target:
         return self.oriented(stored).to(device, torch.float32).contiguous()
 
     def assign(self, stored: Tensor) -> None:
-        """Put a weight, laid out as stored, into the module, on its device and in its dtype."""
+        """Put a stored weight into the module, on its device and in its dtype."""
         old: Tensor = self.module.weight  # type: ignore[assignment]
         self.module.weight = nn.Parameter(stored.to(old.device, old.dtype), requires_grad=False)
 
     def stored(self, weight: Tensor) -> Tensor:
-        """A weight [R, C] laid out as the checkpoint stores it."""
+        """A weight [R, C] in the layout in which it is stored."""
         return (weight.T if self.transposed else weight).contiguous()
 
 
 def find_targets(block_name: str, block: nn.Module) -> list[Target]:
-    """Every linear matrix of a block, in the order of the network.
+    """Every linear matrix of a block, in the order of its modules.
 
     Raises:
-        ValueError: the block stacks matrices in 3-D parameters (mixture of experts), which would silently stay dense.
+        ValueError: the block has matrices stacked in a 3-D parameter (mixture of experts), which would stay
+            dense.
     """
     from transformers.pytorch_utils import Conv1D
 
     for name, parameter in block.named_parameters():
         if parameter.ndim > 2:
             raise ValueError(
-                f"{block_name}.{name} stacks experts in one {parameter.ndim}-D parameter; mixtures of experts are not supported yet"
+                f"{block_name}.{name} stacks experts in one {parameter.ndim}-D parameter; "
+                "mixtures of experts are not supported yet"
             )
     return [
         Target(f"{block_name}.{name}", module, isinstance(module, Conv1D))

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, or one line on which of its files is damaged."""
+"""Reads a checkpoint's tokenizer, and finds out which of its files is damaged if that fails."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ _OTHERS = ("special_tokens_map.json", "added_tokens.json")
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's tokenizer, None where it has none. Raises `ValueError` where its files cannot be read."""
+    """The tokenizer of a folder; None if it has none. Raises `ValueError` if its files cannot be read."""
     if not any((folder / name).exists() for name in _NEEDED):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # of many types
+    except BaseException as error:  # it raises many types, among them panics of a library in Rust
         if not is_failure(error):
             raise
-        raise ValueError(f"cannot read the tokenizer of {folder.name}: {_told(folder, error)}") from error
+        raise ValueError(f"cannot read the tokenizer of {folder.name}: {_reason(folder, error)}") from error
 
 
 def _line(error: BaseException) -> str:
+    """An error's type and message in one line."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _told(folder: Path, error: BaseException) -> str:
-    """Which file is damaged, as far as can be found out, what the library said, and the remedy."""
+def _reason(folder: Path, error: BaseException) -> str:
+    """Why the tokenizer could not be read and what to do; it names the damaged file if that can be found."""
     present = [name for name in (*_NEEDED, *_OTHERS) if (folder / name).exists()]
     for name in present:
         if name.endswith(".json") and (damage := _damage(folder / name)):
@@ -41,14 +42,23 @@ def _told(folder: Path, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"it needs a package that is not installed ({_line(error)})"
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(present):
-        return f"{', '.join(present)} names no vocabulary ({_line(error)}); add tokenizer.json or tokenizer.model"
+        return (
+            f"{', '.join(present)} names no vocabulary ({_line(error)}); "
+            "add tokenizer.json or tokenizer.model"
+        )
     if "tokenizer.json" in present and "tokenizer_config.json" in present:
-        return f"tokenizer_config.json is damaged or of another model ({_line(error)}); download it again or restore the original"
-    return f"{', '.join(present)} cannot be read ({_line(error)}); download them again, or install the package that the line names"
+        return (
+            f"tokenizer_config.json is damaged or of another model ({_line(error)}); "
+            "download it again or restore the original"
+        )
+    return (
+        f"{', '.join(present)} cannot be read ({_line(error)}); "
+        "download them again, or install the package that the line names"
+    )
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a JSON file of a tokenizer, None where it looks sound."""
+    """What is wrong with a JSON file of a tokenizer; None if nothing is found."""
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
@@ -59,7 +69,8 @@ def _damage(path: Path) -> str | None:
     if path.name != "tokenizer.json":
         return None
     if not isinstance(value.get("added_tokens"), list):
-        return f"'added_tokens' is {'missing' if 'added_tokens' not in value else shown(value['added_tokens'])}, not a list"
+        found = shown(value["added_tokens"]) if "added_tokens" in value else "missing"
+        return f"'added_tokens' is {found}, not a list"
     from tokenizers import Tokenizer
 
     try:

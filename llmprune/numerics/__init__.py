@@ -1,1 +1,1 @@
-"""Arithmetic that algorithms share."""
+"""Arithmetic that algorithms share: Gram matrices, counting, orders of columns."""

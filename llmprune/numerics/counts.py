@@ -8,23 +8,24 @@ from torch import Tensor
 
 
 def zeros_of(tensor: Tensor) -> int:
-    """How many elements are zero; minus zero is."""
+    """How many elements are zero; minus zero counts."""
     if tensor.is_cpu and tensor.dtype in (torch.bfloat16, torch.float16):
         bits = tensor.contiguous().view(torch.uint16).numpy()
-        return tensor.numel() - int(np.count_nonzero(bits << 1))  # without the sign
+        return tensor.numel() - int(np.count_nonzero(bits << 1))  # the shift drops the sign bit
     if tensor.is_cpu and tensor.dtype == torch.float32:
         return tensor.numel() - int(np.count_nonzero(tensor.numpy()))
     return tensor.numel() - int(torch.count_nonzero(tensor))
 
 
 def true_per_row(mask: Tensor) -> Tensor:
-    """How many are True in each row of a bool matrix [R, C], int64 [R]."""
-    return (
-        torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1)) if mask.is_cpu else mask.count_nonzero(dim=1)
-    )
+    """How many entries of each row of a bool matrix [R, C] are True, int64 [R]."""
+    if mask.is_cpu:
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    return mask.count_nonzero(dim=1)
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or Inf."""
-    # A sum is NaN or Inf as soon as one element is; only a suspicious sum (it may overflow) is looked at closely.
+    # The sum is not finite if one element is not. It may also
+    # overflow; only then are the elements checked one by one.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -1,7 +1,9 @@
-"""Numerics of the layer problem `||X (W - V)^T||^2 / T = sum over rows of (w - v)^T G (w - v)` that several algorithms share.
+"""Numerics of the layer problem: find pruned weights V whose outputs are nearest to those of the weights W.
 
-R rows, C columns, G the Gram matrix [C, C]. Damping is relative to the mean of G's diagonal; where a factorisation fails it is raised
-tenfold, and the caller is told what it took. Dead inputs (`G_jj = 0`) get a unit diagonal, so every matrix here is definite.
+The loss is `||X (W - V)^T||^2 / T = sum over rows of (w - v)^T G (w - v)`, with X
+the T inputs, G = X^T X / T the Gram matrix [C, C], R rows and C columns of W and V.
+Damping is a multiple of the mean of G's diagonal. Inputs that are always zero have
+`G_jj = 0` and get 1 there, so every matrix factorised here is positive definite.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _MOST_DAMPING = 1.0
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """`G + damp * mean(diag G) I`, dead inputs with 1 on the diagonal first; a copy."""
+    """A damped copy of the Gram matrix: `G + damp * mean(diag G) I`, where zeros on the diagonal become 1."""
     gram = gram.clone()
     diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1
@@ -28,10 +30,12 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def inverse_factor(job: Job, damp: float) -> tuple[Tensor, float]:
-    """Upper triangular U with `U^T U = (G + damp * mean(diag G) I)^-1`, [C, C], and the damping it took.
+    """Upper triangular U [C, C] with `U^T U = (G + damp * mean(diag G) I)^-1`, and the damping that was used.
+
+    Where the factorisation fails, the damping is raised tenfold, up to 1.
 
     Raises:
-        ValueError: even a damping of 1 does not make the factorisation succeed.
+        ValueError: it fails even with a damping of 1.
     """
     return job.stats.derived(("inverse factor", damp), lambda: _inverse_factor(job, damp))
 
@@ -46,14 +50,20 @@ def _inverse_factor(job: Job, damp: float) -> tuple[Tensor, float]:
             return factor, used
         if used >= _MOST_DAMPING:
             raise ValueError(
-                f"the Gram matrix of {job.name} has no usable factorisation even with damping {used:g} (asked: {damp:g}); "
-                "check the calibration data for absurd inputs, or use more samples"
+                f"the Gram matrix of {job.name} has no usable factorisation even with damping {used:g} "
+                f"(asked: {damp:g}); check the calibration data for absurd inputs, or use more samples"
             )
         used = min(10 * used, _MOST_DAMPING)
 
 
 class Spectrum(NamedTuple):
-    """`S G S + damp I = Q diag(values) Q^T` with S the scaling to unit diagonal: scale [C], values [C], vectors Q [C, C], float32."""
+    """Eigendecomposition `S G S + damp I = Q diag(values) Q^T`.
+
+    The diagonal matrix S scales G to unit diagonal.
+
+    All float32: `scale` [C] is the diagonal of S, `matrix` [C, C] is `S G S + damp I`, `values` [C],
+    `vectors` Q [C, C].
+    """
 
     scale: Tensor
     matrix: Tensor
@@ -62,7 +72,7 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(stats: InputStats, damp: float) -> Spectrum:
-    """Eigendecomposition, in float64, of the Gram matrix scaled to unit diagonal; once per input group."""
+    """The spectrum of a Gram matrix, decomposed in float64, once for all matrices that share these inputs."""
     return stats.derived(("spectrum", damp), lambda: _spectrum(stats.gram, damp))
 
 
@@ -77,22 +87,30 @@ def _spectrum(gram: Tensor, damp: float) -> Spectrum:
 
 
 def aim(job: Job, correction: float) -> Tensor:
-    """`W ((1 - c) G + c X_dense^T X / T)`, [R, C]: what V G is to equal for outputs nearest to W's.
+    """The right-hand side `W ((1 - c) G + c X_dense^T X / T)` [R, C] of the layer problem: V G must equal it.
 
-    A correction c above 0 asks for the outputs of W on inputs this share of the way back to the dense model's, so that a matrix makes up
-    for a part of what the matrices before it lost; 1 is all of it (and fits the calibration text too closely when there is little of it).
+    With a correction c of 0 the wanted outputs are those of W on the pruned model's
+    inputs X; with 1, those of W on the dense model's inputs X_dense, so that the
+    matrix also makes up for what the matrices before it lost; values in between mix
+    the two inputs. A high c overfits the calibration text when there is little of it.
     """
     gram = job.stats.gram
     return job.weight @ (torch.lerp(gram, job.stats.cross, correction) if correction else gram)
 
 
 def reconstruct(product: Tensor, keep: Tensor, matrix: Tensor, iterations: int, start: Tensor) -> Tensor:
-    """The V on the mask that minimises `v^T A v - 2 p^T v` per row, by conjugate gradient with A's diagonal as preconditioner.
+    """The V, zero off the mask, that minimises `v^T A v - 2 p^T v` per row.
 
-    With `p = A w` that is the V nearest to W, `(w - v)^T A (w - v)`.
+    With `p = A w` this is the V with the least `(w - v)^T A (w - v)`.
+
+    Conjugate gradient for all rows at once, with A's diagonal as preconditioner (Hestenes and Stiefel 1952).
 
     Args:
-        product: P [R, C]. keep: [R, C]. matrix: A [C, C], positive definite. start: [R, C], zero off the mask.
+        product: P [R, C].
+        keep: the mask, bool [R, C].
+        matrix: A [C, C], positive definite.
+        iterations: of conjugate gradient.
+        start: first V [R, C], zero off the mask.
     """
     inverse = matrix.diagonal().reciprocal()
     solution = start.clone()
@@ -102,7 +120,7 @@ def reconstruct(product: Tensor, keep: Tensor, matrix: Tensor, iterations: int, 
     for _ in range(iterations):
         image = (direction @ matrix).mul_(keep)
         curvature = torch.linalg.vecdot(direction, image)
-        # A solved row has no energy left: its step is 0 / 0, and 0 is meant.
+        # In a row that is already solved the step would be 0 / 0; it must be 0.
         step = torch.where(curvature > 0, energy / curvature, 0)[:, None]
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
@@ -115,13 +133,17 @@ def reconstruct(product: Tensor, keep: Tensor, matrix: Tensor, iterations: int, 
 def sweep(
     job: Job, factor: Tensor, step: int, group: int, choose: Callable[[Tensor, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT's pass over the columns: what is pruned is made up for by the columns after it.
+    """SparseGPT's pass over the columns (arXiv 2301.00774): later columns compensate for pruned weights.
 
     Args:
-        factor: U of `inverse_factor`. step: columns per block. group: columns whose mask is chosen together, dividing the step.
-        choose: keep mask [R, K] of the current columns [R, K] that begin at a column.
+        job: the matrix and its Gram matrix.
+        factor: U of `inverse_factor`.
+        step: columns per block; later blocks are updated once per block.
+        group: columns whose mask is chosen together; divides `step`.
+        choose: given the current values [R, K] of some columns and the number of the first, their keep mask
+            [R, K].
 
-    Returns: weight and mask [R, C].
+    Returns: weight and keep mask, [R, C].
     """
     weight, keep = job.weight.clone(), torch.ones_like(job.weight, dtype=torch.bool)
     weight[:, job.stats.gram.diagonal() == 0] = 0
@@ -140,9 +162,12 @@ def _sweep_block(
     group: int,
     choose: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """One block in place (weight, keep: [R, B]); returns the errors [R, B] to spread over later columns."""
+    """Process one block of `weight` and `keep` [R, B] in place.
+
+    Returns the errors [R, B] for the later columns to absorb.
+    """
     errors = torch.empty_like(weight)
-    # Column-major work buffer: the inner loop reads and writes whole columns.
+    # Transposed, so that the columns that the inner loop reads and writes are contiguous.
     columns = weight.T.contiguous()
     for g in range(0, weight.shape[1], group):
         part = slice(g, g + group)
@@ -157,5 +182,5 @@ def _sweep_block(
 
 
 def finite(loss: float) -> float:
-    """A loss to compare by: NaN, which wins and loses against nothing, counts as infinite."""
+    """A loss for comparisons: NaN, for which every comparison is False, becomes infinite."""
     return loss if math.isfinite(loss) else math.inf

@@ -1,1 +1,1 @@
-"""Pruners: which weights go. One file is one algorithm; its name is the registry name."""
+"""Pruners: they choose which weights to prune. Each file is one algorithm, named by its file."""

@@ -1,4 +1,6 @@
-"""ALPS (Meng et al., arXiv 2406.07831): ADMM on the layer problem finds mask and weights together, then they are polished."""
+"""ALPS (Meng et al., arXiv 2406.07831): ADMM on the layer
+problem finds mask and weights together, then they are polished.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,18 @@ from torch import Tensor
 from llmprune.contracts import Job, Need, Pruned, Pruner
 from llmprune.numerics.gram import Spectrum, aim, reconstruct, spectrum
 
-_USUAL = 60  # iterations, as measured at 50 to 80 %
-_CHECK = 3  # iterations between two looks at how much the support still moves
-_RAISE = (
-    (0.1, 1.3),
-    (0.005, 1.2),
-    (0.0, 1.1),
-)  # support change above this share of the kept weights: raise rho this much
+_USUAL = 60  # iterations it usually takes, measured at 50 to 80 % sparsity; for the estimate of time
+_CHECK = 3  # every so many iterations it is checked how much the mask still changes
+# (share, factor): if at least this share of the kept weights
+# changed since the last check, rho grows by the factor.
+_RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 class ALPS(Pruner):
-    """ADMM with the Gram matrix scaled to unit diagonal; the mask is the largest entries of `W + V / rho`.
+    """ADMM with the Gram matrix scaled to unit diagonal; the mask keeps the largest entries of `W + V / rho`.
 
-    Ends when the support stands still between two checks, then solves for the kept weights by conjugate gradient.
+    Here V is the dual variable and rho the penalty. It ends when the mask (the paper's support) is the same
+    at two checks in a row. Conjugate gradient then solves for the kept weights.
     """
 
     scope = "matrix"
@@ -31,9 +32,15 @@ class ALPS(Pruner):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`damp`: added to the unit diagonal. `rho`: first penalty. `max_iterations` of ADMM. `polish`: steps of conjugate gradient.
+        """Options of ALPS.
 
-        `correction`: share of the dense model's inputs in what the outputs are to reproduce (0 in the paper).
+        Attributes:
+            damp: added to the unit diagonal.
+            correction: in [0, 1], how far the wanted outputs are those on the dense model's inputs (0 in the
+                paper); see `aim`.
+            rho: first penalty.
+            max_iterations: most iterations of ADMM.
+            polish: iterations of conjugate gradient afterwards.
         """
 
         damp: float = 0.01
@@ -49,7 +56,6 @@ class ALPS(Pruner):
             for name, least in (("max_iterations", _CHECK), ("polish", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
             if not 0 <= self.correction <= 1:
                 raise ValueError(f"correction must be in [0, 1], got {self.correction}")
 
@@ -64,7 +70,7 @@ class ALPS(Pruner):
     def prune(self, job: Job) -> Pruned:
         space = spectrum(job.stats, self.config.damp)
         dense = job.weight / space.scale
-        dense[:, job.stats.gram.diagonal() == 0] = 0  # what multiplies nothing but zeros goes first
+        dense[:, job.stats.gram.diagonal() == 0] = 0  # weights of inputs that are always zero: pruned first
         target = (aim(job, self.config.correction) * space.scale).add_(dense, alpha=self.config.damp)
         weight, keep, score, iterations = self._admm(job, dense, target, space)
         weight = reconstruct(target, keep, space.matrix, self.config.polish, weight)
@@ -73,7 +79,7 @@ class ALPS(Pruner):
     def _admm(
         self, job: Job, dense: Tensor, target: Tensor, space: Spectrum
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Weights on the final support, the support, its ranking (all [R, C], in scaled coordinates) and the iterations it took."""
+        """ADMM in scaled coordinates: pruned weights, mask, score (all [R, C]), and number of iterations."""
         keep = job.pattern.select(dense.abs(), job.sparsity)
         weight, dual, rho, before = dense * keep, torch.zeros_like(dense), self.config.rho, keep
         kept = max(1, int(keep.sum()))

@@ -9,7 +9,7 @@ from llmprune.contracts import InputStats, ScorePruner
 
 
 class Magnitude(ScorePruner):
-    """Score |W|, compared over the whole matrix unless the recipe says `scope: row`."""
+    """Score `|W_ij|`, compared over the whole matrix unless the recipe says `scope: row`."""
 
     scope = "matrix"
 

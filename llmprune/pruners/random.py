@@ -9,7 +9,10 @@ from llmprune.contracts import InputStats, ScorePruner
 
 
 class Random(ScorePruner):
-    """Uniform noise, seeded per matrix name, so a run is the same in any order and on any device."""
+    """Uniform noise as the score.
+
+    The seed depends on the matrix's name, so order and device do not matter.
+    """
 
     def score(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor:
         return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)

@@ -1,4 +1,6 @@
-"""RIA (Zhang et al., ICLR 2024): a weight's share of its row and of its column, times the input's norm to a power."""
+"""RIA (Zhang et al., ICLR 2024): a weight's share of its
+row and of its column, times the input's norm to a power.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from llmprune.contracts import InputStats, Need, ScorePruner
 
 
 class RIA(ScorePruner):
-    """`(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * sqrt(m2_j)^power`, compared per row."""
+    """Score `(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * sqrt(m2_j)^power`, compared per row.
+
+    m2_j is the mean square of input feature j.
+    """
 
     needs = Need.SECOND_MOMENT
 
@@ -27,7 +32,7 @@ class RIA(ScorePruner):
 
     def score(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor:
         size = weight.abs()
-        # An empty row or column has no share to give: its weights are all zero.
+        # The sum of a row or column of zeros is 0; the floor avoids 0 / 0, and its scores are 0.
         tiny = torch.finfo(size.dtype).tiny
         of_row = size.sum(dim=1, keepdim=True).clamp_min(tiny).reciprocal()
         of_column = size.sum(dim=0).clamp_min(tiny).reciprocal()

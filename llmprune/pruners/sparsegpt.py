@@ -1,4 +1,6 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, let the later columns make up for it."""
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune
+column by column, let the later columns make up for it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from llmprune.numerics.gram import inverse_factor, sweep
 
 
 class SparseGPT(Pruner):
-    """One pass over the columns in blocks, with the upper Cholesky factor U of the inverse damped Gram matrix.
+    """One pass over blocks of columns, with the upper Cholesky factor U of the inverse damped Gram matrix.
 
-    Unstructured masks share a block's budget over all rows of the block together (scope `matrix`, as published).
+    The score is `W_ij^2 / U_jj^2`, with W as the pass has updated it so far. For unstructured masks it is
+    compared over all rows of a block of columns (scope `matrix`, as published).
     """
 
     needs = Need.GRAM
@@ -39,10 +42,9 @@ class SparseGPT(Pruner):
         width = job.pattern.width
 
         def choose(columns: Tensor, start: int) -> Tensor:
-            return job.pattern.select(
-                columns.square() / scale[start : start + columns.shape[1]], job.sparsity, start
-            )
+            score = columns.square() / scale[start : start + columns.shape[1]]
+            return job.pattern.select(score, job.sparsity, start)
 
-        step = max(width, self.config.block // width * width)  # a group of m columns is never cut
+        step = max(width, self.config.block // width * width)  # a multiple of m: no N:M group is split
         weight, keep = sweep(job, factor, step, width if width > 1 else step, choose)
         return Pruned(weight, keep, job.weight.square() / scale, {"damp": damp})

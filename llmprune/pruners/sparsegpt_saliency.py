@@ -1,4 +1,6 @@
-"""SparseGPT's saliency as a score alone (Frantar and Alistarh, arXiv 2301.00774): the mask without the weight update."""
+"""SparseGPT's saliency as a score alone (Frantar and Alistarh,
+arXiv 2301.00774): the mask without the weight update.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from llmprune.numerics.gram import inverse_factor
 
 
 class SparseGPTSaliency(Pruner):
-    """`W_ij^2 / U_jj^2` with the upper Cholesky factor U of the inverse damped Gram matrix, compared in one go."""
+    """Score `W_ij^2 / U_jj^2`, where U is the upper Cholesky factor of the inverse damped Gram matrix.
+
+    It is compared over all columns at once.
+    """
 
     needs = Need.GRAM
     solves = 2

@@ -9,7 +9,7 @@ from llmprune.contracts import InputStats, Need, ScorePruner
 
 
 class Wanda(ScorePruner):
-    """Score |W_ij| * sqrt(mean x_j^2), compared per row."""
+    """Score `|W_ij| * sqrt(mean x_j^2)`, compared per row."""
 
     needs = Need.SECOND_MOMENT
 

@@ -1,1 +1,1 @@
-"""Refiners: move the keep mask, never its pattern or count. One file is one algorithm."""
+"""Refiners: they change the keep mask, but never its pattern or count. Each file is one algorithm."""

@@ -1,4 +1,9 @@
-"""DSnoT (Zhang et al., arXiv 2310.08915): regrow and prune, one pair per row and cycle, until the expected error is gone."""
+"""DSnoT (Zhang et al., arXiv 2310.08915): regrow and prune,
+one pair per row and cycle, until the expected error is gone.
+
+R rows, C columns, k candidates per row, S sampled tokens.
+"Grow" means to keep a weight that the mask had pruned.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +16,11 @@ from torch import Tensor
 
 from llmprune.contracts import Job, Need, Pruned, Step
 
-# Legend: R rows, C columns, k candidates of one kind per row, S sampled tokens.
-_CHUNK = (
-    1 << 16
-)  # candidates are ranked in slices of about this many weights, which stay in the processor's cache
-
-
+# On a CPU, candidates are ranked in slices of about this many weights, which stay in the processor's cache.
+_CHUNK = 1 << 16
 _HUGE = 1e30
-
-
-_Swap = tuple[
-    Tensor, Tensor, Tensor
-]  # per row [R]: the column grown, the column pruned, whether the row takes part
+# One cycle: for every row [R] the column to grow, the column to prune, and whether the row swaps them at all.
+_Swap = tuple[Tensor, Tensor, Tensor]
 
 
 class _Rows(NamedTuple):
@@ -34,18 +32,23 @@ class _Rows(NamedTuple):
     score: Tensor
 
     def slices(self) -> list[_Rows]:
-        """Groups of rows small enough for the cache (all of them on a GPU)."""
+        """The rows in groups that fit into the processor's cache; on a GPU all rows at once."""
         size = max(1, _CHUNK // self.keep.shape[1]) if self.keep.is_cpu else len(self.keep)
-        return [_Rows(*parts) for parts in zip(*(t.split(size) for t in self), strict=True)]
+        return [_Rows(*parts) for parts in zip(*(matrix.split(size) for matrix in self), strict=True)]
 
 
 class DSnoT(Step):
-    """Moves the mask by swaps; unstructured and N:M, from any initial mask.
+    """Changes the mask by swapping pruned and kept weights of a row, starting from any mask.
 
-    The expected error of a row is `sum_j (W_ij - W'_ij) * mean_j * L` over its inputs, L tokens per sequence; for a mask alone that is
-    the paper's sum over pruned weights, and after a pruner that moved the kept weights (SparseGPT) it counts their change too.
-    With `verified`, each row takes only as many cycles (possibly none) as best lower its actual output error on a sample of the
-    calibration inputs, and none unless they lower it by `margin`; that error never rises. Without it this is the published algorithm.
+    Works for unstructured and N:M masks.
+
+    The expected error of row i is `sum_j (W_ij - W'_ij) * mean_j * L`, with mean_j the mean of input j and L
+    the tokens per sequence. Where the kept weights are unchanged, this is the paper's sum over pruned
+    weights; after a pruner that changed them (SparseGPT), their change counts too.
+
+    With `verified`, each row takes only as many cycles (perhaps none) as lower its actual output error on a
+    sample of the calibration inputs the most, and none unless they lower it by `margin`, so that this error
+    never rises. Without it, this is the published algorithm.
     """
 
     changes = "mask"
@@ -53,12 +56,19 @@ class DSnoT(Step):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`max_cycles`: swaps per row at most; `share`: the same as a share of the inputs (the paper's 50 of 4096 by default).
+        """Options of DSnoT.
 
-        `threshold`: stop at this expected error, in per-sequence units; `power`: exponent of the variance when growing;
-        `margin`: the least share by which swaps must lower a row's sampled error (and its spread) to be taken;
-        `variance`: `within` sequences (as the published code) or `total`; `walk_on`: a row with no kept weight of the needed sign left
-        goes on with those of the other sign, highest score first, as the published code does (else it stops).
+        Attributes:
+            max_cycles: most swaps per row.
+            share: most swaps per row as a share of the inputs; by default the paper's 50 of 4096.
+            threshold: a row stops at this expected error (see the class).
+            power: exponent of the variance in the ranking of weights to grow.
+            variance: `within` sequences (as in the published code) or `total`.
+            verified: check the swaps on sampled inputs (see the class).
+            margin: the least share by which the swaps must lower a row's sampled error, and its spread, to be
+                taken.
+            walk_on: where a row has no kept weight of the wanted sign left, go on with those of the other
+                sign, highest score first, as the published code does; otherwise the row stops.
         """
 
         max_cycles: int = 50
@@ -85,38 +95,46 @@ class DSnoT(Step):
     @property
     def needs(self) -> Need:  # type: ignore[override]
         variance = Need.WITHIN_VARIANCE if self.config.variance == "within" else Need.VARIANCE
-        return (
-            Need.MEAN | Need.SECOND_MOMENT | variance | (Need.SAMPLE if self.config.verified else Need.NONE)
-        )
+        sample = Need.SAMPLE if self.config.verified else Need.NONE
+        return Need.MEAN | Need.SECOND_MOMENT | variance | sample
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         stats = job.stats
         shift = stats.mean * stats.sequence_length
         variance = stats.within_variance if self.config.variance == "within" else stats.variance
-        # A constant feature has variance 0: the floor keeps its rank highest without dividing by zero.
+        # A constant feature has variance 0; the floor avoids the division by zero and still ranks it highest.
         spread = variance.clamp_min(torch.finfo(torch.float32).tiny ** 0.5).pow(self.config.power)
         rows = _Rows(job.weight, pruned.weight, pruned.keep, pruned.score)
         weight, keep = pruned.weight.clone(), pruned.keep.clone()
         for grown, dropped, done in self._swaps(job, rows, shift, shift / spread):
-            # A row that takes no part writes back what it has: no data-dependent shapes, so no wait for the device.
-            for matrix, come, gone in (
+            # A row that does not swap writes back what it has. Selecting the rows instead would give shapes
+            # that depend on the data, and the host would have to wait for the GPU.
+            for matrix, grown_value, dropped_value in (
                 (keep, torch.ones_like(done), torch.zeros_like(done)),
                 (weight, _pick(job.weight, grown), 0.0),
             ):
-                matrix.scatter_(1, grown[:, None], torch.where(done, come, _pick(matrix, grown))[:, None])
-                matrix.scatter_(1, dropped[:, None], torch.where(done, gone, _pick(matrix, dropped))[:, None])
+                _put(matrix, grown, torch.where(done, grown_value, _pick(matrix, grown)))
+                _put(matrix, dropped, torch.where(done, dropped_value, _pick(matrix, dropped)))
         return Pruned(weight, keep, pruned.score, pruned.notes)
 
     def _swaps(self, job: Job, rows: _Rows, shift: Tensor, urge: Tensor) -> list[_Swap]:
-        """Per cycle: the column each row grows, the one it prunes, and whether it takes part, [R] each."""
+        """The swaps of every cycle.
+
+        Args:
+            job: the matrix.
+            rows: all its rows.
+            shift: contribution of a unit weight to the expected error, [C].
+            urge: the same over the variance, by which weights to grow are ranked, [C].
+        """
         columns, width = rows.keep.shape[1], job.pattern.width
         cycles = min(self.config.max_cycles, max(1, int(self.config.share * columns)))
         grow = _GrowCandidates(rows, urge, cycles)
-        prune = (
-            _GroupCandidates(rows, width)
-            if width > 1
-            else _SignCandidates(rows, shift, job.stats.second_moment.sqrt(), cycles, self.config.walk_on)
-        )
+        prune: _GroupCandidates | _SignCandidates
+        if width > 1:
+            prune = _GroupCandidates(rows, width)
+        else:
+            norm = job.stats.second_moment.sqrt()
+            prune = _SignCandidates(rows, shift, norm, cycles, self.config.walk_on)
         expected = torch.cat([(part.dense - part.weight) @ shift for part in rows.slices()])
         first_sign, active = expected.sign(), torch.ones_like(expected, dtype=torch.bool)
         swaps: list[_Swap] = []
@@ -133,29 +151,41 @@ class DSnoT(Step):
             swaps.append((grown, dropped, active.clone()))
             prune.used(dropped, active)
         if self.config.verified:
-            best = _best_cycles(rows, job.stats.sample, self.config.margin, swaps)
-            swaps = [
-                (grown, dropped, done & (cycle < best)) for cycle, (grown, dropped, done) in enumerate(swaps)
-            ]
+            taken = _best_cycles(rows, job.stats.sample, self.config.margin, swaps)
+            numbered = enumerate(swaps)
+            swaps = [(grown, dropped, done & (cycle < taken)) for cycle, (grown, dropped, done) in numbered]
         return swaps
 
 
 def _pick(matrix: Tensor, columns: Tensor) -> Tensor:
-    """One entry per row, [R]."""
+    """The entry of each row [R] in the given column [R]."""
     return matrix.gather(1, columns[:, None]).squeeze(1)
 
 
+def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Write one value [R] per row into the given column [R], in place."""
+    matrix.scatter_(1, columns[:, None], values[:, None])
+
+
 class _Queue:
-    """At most k candidate columns per row, best first, each used once."""
+    """At most k candidate columns per row, best first; each is given out once."""
 
     def __init__(self, best: Sequence[tuple[Tensor, Tensor]], sign: int) -> None:
-        """`best`: values and columns [r, k] of some rows after others; only values of the given sign are candidates."""
+        """Make a queue from ranked columns.
+
+        Args:
+            best: values and columns [r, k] of consecutive groups of rows, best first.
+            sign: 1 or -1; columns whose value has the other sign are no candidates.
+        """
         self._columns = torch.cat([columns for _, columns in best])
         self._valid = torch.cat([values * sign > 0 for values, _ in best])
         self._next = torch.zeros(len(self._valid), 1, dtype=torch.int64, device=self._valid.device)
 
     def next(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The front candidate of every row [R] and whether there is one; it leaves the queue where `wanted`."""
+        """The first candidate of every row [R], and whether there is one.
+
+        It leaves the queue in rows where `wanted`.
+        """
         front = self._next.clamp_max(self._columns.shape[1] - 1)
         column = self._columns.gather(1, front).squeeze(1)
         valid = self._valid.gather(1, front).squeeze(1) & (self._next.squeeze(1) < self._columns.shape[1])
@@ -163,34 +193,41 @@ class _Queue:
         return column, valid
 
     def then(self, other: _Queue) -> _Queue:
-        """This queue, followed by another where it ends."""
+        """Append another queue to this one, row by row, up to k candidates."""
         k = self._columns.shape[1]
-        own = self._valid.sum(dim=1, keepdim=True)
-        behind = torch.arange(k, device=own.device) - own
-        mine, place = behind < 0, behind.clamp(0, k - 1)
-        self._columns = torch.where(mine, self._columns, other._columns.gather(1, place))
-        self._valid = mine | other._valid.gather(1, place)
+        own_count = self._valid.sum(dim=1, keepdim=True)
+        position = torch.arange(k, device=own_count.device) - own_count  # in the other queue
+        own, position = position < 0, position.clamp(0, k - 1)
+        self._columns = torch.where(own, self._columns, other._columns.gather(1, position))
+        self._valid = own | other._valid.gather(1, position)
         return self
 
 
 class _GrowCandidates:
-    """Pruned weights by expected contribution over variance: the largest against a positive error, the smallest against a negative."""
+    """The pruned weights, ranked by expected contribution to the output over variance.
+
+    A positive error is lowered by the largest contribution, a negative one by the smallest.
+    """
 
     def __init__(self, rows: _Rows, urge: Tensor, k: int) -> None:
         """`urge` [C]: expected contribution of a unit weight over the variance."""
-        urge = urge.clamp(-_HUGE, _HUGE)  # a constant feature: first in the ranking, but finite
+        urge = urge.clamp(-_HUGE, _HUGE)  # keeps the rank of a constant feature finite
         self._positive, self._negative = _both_ends(rows, k, lambda part: part.dense * urge * ~part.keep)
 
     def next(self, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight to grow in each row [R], and whether there is one; `positive`: the sign of the error."""
+        """The column to grow in each row [R], and whether there is one.
+
+        `positive`: whether the row's error is.
+        """
         return _either(positive, self._positive.next(positive), self._negative.next(~positive))
 
 
 class _SignCandidates:
-    """Unstructured: kept weights by ascending score, of the sign opposite to the expected error."""
+    """For unstructured masks: kept weights that lower the error when pruned, lowest score first."""
 
     def __init__(self, rows: _Rows, shift: Tensor, norm: Tensor, k: int, walk_on: bool) -> None:
-        # Signed 1 / score: the lowest scores of either sign stand at the two ends.
+        # Ranked by 1 / score with the sign of the contribution:
+        # the lowest scores of either sign are at the two ends.
         inverse = torch.where(norm > 0, shift.sign() / norm, 0)
         self._if_negative, self._if_positive = _both_ends(
             rows, k, lambda part: (inverse / part.weight).masked_fill_(part.weight == 0, 0)
@@ -200,21 +237,25 @@ class _SignCandidates:
             highest_positive, highest_negative = _both_ends(rows, k, lambda part: part.weight * score)
             self._if_positive.then(highest_positive)
             self._if_negative.then(highest_negative)
+        # With `walk_on` both queues may hold the same column, so the pruned ones are remembered.
         self._used = torch.zeros_like(rows.keep) if walk_on else None
 
     def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight to prune in each row [R], and whether there is one."""
+        """The column to prune in each row [R], and whether there is one.
+
+        `positive`: whether the row's error is.
+        """
         column, valid = _either(positive, self._if_positive.next(positive), self._if_negative.next(~positive))
         return column, valid if self._used is None else valid & ~_pick(self._used, column)
 
     def used(self, columns: Tensor, active: Tensor) -> None:
-        """Walking on, the two queues may meet: nothing is pruned twice."""
+        """Remember that the active rows pruned these columns, so that no column is pruned twice."""
         if self._used is not None:
-            self._used.scatter_(1, columns[:, None], (_pick(self._used, columns) | active)[:, None])
+            _put(self._used, columns, _pick(self._used, columns) | active)
 
 
 def _both_ends(rows: _Rows, k: int, value: Callable[[_Rows], Tensor]) -> tuple[_Queue, _Queue]:
-    """The k largest values of each row, as far as positive, and the k smallest, as far as negative."""
+    """Two queues: of the k largest values of each row the positive ones, of the k smallest the negative."""
     largest, smallest = [], []
     for part in rows.slices():
         ranked = value(part)
@@ -225,40 +266,44 @@ def _both_ends(rows: _Rows, k: int, value: Callable[[_Rows], Tensor]) -> tuple[_
 
 
 def _either(condition: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both tensors of `a` in rows where the condition [R] holds, those of `b` elsewhere."""
     return torch.where(condition, a[0], b[0]), torch.where(condition, a[1], b[1])
 
 
 class _GroupCandidates:
-    """N:M: the lowest initial score among the still-kept weights of the grown weight's own group."""
+    """For N:M masks: the kept weight with the lowest initial score in the group of the grown weight."""
 
     def __init__(self, rows: _Rows, width: int) -> None:
         self._score = rows.score.masked_fill(~rows.keep, torch.inf)
         self._offsets = torch.arange(width, device=rows.keep.device)
 
     def next(self, positive: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+        """The column to prune in each row [R], and whether there is one."""
         width = len(self._offsets)
         group = (grown // width * width)[:, None] + self._offsets
-        lowest, place = self._score.gather(1, group).min(dim=1)
-        return _pick(group, place), lowest.isfinite()
+        lowest, position = self._score.gather(1, group).min(dim=1)
+        return _pick(group, position), lowest.isfinite()
 
     def used(self, columns: Tensor, active: Tensor) -> None:
-        """A dropped weight is not dropped again."""
+        """Remember that the active rows pruned these columns, so that no column is pruned twice."""
         current = _pick(self._score, columns)
-        self._score.scatter_(1, columns[:, None], torch.where(active, torch.inf, current)[:, None])
+        _put(self._score, columns, torch.where(active, torch.inf, current))
 
 
 def _best_cycles(rows: _Rows, sample: Tensor, margin: float, swaps: Sequence[_Swap]) -> Tensor:
-    """How many cycles each row takes, [R]: those that best lower its output error on sampled inputs [S, C], none unless by `margin`.
+    """How many cycles each row takes, [R]: as many as give the lowest loss on sampled inputs [S, C], or none.
 
-    What is lowered is the worse of two ratios to the first mask's: of the squared error, and of its spread around its own mean. DSnoT
-    aims at the mean alone, and a mask that mends the mean by widening the spread costs perplexity.
+    The loss is the larger of two ratios to the first mask: of the squared output error, and of the error's
+    spread around its mean. DSnoT lowers the mean error alone, and a mask that does so by widening the spread
+    raises perplexity. A row takes none unless its loss falls to `1 - margin`.
     """
-    inputs = sample.T.contiguous()  # [C, S]: a swap changes a row's errors by two of its rows
-    # A swap's columns and what they change, [R, cycles] each; nothing where a row takes no part.
+    inputs = sample.T.contiguous()  # [C, S]: a swap changes a row's errors by multiples of two of these rows
+    # Columns of the swaps and the change of the errors per
+    # unit of input, [R, cycles]; 0 where a row does not swap.
     grown, dropped = (torch.stack([swap[i] for swap in swaps], dim=1) for i in (0, 1))
     active = torch.stack([swap[2] for swap in swaps], dim=1)
     won, lost = -rows.dense.gather(1, grown) * active, rows.weight.gather(1, dropped) * active
-    # As many rows at once as keep their errors in the cache through all cycles.
+    # So many rows at once that their errors stay in the processor's cache through all cycles.
     size = max(1, _CHUNK // len(sample)) if rows.keep.is_cpu else len(rows.keep)
     best = []
     for start in range(0, len(rows.keep), size):
@@ -275,6 +320,11 @@ def _best_cycles(rows: _Rows, sample: Tensor, margin: float, swaps: Sequence[_Sw
 def _best_of(
     error: Tensor, inputs: Tensor, changes: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], margin: float
 ) -> Tensor:
+    """The number of cycles with the lowest loss for some rows, [r]; `error` [r, S] is changed in place.
+
+    `changes`: per cycle, change of the error per unit of input and column, of the grown and of the pruned
+    weight, [r] each.
+    """
     first = _squares(error).clamp_min(torch.finfo(torch.float32).tiny)
     lowest = torch.full_like(first[0], 1 - margin)
     best = torch.zeros(len(error), dtype=torch.int64, device=error.device)
@@ -288,6 +338,6 @@ def _best_of(
 
 
 def _squares(error: Tensor) -> Tensor:
-    """Squared error and squared spread of each row [r, S], [2, r]."""
+    """Sum of squares of each row of the errors [r, S], and the same around the row's mean; [2, r]."""
     total, mean = torch.linalg.vecdot(error, error), error.mean(dim=1)
     return torch.stack([total, (total - mean.square() * error.shape[1]).clamp_min(0)])

@@ -1,4 +1,10 @@
-"""Exact swaps: per row, exchange a kept and a pruned weight while that lowers the layer's error, with the whole Gram matrix."""
+"""Exact swaps: per row, exchange a kept and a pruned weight while that lowers the layer's error, with the
+whole Gram matrix.
+
+R rows, r rows of a slice, C columns, m columns of a group (N:M). W is the dense matrix, V the pruned one,
+G the Gram matrix. A row of weights w, pruned to v, has the error d = w - v, c = G d, and the loss d^T G d.
+"Grow" means to keep a weight that the mask had pruned.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +16,21 @@ from torch import Tensor
 from llmprune.contracts import Job, Need, Pruned, Step
 from llmprune.numerics.gram import aim
 
-# Legend: R rows, C columns, m columns of a group (N:M), d = w - v the error of a row's weights, c = G d, loss = d^T G d.
-_CHUNK = (
-    1 << 18
-)  # rows are worked off in slices of about this many weights, which stay in the processor's cache
-# Rows without a swap are left out after so many swaps: to know them, the host must wait for a GPU.
+# On a CPU, rows are processed in slices of about this many weights, which stay in the processor's cache.
+_CHUNK = 1 << 18
+# Finished rows are left out every so many swaps. On a GPU
+# rarely, since the host must wait for it to know them.
 _LOOK = {"cpu": 1, "cuda": 16}
 
 
 class Swaps(Step):
-    """Second-order pair swaps on the mask of unchanged weights; monotone: the loss of no row ever rises.
+    """Swaps a kept and a pruned weight of a row where that lowers the row's loss; no row's loss ever rises.
 
-    Pruning kept i and growing pruned j changes a row's loss by
-    `2 v_i c_i + v_i^2 G_ii - 2 w_j c_j + w_j^2 G_jj - 2 v_i w_j G_ij`. Per step every row takes the better of two candidates: the best j
-    with the best i for it, and the best i with the best j for it; within groups of m columns for N:M. All rows of a slice move together.
+    Pruning kept weight i and growing pruned weight j changes a row's loss by
+    `2 v_i c_i + v_i^2 G_ii - 2 w_j c_j + w_j^2 G_jj - 2 v_i w_j G_ij`.
+    In each step every row takes the better of two pairs: the j that is best alone with its best i, and the i
+    that is best alone with its best j; for N:M within one group of m columns. The other kept weights do not
+    change. All rows of a slice take their steps together.
     """
 
     changes = "mask"
@@ -31,9 +38,13 @@ class Swaps(Step):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`max_swaps` per row. `tolerance`: a swap must lower the loss by this share of the row's first loss.
+        """Options of exact swaps.
 
-        `correction`: share of the dense model's inputs in what the outputs are to reproduce; the loss that falls is that one then.
+        Attributes:
+            max_swaps: most swaps per row.
+            tolerance: a swap must lower the loss by this share of the row's first loss.
+            correction: in [0, 1], how far the wanted outputs, against which the loss is measured, are those
+                on the dense model's inputs; see `aim`.
         """
 
         max_swaps: int = 1000
@@ -54,48 +65,46 @@ class Swaps(Step):
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         keep, weight = pruned.keep.clone(), pruned.weight.clone()
-        pulled = aim(job, self.config.correction)
+        product = aim(job, self.config.correction)
         size = max(1, _CHUNK // keep.shape[1]) if keep.is_cpu else len(keep)
         for start in range(0, len(keep), size):
             part = slice(start, start + size)
-            pull = pulled[part] - weight[part] @ job.stats.gram
+            pull = product[part] - weight[part] @ job.stats.gram
             self._rows(job.weight[part], weight[part], keep[part], pull, job.stats.gram, job.pattern.width)
         return Pruned(weight, keep, pruned.score, pruned.notes)
 
     def _rows(
         self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
     ) -> None:
-        """Swap in some rows until none has a swap left; weight and keep change in place."""
+        """Swap in some rows [r, C] until no swap lowers a loss.
+
+        Changes `weight`, `keep`, `pull` (c) in place.
+        """
         first = dense - weight
-        least = self.config.tolerance * torch.linalg.vecdot(first, first @ gram).clamp_min(
-            torch.finfo(pull.dtype).tiny
-        )
+        first_loss = torch.linalg.vecdot(first, first @ gram)
+        least = self.config.tolerance * first_loss.clamp_min(torch.finfo(pull.dtype).tiny)
         active = torch.arange(len(keep), device=keep.device)
         look = _LOOK[keep.device.type]
         for swap in range(self.config.max_swaps):
             rows = _State(dense[active], weight[active], keep[active], pull[active], gram, width)
-            gain, grown, dropped = rows.best_pair()
-            better = gain < -least[active]
+            change, grown, dropped = rows.best_pair()
+            better = change < -least[active]
             if swap % look == look - 1:
-                active, grown, dropped, better = (
-                    active[better],
-                    grown[better],
-                    dropped[better],
-                    better[better],
-                )
+                active, grown, dropped = active[better], grown[better], dropped[better]
+                better = better[better]
                 if not len(active):
                     break
-            come, gone = dense[active, grown] * better, weight[active, dropped] * better
-            pull[active] += gone[:, None] * gram[dropped] - come[:, None] * gram[grown]
-            # A row without a swap has come and gone 0, and may name any two columns.
+            # Both are 0 in a row without a better swap, so its columns do not matter.
+            added, removed = dense[active, grown] * better, weight[active, dropped] * better
+            pull[active] += removed[:, None] * gram[dropped] - added[:, None] * gram[grown]
             keep[active, grown] |= better
             keep[active, dropped] &= ~better
-            weight[active, grown] += come
-            weight[active, dropped] -= gone
+            weight[active, grown] += added
+            weight[active, dropped] -= removed
 
 
 class _State:
-    """Rows [r, C] between two swaps: what it would cost to prune each kept weight and to grow each pruned one, alone."""
+    """Some rows [r, C] between two swaps: how pruning or growing each weight alone would change the loss."""
 
     def __init__(
         self, dense: Tensor, weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, width: int
@@ -108,17 +117,24 @@ class _State:
     def best_pair(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per row [r]: the change of the loss, the column to grow, the column to prune."""
         grow, prune = self._candidates()
-        for_grow = self._partner(self._prune, self._weight, self._grow, self._dense, grow)
-        for_prune = self._partner(self._grow, self._dense, self._prune, self._weight, prune)
-        first = for_grow[0] <= for_prune[0]
+        change_of_grow, prune_for_grow = self._partner(
+            self._prune, self._weight, self._grow, self._dense, grow
+        )
+        change_of_prune, grow_for_prune = self._partner(
+            self._grow, self._dense, self._prune, self._weight, prune
+        )
+        from_grow = change_of_grow <= change_of_prune
         return (
-            torch.minimum(for_grow[0], for_prune[0]),
-            torch.where(first, grow, for_prune[1]),
-            torch.where(first, for_grow[1], prune),
+            torch.minimum(change_of_grow, change_of_prune),
+            torch.where(from_grow, grow, grow_for_prune),
+            torch.where(from_grow, prune_for_grow, prune),
         )
 
     def _candidates(self) -> tuple[Tensor, Tensor]:
-        """The cheapest column to grow and the cheapest to prune; of the group where they are cheapest together for N:M."""
+        """The column that is best to grow alone and the one that is best to prune alone, [r] each.
+
+        For N:M both are of one group: that in which their changes of the loss have the lowest sum.
+        """
         if self._width == 1:
             return self._grow.argmin(dim=1), self._prune.argmin(dim=1)
         grow, prune = (cost.view(len(cost), -1, self._width).min(dim=2) for cost in (self._grow, self._prune))
@@ -129,16 +145,23 @@ class _State:
     def _partner(
         self, cost: Tensor, values: Tensor, other_cost: Tensor, other_values: Tensor, other: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The best partner of one column per row, with their joint interaction: change of the loss [r] and column [r]."""
+        """The best second column of a swap, given its first: change of the loss [r] and second column [r].
+
+        Args:
+            cost: change of the loss from each possible second column alone, [r, C].
+            values: their weights, [r, C].
+            other_cost: as `cost`, for the first column.
+            other_values: as `values`, for the first column.
+            other: the first column of each row, [r].
+        """
         alone = other_cost.gather(1, other[:, None])
-        reach = -2 * other_values.gather(1, other[:, None])
+        factor = -2 * other_values.gather(1, other[:, None])
         if self._width == 1:
-            gain, column = torch.addcmul(cost, values * self._gram[other], reach).min(dim=1)
+            change, column = torch.addcmul(cost, values * self._gram[other], factor).min(dim=1)
         else:
-            group = (other // self._width * self._width)[:, None] + torch.arange(
-                self._width, device=other.device
-            )
-            interaction = self._gram[other[:, None], group] * values.gather(1, group) * reach
-            gain, place = (cost.gather(1, group) + interaction).min(dim=1)
-            column = group.gather(1, place[:, None]).squeeze(1)
-        return gain + alone.squeeze(1), column
+            offsets = torch.arange(self._width, device=other.device)
+            group = (other // self._width * self._width)[:, None] + offsets
+            interaction = self._gram[other[:, None], group] * values.gather(1, group) * factor
+            change, position = (cost.gather(1, group) + interaction).min(dim=1)
+            column = group.gather(1, position[:, None]).squeeze(1)
+        return change + alone.squeeze(1), column

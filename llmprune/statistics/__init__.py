@@ -1,1 +1,1 @@
-"""Input statistics: declared by algorithms, collected while a block runs forward."""
+"""Input statistics of matrices: algorithms declare which they need; they are collected in forward passes."""

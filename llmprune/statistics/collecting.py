@@ -1,6 +1,7 @@
-"""Input statistics: what algorithms declare, accumulated once per input group while a block runs forward.
+"""Collects input statistics with hooks while a block runs forward.
 
-Everything is kept as sums, so batches and processes merge by addition. C input features, N sequences, T tokens, S sampled tokens.
+Matrices that read the same input (such as q, k and v) form a group, for which statistics are collected once.
+C input features, N sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from llmprune.statistics.sums import StatsSums
 
 
 class Enough(Exception):
-    """Ends a forward pass once every matrix observed has had its input."""
+    """Ends a forward pass when every observed matrix has had its input."""
 
 
 def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
-    """What a module is fed first in a forward pass, in float32; the pass ends there."""
+    """The first input of a module in a forward pass, in float32; the pass ends there."""
     seen: list[Tensor] = []
 
-    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].float())
         raise Enough
 
-    handle = module.register_forward_pre_hook(see)
+    handle = module.register_forward_pre_hook(keep)
     try:
         forward()
     except Enough:
@@ -41,19 +42,26 @@ def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
 
 class Halted:
-    """A forward pass that stops before each of some groups of modules, so that what they compute with can still be changed.
+    """A forward pass that stops before some groups of modules, so that their weights can still be changed.
 
-    The pass runs in a greenlet: it stands still where it is, with all that it holds, until it is told to go on.
+    The pass runs in a greenlet, which can be suspended in the middle of its calls and continued later.
 
     Args:
-        forward: the pass. groups: modules by the input they share, in the order of the pass.
+        forward: runs the pass and returns its output.
+        groups: groups of modules that share an input, in the order of the pass.
     """
 
     def __init__(self, forward: Callable[[], Tensor], groups: Sequence[Sequence[nn.Module]]) -> None:
         self._pass, self._groups = greenlet(forward), groups
 
     def go_on(self, group: int) -> Tensor:
-        """Run to a group and return its input; after the last, where `group` is the number of groups, to the end, and return the output."""
+        """Continue up to the group with this number, and return its input.
+
+        If `group` is the number of groups, continue to the end of the pass and return its output.
+
+        Raises:
+            ValueError: the pass does not reach the groups in this order.
+        """
         last = group == len(self._groups)
         handle = None if last else self._groups[group][0].register_forward_pre_hook(self._stop)
         try:
@@ -63,7 +71,8 @@ class Halted:
                 handle.remove()
         if self._pass.dead != last:
             raise ValueError(
-                "a block does not call its matrices in the same order for every micro-batch; this architecture is not supported"
+                "a block does not call its matrices in the same order for every micro-batch; "
+                "this architecture is not supported"
             )
         return result
 
@@ -73,14 +82,22 @@ class Halted:
 
 
 class Collector:
-    """Hooks on the inputs of modules; modules fed the very same tensor (q, k, v; gate, up) share one accumulation."""
+    """Collects statistics of the inputs of modules, once for modules that get the very same tensor.
+
+    Such modules (q, k, v; gate, up) form a group. The first of them in the order of the pass is its leader.
+
+    Args:
+        needs: the statistics to collect.
+        positions: the sampled tokens, int64 [S, 2] of (sequence, position).
+        watch: measures the time it takes.
+    """
 
     def __init__(self, needs: Need, positions: Tensor, watch: Stopwatch) -> None:
         self.needs, self._positions, self._watch = needs, positions, watch
         self.restart()
-        self._inputs: dict[
-            int, tuple[Tensor, str]
-        ] = {}  # keeps this batch's tensors alive, so an id is never reused
+        # id of an input -> the input and the leader of its group.
+        # Holding the tensor keeps its id from being reused.
+        self._inputs: dict[int, tuple[Tensor, str]] = {}
         self._shape, self._first, self._dense = (0, 0), 0, False
         self._modules = self._seen = 0
 
@@ -91,7 +108,10 @@ class Collector:
 
     @contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Collect from every forward pass inside the `with`; each ends with `Enough` once all the modules have had their input."""
+        """Collect from every forward pass inside the `with`.
+
+        Each pass ends with `Enough` when all the modules have had their input.
+        """
         self._modules = len(modules)
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
         try:
@@ -101,9 +121,13 @@ class Collector:
                 handle.remove()
 
     def batch(self, first: int, shape: tuple[int, int], dense: bool = False) -> None:
-        """Announce the next micro-batch: its first sequence number, its shape [N, T], and whether it is the dense model's.
+        """Announce the next micro-batch.
 
-        A micro-batch of the dense model comes after the same sequences of the pruned one.
+        Args:
+            first: number of its first sequence.
+            shape: (N, T).
+            dense: whether it passes through the dense model. The same sequences must have passed through the
+                pruned one just before.
         """
         self._inputs.clear()
         self._seen = 0
@@ -119,11 +143,17 @@ class Collector:
         return collect
 
     def take(self, name: str, x: Tensor) -> None:
-        """Count what the module of this name is fed, of the micro-batch announced last."""
+        """Add the input of a module, for the micro-batch announced last.
+
+        Raises:
+            ValueError: the architecture is not supported: groups change, or a module does not get every token
+                once.
+        """
         _, leader = self._inputs.setdefault(id(x), (x, name))
         if self._leader.setdefault(name, leader) != leader:
             raise ValueError(
-                f"{name} does not always read the same input as {self._leader[name]}; this architecture is not supported"
+                f"{name} does not always read the same input as {self._leader[name]}; "
+                "this architecture is not supported"
             )
         if leader != name:
             return
@@ -140,31 +170,32 @@ class Collector:
                 self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
 
     def groups(self) -> list[list[str]]:
-        """Names of the modules that were fed the very same tensor, in the order of the forward pass."""
-        return [
-            [name for name, of in self._leader.items() if of == leader]
-            for leader in dict.fromkeys(self._leader.values())
-        ]
+        """Names of the modules of each group, in the order of the forward pass."""
+        groups: dict[str, list[str]] = {}
+        for name, leader in self._leader.items():
+            groups.setdefault(leader, []).append(name)
+        return list(groups.values())
 
     def results(self, team: Team) -> dict[str, InputStats]:
-        """Statistics over all processes by module name; members of a group share one object.
+        """Statistics over all processes, by module name; the modules of a group share one object.
 
         Raises:
-            ValueError: inputs that are not finite, with the first module in the order of the pass that has them.
+            ValueError: inputs are not finite; the message names the first such module in the order of the
+                pass.
         """
         self._inputs.clear()
-        sequences = int(self._positions[:, 0].max()) + 1
+        sampled = self._positions[:, 0]  # the sequence of each sampled token
+        sequences = int(sampled.max()) + 1
         shares = [Team(rank, team.size).share(sequences) for rank in range(team.size)]
-        counts = [
-            int(((self._positions[:, 0] >= s.start) & (self._positions[:, 0] < s.stop)).sum()) for s in shares
-        ]
+        counts = [int(((sampled >= share.start) & (sampled < share.stop)).sum()) for share in shares]
         for name in sorted(self._sums):
             self._sums[name].merge(team, counts)
         broken = next((name for name, sums in self._sums.items() if not sums.finite), None)
         if broken is not None:
             raise ValueError(
-                f"the inputs of {broken} hold the first NaN or Inf, or numbers too large to square; try --dtype float32, else "
-                "the checkpoint is broken in this block (huge weights, a norm's epsilon in config.json)"
+                f"the inputs of {broken} hold the first NaN or Inf, or numbers too large to square; "
+                "try --dtype float32, else the checkpoint is broken in this block "
+                "(huge weights, a norm's epsilon in config.json)"
             )
         finished = {name: sums.result() for name, sums in self._sums.items()}
         self._sums.clear()

@@ -1,6 +1,7 @@
-"""Sums over tokens that input statistics are made of, one set per input group.
+"""The sums over tokens from which input statistics are computed.
 
-Batches and processes merge by addition. C input features, N sequences, T tokens, S sampled tokens.
+Batches and processes are merged by adding their sums. C
+input features, N sequences, T tokens, S sampled tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ SAMPLE_TOKENS = 1024
 
 
 def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:
-    """Which tokens make up a sample: int64 [S, 2] of (sequence, position), drawn evenly over the sequences, seeded."""
+    """The tokens of a sample, int64 [S, 2] of (sequence, position), equally many from each sequence."""
     size = min(size, sequences * tokens)
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -28,17 +29,22 @@ def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_
 
 
 class StatsSums:
-    """Sums over tokens for one input group. Vectors in float64, the Gram matrix in float32 (one [C, C] buffer)."""
+    """Sums over tokens of one input; vectors [C] in float64, Gram and cross matrices [C, C] in float32.
+
+    Args:
+        needs: the statistics that will be computed from them.
+        positions: the sampled tokens, int64 [S, 2] of (sequence, position).
+    """
 
     def __init__(self, needs: Need, positions: Tensor) -> None:
         self.needs, self._positions = needs, positions
         self.count, self.tokens = 0, 0
         self._sums: dict[str, Tensor] = {}
         self._samples: list[Tensor] = []
-        self._beside: Tensor | None = None  # the inputs the dense model's are to be held against
+        self._pruned_inputs: Tensor | None = None  # of the last `add`, for `add_dense`
 
     def add(self, inputs: Tensor, first: int) -> None:
-        """Take in the inputs [N, T, C] of the sequences from number `first` on."""
+        """Add the inputs [N, T, C] of some sequences, the first of which has number `first`."""
         inputs = inputs.detach()
         self.count += inputs.shape[0] * inputs.shape[1]
         self.tokens = inputs.shape[1]
@@ -49,43 +55,43 @@ class StatsSums:
             means = x.mean(dim=1)  # [N, C]
             self._plus("sum", means.double().sum(dim=0) * self.tokens)
         if varies:
-            # Per sequence and centred: the difference of two large sums would cancel.
+            # Centred per sequence: the mean square minus the squared mean would lose digits by cancellation.
             self._plus("within", (x - means[:, None]).square_().sum(dim=1).double().sum(dim=0))
             self._plus("means", means.double().square().sum(dim=0) * self.tokens)
-        elif Need.SECOND_MOMENT in self.needs:  # else it is the sum of those two
+        elif Need.SECOND_MOMENT in self.needs:  # with variances, it is the sum of the two sums above
             self._plus("squares", flat.square().sum(dim=0).double())
         if self.needs & Need.GRAM:
-            if "gram" not in self._sums:
-                self._sums["gram"] = torch.zeros(
-                    x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device
-                )
-            self._sums["gram"].addmm_(flat.T, flat)
+            self._matrix("gram", flat).addmm_(flat.T, flat)
         if self.needs & Need.CROSS:
-            self._beside = flat
+            self._pruned_inputs = flat
         if self.needs & Need.SAMPLE:
             here = (self._positions[:, 0] >= first) & (self._positions[:, 0] < first + len(x))
             places = self._positions[here].to(x.device)
             self._samples.append(x[places[:, 0] - first, places[:, 1]])
 
     def add_dense(self, inputs: Tensor) -> None:
-        """Take in the dense model's inputs [N, T, C] at the same place for the sequences of the last `add`."""
-        assert self._beside is not None
+        """Add the inputs [N, T, C] of the same matrix in the dense model, for the sequences last added."""
+        assert self._pruned_inputs is not None
         flat = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        if "cross" not in self._sums:
-            self._sums["cross"] = torch.zeros(
-                flat.shape[-1], flat.shape[-1], dtype=torch.float32, device=flat.device
-            )
-        self._sums["cross"].addmm_(flat.T, self._beside)
-        self._beside = None
+        self._matrix("cross", flat).addmm_(flat.T, self._pruned_inputs)
+        self._pruned_inputs = None
+
+    def _matrix(self, name: str, inputs: Tensor) -> Tensor:
+        """The sum [C, C] of this name, which begins with zeros on the device of the inputs [N T, C]."""
+        if name not in self._sums:
+            size = inputs.shape[-1]
+            self._sums[name] = torch.zeros(size, size, dtype=torch.float32, device=inputs.device)
+        return self._sums[name]
 
     def _plus(self, name: str, value: Tensor) -> None:
+        """Add a vector to the sum of this name."""
         if name in self._sums:
             self._sums[name] += value
         else:
             self._sums[name] = value
 
     def merge(self, team: Team, counts: list[int]) -> None:
-        """Add up the sums of all processes; process r holds counts[r] of the sampled tokens."""
+        """Replace the sums by those over all processes; process r has counts[r] of the sampled tokens."""
         if team.alone:
             return
         total = torch.tensor(float(self.count), dtype=torch.float64)
@@ -96,11 +102,11 @@ class StatsSums:
 
     @property
     def finite(self) -> bool:
-        """Whether every sum is: one input that is not finite makes them so."""
+        """Whether all sums are finite; they are not if one input is not."""
         return all(all_finite(tensor) for tensor in (*self._sums.values(), *self._samples))
 
     def result(self) -> InputStats:
-        """The statistics per token."""
+        """The statistics, averaged over the tokens."""
         n, sums, values = self.count, self._sums, {}
         if Need.MEAN in self.needs:
             values[Need.MEAN] = (sums["sum"] / n).float()
@@ -122,14 +128,15 @@ class StatsSums:
 
 
 def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
-    """`||X (W - W')^T||^2 / ||X W^T||^2`: exact with the Gram matrix where it was collected, else on the sampled inputs.
+    """The relative output error `||X (W - W')^T||^2 / ||X W^T||^2` of a pruned matrix W' [R, C].
 
-    Of the sample every fourth token counts: the sum runs over all outputs, so it is known to a percent or so all the same.
+    It is exact if the Gram matrix was collected. Otherwise it is estimated on every fourth sampled input, to
+    about a percent, since it is a sum over all outputs.
     """
     difference = weight - pruned
     if Need.GRAM in stats.needs:
-        lost, whole = ((d @ stats.gram).mul_(d).sum().item() for d in (difference, weight))
+        error, total = ((d @ stats.gram).mul_(d).sum().item() for d in (difference, weight))
     else:
         sample = stats.sample[::4]
-        lost, whole = ((sample @ d.T).square().sum().item() for d in (difference, weight))
-    return lost / whole if whole > 0 else 0.0
+        error, total = ((sample @ d.T).square().sum().item() for d in (difference, weight))
+    return error / total if total > 0 else 0.0

@@ -1,1 +1,1 @@
-"""Updates: each file moves the kept weights and leaves the mask; its file name is its name."""
+"""Updates: they change the kept weights and leave the mask. Each file is one algorithm, named by its file."""

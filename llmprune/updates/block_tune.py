@@ -1,4 +1,6 @@
-"""Block tuning (as in EBFT, arXiv 2402.12419): a few hundred AdamW steps on a block's kept weights against the dense model's outputs."""
+"""Block tuning (as in EBFT, arXiv 2402.12419): a few hundred AdamW steps on a block's kept weights against
+the dense model's outputs.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,24 @@ from llmprune.numerics.gram import finite
 
 
 class BlockTune(BlockStep):
-    """Brings the pruned block, on inputs from the pruned blocks before it, near to what the dense model has at this place.
+    """Trains a pruned block so that its outputs come near to those of the same block in the dense model.
 
-    The loss is the squared error over the squared outputs, on calibration sequences alone. Some of them are held out: after an
-    eighth of the steps the run with the lowest error on those goes on, and unless it lowers that error, the weights stay as they were.
+    The pruned block gets the outputs of the pruned blocks before it, the dense block
+    those of the dense model. The loss is the squared error divided by the squared dense
+    outputs. Some calibration sequences are held out. Each learning rate is tried for an
+    eighth of the steps, and the one with the lowest held-out error does the rest. If
+    that does not lower the held-out error below what it was, the weights stay unchanged.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`steps` of AdamW on `batch` sequences each, the rate falling by a cosine. Of several `rates` the best after an eighth goes on.
+        """Options of block tuning.
 
-        `held_out`: share of the sequences that are not trained on.
+        Attributes:
+            steps: of AdamW.
+            batch: sequences per step.
+            rates: learning rates to try; each falls by a cosine over the steps.
+            held_out: share of the calibration sequences that are not trained on.
         """
 
         steps: int = 220
@@ -43,7 +52,7 @@ class BlockTune(BlockStep):
 
     @property
     def trained(self) -> float:  # type: ignore[override]
-        """Each rate runs an eighth of the steps, the best of them the rest."""
+        # Each rate runs an eighth of the steps, the best one also the rest.
         return self.config.steps * self.config.batch * (1 + (len(self.config.rates) - 1) / 8)  # type: ignore[no-any-return]
 
     @property
@@ -56,33 +65,29 @@ class BlockTune(BlockStep):
                 f"block-tune holds out calibration sequences and needs at least 2, got {job.sequences}"
             )
         order = torch.randperm(job.sequences, generator=job.generator).tolist()
-        aside = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
-        held, training = order[:aside], order[aside:]
+        held_count = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
+        held, training = order[:held_count], order[held_count:]
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
-        run, lowest = None, math.inf
-        kept = {
-            name: keep.float() for name, keep in job.keeps.items()
-        }  # a product with bool is several times slower
+        best, lowest = None, math.inf
+        kept = {name: keep.float() for name, keep in job.keeps.items()}  # products with bool are much slower
         for rate in self.config.rates:
             other = _Descent(self.config, job, kept, training, rate, seed)
             other.go_on(max(1, self.config.steps // 8))
             reached = finite(_error(job, other.weights, held)) if len(self.config.rates) > 1 else 0.0
-            if run is None or reached < lowest:
-                run, lowest = other, reached
-            del other
-        assert run is not None
-        run.go_on(self.config.steps)
-        before, after = _error(job, job.weights, held), _error(job, run.weights, held)
+            if best is None or reached < lowest:
+                best, lowest = other, reached
+            del other  # frees its weights and optimizer state before the next one is made
+        assert best is not None
+        best.go_on(self.config.steps)
+        before, after = _error(job, job.weights, held), _error(job, best.weights, held)
         applied = after < before
-        notes = {"rate": run.rate, "held_out_before": before, "held_out_after": after, "applied": applied}
-        return Tuned(
-            {name: weight.detach() for name, weight in run.weights.items()} if applied else job.weights,
-            {"tune": notes},
-        )
+        tuned = {name: weight.detach() for name, weight in best.weights.items()}
+        notes = {"rate": best.rate, "held_out_before": before, "held_out_after": after, "applied": applied}
+        return Tuned(tuned if applied else job.weights, {"tune": notes})
 
 
 class _Descent:
-    """One run of AdamW at one rate: it can stop after some steps and go on."""
+    """One run of AdamW at one learning rate, which can be stopped after some steps and continued."""
 
     def __init__(
         self,
@@ -103,11 +108,13 @@ class _Descent:
         self._step = 0
 
     def go_on(self, until: int) -> None:
-        """Steps up to number `until`."""
+        """Continue until `until` steps are done in all."""
         for step in range(self._step, until):
-            # A short warm-up, then half a cosine: the last steps are small and leave no noise in the weights.
-            warm, fall = min(1.0, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
-            self._optimizer.param_groups[0]["lr"] = self.rate * warm * fall
+            # A short warm-up, then a cosine that falls to 0: the
+            # small last steps leave no noise in the weights.
+            warm_up = min(1.0, (step + 1) / 10)
+            decay = 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
+            self._optimizer.param_groups[0]["lr"] = self.rate * warm_up * decay
             self._gradients(self._next())
             self._optimizer.step()
             with torch.no_grad():
@@ -118,16 +125,18 @@ class _Descent:
             weight.grad = None
 
     def _next(self) -> list[int]:
+        """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
         if len(self._queue) < self._config.batch:
-            self._queue = [
-                self._training[i]
-                for i in torch.randperm(len(self._training), generator=self._generator).tolist()
-            ]
+            order = torch.randperm(len(self._training), generator=self._generator).tolist()
+            self._queue = [self._training[i] for i in order]
         batch, self._queue = self._queue[: self._config.batch], self._queue[self._config.batch :]
         return batch
 
     def _gradients(self, batch: list[int]) -> None:
-        """Gradients of the batch's loss, the same on every process. Those of pruned weights do no harm: they are reset after the step."""
+        """Compute the gradients of the batch's loss, the same on every process.
+
+        Pruned weights get gradients too, but they are set to zero again after the step.
+        """
         job, weights = self._job, self.weights
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
@@ -135,8 +144,8 @@ class _Descent:
         for part in _parts(job, batch):
             with torch.enable_grad():
                 targets = job.targets(part).float()
-                lost = (job.outputs(weights, part).float() - targets).square().sum()
-                lost.backward()
+                error = (job.outputs(weights, part).float() - targets).square().sum()
+                error.backward()
             size += targets.square().sum().double().cpu()
         job.add(size, *(weight.grad for weight in weights.values()))
         for weight in weights.values():
@@ -146,7 +155,7 @@ class _Descent:
 
 @torch.no_grad()
 def _error(job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> float:
-    """Squared error over squared outputs on some sequences."""
+    """Squared error divided by the squared dense outputs, on some sequences of all processes."""
     sums = torch.zeros(2, dtype=torch.float64)
     for part in _parts(job, held):
         targets = job.targets(part).float()
@@ -157,6 +166,6 @@ def _error(job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> flo
 
 
 def _parts(job: BlockJob, sequences: list[int]) -> list[list[int]]:
-    """The sequences this process holds, no more at once than fit."""
+    """Those of the sequences that this process holds, in batches that fit into memory."""
     mine = [s for s in sequences if s in job.mine]
     return [mine[i : i + job.batch] for i in range(0, len(mine), job.batch)]

@@ -1,4 +1,6 @@
-"""Least squares on a fixed mask: the kept weights that best reproduce the layer's outputs, all rows solved together."""
+"""Least squares on a fixed mask: the kept weights that best
+reproduce the layer's outputs, all rows solved together.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from llmprune.numerics.gram import aim, damped, reconstruct
 
 
 class LeastSquares(Step):
-    """Minimises `(w - v)^T (G + damp * mean(diag G) I) (w - v)` per row over v on the mask; works after any pruner and refiner.
+    """Minimises `(w - v)^T (G + damp * mean(diag G) I) (w - v)` per row over the kept weights v.
 
-    Batched conjugate gradient with the diagonal as preconditioner (Hestenes and Stiefel 1952), starting from the weights as they are.
+    Works after any pruner and refiner. Conjugate gradient for all rows at once, with the diagonal as
+    preconditioner (Hestenes and Stiefel 1952), starting from the current weights.
     """
 
     changes = "weights"
@@ -19,9 +22,13 @@ class LeastSquares(Step):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`damp`: added to the Gram diagonal, relative to its mean. `iterations` of conjugate gradient.
+        """Options of least squares.
 
-        `correction`: share of the dense model's inputs in what the outputs are to reproduce.
+        Attributes:
+            damp: added to the Gram diagonal, relative to its mean.
+            iterations: of conjugate gradient.
+            correction: in [0, 1], how far the wanted outputs are those on the dense model's inputs; see
+                `aim`.
         """
 
         damp: float = 0.01
@@ -46,8 +53,7 @@ class LeastSquares(Step):
 
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         matrix = damped(job.stats.gram, self.config.damp)
-        product = aim(job, self.config.correction) + job.weight * (
-            matrix.diagonal() - job.stats.gram.diagonal()
-        )
+        added = matrix.diagonal() - job.stats.gram.diagonal()  # what damping added
+        product = aim(job, self.config.correction) + job.weight * added
         weight = reconstruct(product, pruned.keep, matrix, self.config.iterations, pruned.weight)
         return Pruned(weight, pruned.keep, pruned.score, {**pruned.notes, "damp": self.config.damp})

@@ -1,4 +1,6 @@
-"""OBS sweep (the update of SparseGPT, arXiv 2301.00774, for a mask already chosen): later columns make up for pruned ones."""
+"""OBS sweep (the update of SparseGPT, arXiv 2301.00774, for a
+mask already chosen): later columns make up for pruned ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from llmprune.numerics.gram import inverse_factor, sweep
 
 
 class OBS(Step):
-    """One pass over the columns with the upper Cholesky factor of the inverse damped Gram matrix, from the dense weights."""
+    """One pass over the columns of the dense weights, as in SparseGPT, but with a given mask.
+
+    It uses the upper Cholesky factor of the inverse damped Gram matrix.
+    """
 
     needs = Need.GRAM
     changes = "weights"
@@ -19,7 +24,10 @@ class OBS(Step):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`damp`: added to the Gram diagonal, relative to its mean. `block`: columns per block (speed alone)."""
+        """`damp`: added to the Gram diagonal, relative to its mean.
+
+        `block`: columns per block (affects only speed).
+        """
 
         damp: float = 0.01
         block: int = 128
@@ -33,8 +41,8 @@ class OBS(Step):
     def apply(self, job: Job, pruned: Pruned) -> Pruned:
         factor, damp = inverse_factor(job, self.config.damp)
 
-        def given(columns: Tensor, start: int) -> Tensor:
+        def given_mask(columns: Tensor, start: int) -> Tensor:
             return pruned.keep[:, start : start + columns.shape[1]]
 
-        weight, keep = sweep(job, factor, self.config.block, self.config.block, given)
+        weight, keep = sweep(job, factor, self.config.block, self.config.block, given_mask)
         return Pruned(weight, keep, pruned.score, {**pruned.notes, "damp": damp})
