@@ -326,8 +326,8 @@ def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tok
     options |= {"settings": {"allocator.slopes": [0.2, 0.6]}}
 
     def stops(run, source, finished, clock, block_done):
-        def one_block(number, *rest):
-            block_done(number, *rest)
+        def one_block(block):
+            block_done(block)
             raise KeyboardInterrupt
 
         prune_blocks(run, source, finished, clock, one_block)

@@ -41,9 +41,19 @@ def shard_name(number: int, shards: int) -> str:
     return f"model-{number:05d}-of-{shards:05d}.safetensors"
 
 
+def exact_name(number: int) -> str:
+    """The file, only of an unfinished run, with the float32 results of block `number` (from 1)."""
+    return f"exact-{number:05d}.safetensors"
+
+
 def is_shard(name: str) -> bool:
     """Whether a file name is one that `shard_name` gives."""
     return _SHARD.fullmatch(name) is not None
+
+
+def is_exact(name: str) -> bool:
+    """Whether a file name is one that `exact_name` gives."""
+    return re.fullmatch(r"exact-[0-9]{5,}\.safetensors", name) is not None
 
 
 def is_companion(name: str, code: bool) -> bool:

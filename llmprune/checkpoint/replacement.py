@@ -14,7 +14,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llmprune.checkpoint.contents import JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, is_companion, is_shard
+from llmprune.checkpoint.contents import (
+    JOURNAL,
+    MADE,
+    MASKS,
+    RECORD,
+    WRITTEN_LAST,
+    is_companion,
+    is_exact,
+    is_shard,
+)
 from llmprune.common.messages import shown
 
 Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in messages, and its path
@@ -231,7 +240,7 @@ def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
 
     def ours(entry: os.DirEntry[str]) -> bool:
         name = entry.name.removesuffix(_TEMPORARY)
-        if is_shard(name) or name in (JOURNAL, MASKS):
+        if is_shard(name) or is_exact(name) or name in (JOURNAL, MASKS):
             return True
         if planned is None:  # a model in memory: transformers chooses the names of config and tokenizer files
             return name in MADE or is_companion(name, code=True)

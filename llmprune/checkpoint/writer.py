@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.checkpoint import replacement
-from llmprune.checkpoint.contents import INDEX, JOURNAL, MADE, MASKS, RECORD, WRITTEN_LAST, shard_name
+from llmprune.checkpoint.contents import (
+    INDEX,
+    JOURNAL,
+    MADE,
+    MASKS,
+    RECORD,
+    WRITTEN_LAST,
+    exact_name,
+    shard_name,
+)
 from llmprune.checkpoint.files import read_header, save_tensors, sha256_of, sync_folder, write_durably
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
@@ -154,13 +163,23 @@ class CheckpointWriter:
             self.journal.begin(identity, None if companions is None else [*weights, *MADE, *companions])
         self.check_identity(identity)
         for entry in self.journal.blocks:
-            path = self.folder / entry["file"]
-            if not path.is_file() or sha256_of(path) != entry["sha256"]:
-                raise ValueError(
-                    f"{path} was removed or changed since it was finished; begin anew with --restart"
-                )
+            self._check_file(entry["file"], entry["sha256"])
+            if "exact" in entry and not self._pruned:
+                self._check_file(**entry["exact"])
         self._begun = True
         self._masks = MaskFile(self.folder / MASKS, masks)
+
+    @property
+    def _pruned(self) -> bool:
+        """Whether every block is finished."""
+        return len(self.journal.blocks) == self.shards - 1
+
+    def _check_file(self, file: str, sha256: str) -> None:
+        path = self.folder / file
+        if not path.is_file() or sha256_of(path) != sha256:
+            raise ValueError(
+                f"{path} was removed or changed since it was finished; begin anew with --restart"
+            )
 
     def check_identity(self, identity: Identity) -> None:
         """Raise `ValueError` if the unfinished run has another identity."""
@@ -177,6 +196,12 @@ class CheckpointWriter:
         return [self.folder / entry["file"] for entry in self.journal.blocks]
 
     @property
+    def exact(self) -> list[Path]:
+        """The files with float32 results of finished blocks, in order; none once every block is finished."""
+        entries = [] if self._pruned else self.journal.blocks
+        return [self.folder / entry["exact"]["file"] for entry in entries if "exact" in entry]
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the record for the finished blocks, in order."""
         self._wait()
@@ -189,6 +214,7 @@ class CheckpointWriter:
         masks: Mapping[str, Tensor],
         rows: list[dict[str, Any]],
         seconds: Mapping[str, float],
+        exact: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write a finished block in the background: shard and masks durably, then its line in the journal.
 
@@ -198,9 +224,12 @@ class CheckpointWriter:
             masks: its packed keep masks by weight name.
             rows: its rows of the record.
             seconds: the time it took, by stage.
+            exact: float32 results that a run must have to go on, by weight name; removed when it is complete.
         """
         self._wait()
-        self._pending = self._behind.submit(self._write_block, number, tensors, masks, rows, dict(seconds))
+        self._pending = self._behind.submit(
+            self._write_block, number, tensors, masks, rows, dict(seconds), exact or {}
+        )
 
     def _write_block(
         self,
@@ -209,6 +238,7 @@ class CheckpointWriter:
         masks: Mapping[str, Tensor],
         rows: list[dict[str, Any]],
         seconds: dict[str, float],
+        exact: Mapping[str, Tensor],
     ) -> None:
         assert self._masks is not None
         size, digest = save_tensors(self.folder / shard_name(number, self.shards), tensors)
@@ -221,6 +251,9 @@ class CheckpointWriter:
             "rows": rows,
             "seconds": seconds,
         }
+        if exact:
+            _, digest = save_tensors(self.folder / exact_name(number), exact)
+            entry["exact"] = {"file": exact_name(number), "sha256": digest}
         self.journal.add(entry)
 
     def _wait(self) -> None:
@@ -233,6 +266,8 @@ class CheckpointWriter:
         """Write the last shard: every tensor that is in no block, byte for byte as in the source."""
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
+        for entry in self.journal.blocks:
+            (self.folder / exact_name(entry["block"])).unlink(missing_ok=True)
         outside = {name: source.load(name) for name in source.tensors if name not in written}
         save_tensors(self.folder / shard_name(self.shards, self.shards), outside)
 

@@ -14,6 +14,8 @@ from llmprune import patterns, registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import parse_yaml, read_yaml, shipped, shipped_names
 from llmprune.recipe.types import (
+    PRECISIONS,
+    SUMS,
     AlgorithmSpec,
     CalibrationSpec,
     Case,
@@ -155,7 +157,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
     fields["calibration"] = _calibration(fields.get("calibration", {}))
-    for key in ("name", "description", "pattern", "scope", "order", "chosen"):
+    for key in ("name", "description", "pattern", "scope", "order", "chosen", "sums", "precision"):
         if key in fields:
             _typed(key, fields[key], str)
     fields["sparsity"] = resolve_sparsity(fields.get("pattern", "unstructured"), fields.get("sparsity"))
@@ -222,6 +224,9 @@ def _check(recipe: Recipe) -> None:
         patterns.parse("unstructured", recipe.scope)
     if recipe.order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(recipe.order)}")
+    for key, known in (("sums", SUMS), ("precision", PRECISIONS)):
+        if getattr(recipe, key) not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {shown(getattr(recipe, key))}")
     if not isinstance(recipe.permute, bool):
         raise ValueError(f"permute must be true or false, got {shown(recipe.permute)}")
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:

@@ -15,6 +15,14 @@ from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner,
 DEFAULT_SPARSITY = 0.5
 
 
+# How input statistics are summed: over all tokens at once; or sequence by sequence as running means in float32, as
+# the published code of SparseGPT, Wanda and DSnoT does, whose rounding decides some weights.
+SUMS = ("exact", "published")
+# What the next block sees of a pruned weight: what the checkpoint will store, or the float32 result before the cast.
+PRECISIONS = ("stored", "float32")
+UNMENTIONED = {"sums": "exact", "precision": "stored"}  # absent from records where they are as usual
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSpec:
     """An algorithm by name, its options, and the matrices it works on (glob patterns on their names)."""
@@ -78,6 +86,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     order: str = "block"
     permute: bool = False
+    sums: str = "exact"
+    precision: str = "stored"
     calibration: CalibrationSpec = CalibrationSpec()
     seed: int = 0
     chosen: str = ""  # why, where the program chose the recipe
@@ -138,6 +148,9 @@ class Recipe:
         value["rules"] = [
             {k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]
         ]
+        for key, usual in UNMENTIONED.items():
+            if value[key] == usual:
+                del value[key]
         return value
 
 

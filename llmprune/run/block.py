@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource, read_ahead
@@ -14,7 +15,6 @@ from llmprune.run.matrix import Row
 from llmprune.run.shared import Run
 
 Tensors = dict[str, Tensor]
-BlockDone = Callable[[int, Tensors, Tensors, list[Row], Mapping[str, float]], None]
 
 
 class Companion:
@@ -39,6 +39,8 @@ class Block:
     Attributes:
         number: from 0. name: of its module.
         shard: its tensors by their names in the checkpoint, dense at first and pruned in the end.
+        exact: its pruned weights in float32, where the recipe keeps them so between blocks and the checkpoint
+            stores another dtype.
         targets: its matrices that are to be pruned.
         originals: its dense parameters by their names in the block, where a companion keeps them.
         stats: statistics of the inputs of the matrices that are pruned already, by matrix.
@@ -54,6 +56,8 @@ class Block:
         self.targets = self._find_targets(run)
         self.originals: dict[str, Tensor] = {}
         self.stats: dict[str, InputStats] = {}
+        self.exact: Tensors = {}
+        self._keeps_exact = run.recipe.precision == "float32"
         self.masks: Tensors = {}
         self.rows: list[Row] = []
         self.notes: dict[str, Row] = {}
@@ -61,6 +65,23 @@ class Block:
 
     def _find_targets(self, run: Run) -> list[Target]:
         return [t for t in find_targets(self.name, self.module) if t.name in run.plan.matrices]
+
+    def weight(self, target: Target) -> Tensor:
+        """The weight of a matrix as it stands, in the checkpoint's layout: the exact one where there is one."""
+        name = self._skeleton.stored[target.weight_name]
+        return self.exact.get(name, self.shard[name])
+
+    def put(self, target: Target, weight: Tensor) -> None:
+        """Take a new weight of a matrix, in the checkpoint's layout, into the module and into what is stored.
+
+        Stored is its cast to the checkpoint's dtype; the module gets the exact weight where the recipe says so.
+        """
+        name = self._skeleton.stored[target.weight_name]
+        dtype = self.shard[name].dtype
+        self.shard[name] = weight.to(dtype).contiguous()
+        if self._keeps_exact and weight.dtype == torch.float32 != dtype:
+            self.exact[name] = weight.contiguous()
+        target.assign(self.weight(target))
 
     def enter(self, companions: Sequence[Companion]) -> None:
         """Load the block and let every companion enter it."""
@@ -77,10 +98,10 @@ class Block:
         self._skeleton.free(self._parameters)
 
     def done(self, block_done: BlockDone) -> None:
-        """Hand over what came of the block, and forget it."""
-        block_done(self.number + 1, self.shard, self.masks, self.rows, self.clock.seconds)
+        """Hand the block over, and forget its tensors: the next one is read while this object still exists."""
+        block_done(self)
         self.lap("write")
-        self.shard = {}  # the next block is read while this object still exists
+        self.shard, self.exact = {}, {}
 
     def lap(self, phase: str, of_it: tuple[str, float] = ("", 0.0)) -> None:
         """Count the time since the last lap to a phase."""
@@ -113,6 +134,9 @@ class FinishedBlock(Block):
     def lap(self, phase: str, of_it: tuple[str, float] = ("", 0.0)) -> None:
         """All of its time is that of the replay."""
         super().lap("replay")
+
+
+BlockDone = Callable[[Block], None]
 
 
 def blocks_of(run: Run, source: WeightSource, finished: int, clock: Clock) -> Iterator[Block]:

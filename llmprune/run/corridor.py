@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.reader import WeightSource
@@ -41,8 +42,7 @@ def prune_blocks(
     Args:
         run: recipe, plan, model and all else that the run shares. source: the weights.
         clock: counts the seconds of every phase.
-        block_done: gets the number of a block (from 1), its tensors as they are to be stored, its packed keep
-            masks, its rows of the record and the seconds so far.
+        block_done: gets every block that is done.
         beside: more companions, which pass every block last.
     """
     inputs = BlockInputs(run.skeleton, run.tokens, run.skeleton.device, run.store, run.reporter.note)
@@ -87,6 +87,7 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
     methods, team, stored_names = Methods.of(run.recipe), run.team, run.skeleton.stored
     owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
     rows: dict[str, Row] = {}
+    weights: dict[str, Tensor] = {}
     for target in targets:
         stored = stored_names[target.weight_name]
         if owner[target.name] == team.rank:
@@ -95,19 +96,19 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
                 weight, keep, row = prune_matrix(
                     target, matrix, stats[target.name], methods, block.shard[stored]
                 )
-            block.shard[stored], block.masks[stored] = target.stored(weight), pack(keep)
+            weights[stored], block.masks[stored] = target.stored(weight), pack(keep)
             rows[stored] = {"name": stored, **row, **block.notes.get(target.name, {})}
-            target.assign(block.shard[stored])
+            block.put(target, weights[stored])
         else:
-            block.shard[stored] = torch.empty_like(block.shard[stored])
+            weights[stored] = torch.empty_like(block.shard[stored], dtype=methods.dtype)
             packed = target.shape[0], -(-target.shape[1] // 8)
             block.masks[stored] = torch.empty(packed, dtype=torch.uint8)
             rows[stored] = {}
     for target in targets if not team.alone else ():
         stored = stored_names[target.weight_name]
-        team.from_rank(owner[target.name], block.shard[stored])
+        team.from_rank(owner[target.name], weights[stored])
         team.from_rank(owner[target.name], block.masks[stored])
         rows[stored] = team.tell(rows[stored], owner[target.name])
-        target.assign(block.shard[stored])
+        block.put(target, weights[stored])
     block.rows += rows.values()
     block.stats |= stats

@@ -29,11 +29,13 @@ class Methods:
     pruner_name: str
     steps: Sequence[tuple[AlgorithmSpec, Step]]
     seed: int
+    dtype: torch.dtype | None  # of results; None for the dtype of the checkpoint
 
     @staticmethod
     def of(recipe: Recipe) -> Methods:
         """Built with the options of the recipe."""
-        return Methods(recipe.build_pruner(), recipe.pruner.name, recipe.build_steps(), recipe.seed)
+        dtype = torch.float32 if recipe.precision == "float32" else None
+        return Methods(recipe.build_pruner(), recipe.pruner.name, recipe.build_steps(), recipe.seed, dtype)
 
 
 def prune_matrix(
@@ -45,7 +47,8 @@ def prune_matrix(
         stored: its dense weight as the checkpoint stores it.
 
     Returns:
-        Its weight in the stored dtype (on the CPU, [R, C]), its keep mask and its row of the record.
+        Its weight (on the CPU, [R, C]) in the dtype of results, its keep mask and its row of the record,
+        which tells of the weight as it will be stored.
 
     Raises:
         RuntimeError: an algorithm that broke the pattern, made weights that are not finite, or moved a mask
@@ -66,7 +69,7 @@ def prune_matrix(
     for _, step in steps:
         before, pruned = pruned, step.apply(job, pruned)
         check_promises(job, pruned, step, before)
-    final = pruned.weight.to(stored.dtype)  # the one cast to the checkpoint's dtype
+    final = pruned.weight.to(stored.dtype)
     row = {
         "shape": list(plan.shape),
         "pattern": str(plan.pattern),
@@ -77,7 +80,7 @@ def prune_matrix(
         **pruned.notes,
         "seconds": round(time.monotonic() - started, 4),
     }
-    return final.cpu(), pruned.keep, row
+    return pruned.weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, row
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

@@ -15,6 +15,7 @@ from llmprune.model.targets import Target
 from llmprune.run.block import Block, Companion
 from llmprune.run.shared import Run
 from llmprune.statistics.collecting import Collector, Enough, Halted
+from llmprune.statistics.sums import KINDS
 
 
 class Observer(Companion):
@@ -33,6 +34,9 @@ class Observer(Companion):
         self._halted: list[tuple[slice, Halted]] = []
         self._groups, self._no_pausing = 0, False
 
+    def _collector(self, needs: Need) -> Collector:
+        return Collector(needs, self._positions, self.watch, KINDS[self._run.recipe.sums])
+
     def collect(
         self, number: int, targets: list[Target], originals: Mapping[str, Tensor]
     ) -> dict[str, InputStats]:
@@ -40,7 +44,7 @@ class Observer(Companion):
 
         `originals`: the block's dense weights by name in the block, which may hold pruned ones already.
         """
-        collector = Collector(self._needs, self._positions, self.watch)
+        collector = self._collector(self._needs)
 
         def observe(part: slice) -> None:
             first, shape = self._first + part.start, (part.stop - part.start, self._inputs.length)
@@ -84,7 +88,7 @@ class Observer(Companion):
         """Statistics of one group from halted passes; None without such passes or memory for them."""
         if not self._halted:
             return None
-        collector = Collector(self._needs, self._positions, self.watch)
+        collector = self._collector(self._needs)
         try:
             with exact_matmul():
                 for part, passing in self._halted:
@@ -126,7 +130,7 @@ class Observer(Companion):
 
     def groups(self, number: int, targets: list[Target]) -> list[list[Target]]:
         """The matrices by the input they share, in the order in which the block computes them."""
-        collector = Collector(Need.NONE, self._positions, self.watch)
+        collector = self._collector(Need.NONE)
         with collector.attached({t.name: t.module for t in targets}):
             collector.batch(0, (1, self._inputs.length))
             self._pass(self._inputs, number, slice(0, 1), {})

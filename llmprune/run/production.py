@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
 
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
@@ -21,6 +19,7 @@ from llmprune.record import record as records
 from llmprune.record import report
 from llmprune.record.figures import Record
 from llmprune.run import corridor
+from llmprune.run.block import Block
 from llmprune.run.clock import Clock
 from llmprune.run.preparation import Options, Request, planned
 from llmprune.run.progress import Progress
@@ -146,7 +145,7 @@ class Production:
 
     def _prune(self, work: Run, before: Record) -> Record:
         skeleton, writer, team = self.model.skeleton, self.writer, self.team
-        done: list[Path] = team.tell(writer.finished if writer else [])
+        done, exact = team.tell((writer.finished, writer.exact) if writer else ([], []))
         clock = Clock(skeleton.device)
         if work.plan.seconds:
             clock.seconds["allocate"] = work.plan.seconds
@@ -162,23 +161,19 @@ class Production:
             )
         progress = Progress(self.reporter, blocks, len(done), self.options.time_limit, work.recipe.name)
 
-        def block_done(
-            number: int,
-            tensors: Mapping[str, Tensor],
-            masks: Mapping[str, Tensor],
-            matrices: list[Record],
-            seconds: Mapping[str, float],
-        ) -> None:
+        def block_done(block: Block) -> None:
             if writer:
-                writer.block(number, tensors, masks, matrices, seconds)
-            progress.block(number)
+                writer.block(
+                    block.number + 1, block.shard, block.masks, block.rows, block.clock.seconds, block.exact
+                )
+            progress.block(block.number + 1)
 
         work = dataclasses.replace(
             work, folder=writer.folder if writer else self.options.output.resolve().parent
         )
         with devices.PrivateMemory() as memory:
             if len(done) < blocks:
-                source = Overlay(self.model.source, done)
+                source = Overlay(self.model.source, [*done, *exact])
                 corridor.prune_blocks(work, source, len(done), clock, block_done)
             return team.on_first(lambda: self._finish(before, clock, memory))
 

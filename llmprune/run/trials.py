@@ -91,7 +91,7 @@ def _loss(run: Run, held: Tensor, findings: Findings, resources: Resources) -> f
         inputs = BlockInputs(skeleton, mine, skeleton.device, run.store, run.reporter.note)
         beside.append(HeldOutStream(inputs))
     clock = Clock(skeleton.device)
-    prune_blocks(run, skeleton.source, 0, clock, lambda *block: run.reporter.step(), beside)
+    prune_blocks(run, skeleton.source, 0, clock, lambda block: run.reporter.step(), beside)
     with exact_matmul():
         found = sum(sum(losses_of(stream.inputs, mine)) for stream in beside)
         total = torch.tensor(float(found), dtype=torch.float64)

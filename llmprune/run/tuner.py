@@ -67,7 +67,7 @@ class BlockTuner(Companion):
         weights, keeps = {}, {}
         for name, target in chosen.items():
             where = stored[target.weight_name]
-            weights[name] = block.shard[where].to(device, torch.float32)
+            weights[name] = block.weight(target).to(device, torch.float32)
             keeps[name] = target.stored(unpack(block.masks[where], target.shape[1])).to(device)
         return BlockJob(
             name=block.name,
@@ -99,13 +99,12 @@ class BlockTuner(Companion):
                 f"{type(step).__name__} on {target.name} made NaN or Inf weights; "
                 "use more calibration samples or lower rates"
             )
-        weight = weight.detach().cpu().to(block.shard[stored].dtype)
+        weight = weight.detach().cpu()
         if bool(((weight != 0) & ~keep).any()):
             raise RuntimeError(
                 f"{type(step).__name__} on {target.name} left weights where its mask says zero"
             )
-        block.shard[stored] = weight.contiguous()
-        target.assign(block.shard[stored])
+        block.put(target, weight)
 
     def _describe(self, spec: AlgorithmSpec, target: Target, block: Block, tuned: Tuned) -> None:
         """Bring the matrix's row of the record up to date."""

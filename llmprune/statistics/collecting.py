@@ -90,10 +90,13 @@ class Collector:
         needs: the statistics to collect.
         positions: the sampled tokens, int64 [S, 2] of (sequence, position).
         watch: measures the time it takes.
+        sums: how they are summed.
     """
 
-    def __init__(self, needs: Need, positions: Tensor, watch: Stopwatch) -> None:
-        self.needs, self._positions, self._watch = needs, positions, watch
+    def __init__(
+        self, needs: Need, positions: Tensor, watch: Stopwatch, sums: type[StatsSums] = StatsSums
+    ) -> None:
+        self.needs, self._positions, self._watch, self._kind = needs, positions, watch, sums
         self.restart()
         # id of an input -> the input and the leader of its group.
         # Holding the tensor keeps its id from being reused.
@@ -162,7 +165,7 @@ class Collector:
                 f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported"
             )
         if name not in self._sums:
-            self._sums[name] = StatsSums(self.needs, self._positions)
+            self._sums[name] = self._kind(self.needs, self._positions)
         with self._watch.running():
             if self._dense:
                 self._sums[name].add_dense(x)

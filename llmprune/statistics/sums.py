@@ -1,7 +1,7 @@
 """The sums over tokens from which input statistics are computed.
 
-Batches and processes are merged by adding their sums. C
-input features, N sequences, T tokens, S sampled tokens.
+Batches and processes are merged by adding their sums.
+C input features, N sequences, T tokens, S sampled tokens.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ class StatsSums:
 
     def result(self) -> InputStats:
         """The statistics, averaged over the tokens."""
+        return InputStats(self.count, self.tokens, self._values())
+
+    def _values(self) -> dict[Need, Tensor]:
         n, sums, values = self.count, self._sums, {}
         if Need.MEAN in self.needs:
             values[Need.MEAN] = (sums["sum"] / n).float()
@@ -124,7 +127,88 @@ class StatsSums:
             values[Need.CROSS] = sums["cross"] / n
         if Need.SAMPLE in self.needs:
             values[Need.SAMPLE] = torch.cat(self._samples)
-        return InputStats(n, self.tokens, values)
+        return values
+
+
+class PublishedSums(StatsSums):
+    """The same statistics with the rounding of the published code of SparseGPT, Wanda and DSnoT.
+
+    That code keeps running means over the sequences in float32 and updates them sequence by sequence, in this
+    order of operations (arXiv 2301.00774, 2306.11695, 2310.08915). Rounding decides which of two nearly equal
+    weights is pruned, and later blocks amplify the difference. Other statistics are those of `StatsSums`. The
+    means of several processes are merged by their numbers of sequences.
+    """
+
+    KINDS = Need.MEAN | Need.SECOND_MOMENT | Need.WITHIN_VARIANCE | Need.GRAM
+
+    def __init__(self, needs: Need, positions: Tensor) -> None:
+        super().__init__(needs & ~self.KINDS, positions)
+        self._published = needs & self.KINDS
+        self._sequences = 0
+        self._means: dict[str, Tensor] = {}
+
+    def add(self, inputs: Tensor, first: int) -> None:
+        super().add(inputs, first)
+        for x in inputs.detach().float():
+            self._add_sequence(x.t())
+
+    def _add_sequence(self, columns: Tensor) -> None:
+        """Add the inputs of one sequence, [C, T]."""
+        before, length = self._sequences, columns.shape[1]
+        self._sequences = number = before + 1
+        shrink, means = before / number, self._means
+        if Need.MEAN in self._published:
+            means["mean"] = self._mean("mean", columns) * shrink + columns.sum(dim=1) / number
+        if Need.SECOND_MOMENT in self._published:
+            squares = torch.norm(columns, p=2, dim=1) ** 2 / number
+            means["squares"] = self._mean("squares", columns) * shrink + squares
+        if Need.WITHIN_VARIANCE in self._published:
+            own, seen = torch.var(columns, dim=1, unbiased=False) * length, before * length
+            means["variance"] = (own + self._mean("variance", columns) * seen) / (length + seen)
+        if Need.GRAM in self._published:
+            scaled = (2 / number) ** 0.5 * columns
+            if "gram" not in means:
+                size = len(columns), len(columns)
+                means["gram"] = torch.zeros(size, dtype=torch.float32, device=columns.device)
+            means["gram"].mul_(shrink).add_(scaled.matmul(scaled.t()))
+
+    def _mean(self, name: str, columns: Tensor) -> Tensor:
+        """A running mean [C], at first zero."""
+        zero = torch.zeros(len(columns), dtype=torch.float32, device=columns.device)
+        return self._means.get(name, zero)
+
+    def merge(self, team: Team, counts: list[int]) -> None:
+        super().merge(team, counts)
+        if team.alone:
+            return
+        total = torch.tensor(float(self._sequences), dtype=torch.float64)
+        for mean in self._means.values():
+            mean.mul_(self._sequences)
+        team.add(total, *(self._means[name] for name in sorted(self._means)))
+        self._sequences = int(total)
+        for mean in self._means.values():
+            mean.div_(self._sequences)
+
+    @property
+    def finite(self) -> bool:
+        return super().finite and all(all_finite(mean) for mean in self._means.values())
+
+    def _values(self) -> dict[Need, Tensor]:
+        # The published sums are means over sequences of sums over tokens; the Gram matrix is doubled.
+        per_token = {
+            "mean": (Need.MEAN, self.tokens),
+            "squares": (Need.SECOND_MOMENT, self.tokens),
+            "variance": (Need.WITHIN_VARIANCE, 1),
+            "gram": (Need.GRAM, 2 * self.tokens),
+        }
+        values = super()._values()
+        for name, mean in self._means.items():
+            need, scale = per_token[name]
+            values[need] = mean / scale
+        return values
+
+
+KINDS: dict[str, type[StatsSums]] = {"exact": StatsSums, "published": PublishedSums}  # by a recipe's `sums`
 
 
 def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
