@@ -145,16 +145,14 @@ def build_calibration(
             f"calibration.{key} is of text sampled from the model, got source {known}; leave it out or use --calibration self"
         )
     vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
-    return calibrations.build(
-        source,
-        model.tokenizer,
+    request = calibrations.CalibrationRequest(
         samples=spec.samples,
         length=spec.sequence_length,
         limit=model.limit,
         vocabulary=vocabulary,
         seed=recipe.seed,
-        sampler=Sampler(model, reporter, **sampled),
     )
+    return calibrations.build(source, model.tokenizer, request, Sampler(model, reporter, **sampled))
 
 
 class Production:
