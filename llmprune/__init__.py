@@ -1,6 +1,6 @@
 """llmprune: prune a pretrained language model after training, score it, and save it where others can load it.
 
-`import llmprune` is instant; torch and transformers are imported when a function is first called.
+`import llmprune` is instant: torch and transformers are imported when one of the functions is first used.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.machine.threads import settle
 
-# Both are read by torch when it is imported, so they are set now, and only where the user has not chosen.
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # large tensors in huge pages, which the system hands out many times faster
+# torch reads both settings when it is imported, so they are made here; a value the user has set stays.
+# With THP_MEM_ALLOC_ENABLE large tensors lie in huge pages, which the system allocates many times faster.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 settle(os.environ)
 
 __version__ = "0.1.0"

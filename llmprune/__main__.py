@@ -1,22 +1,23 @@
-"""The program: `llmprune`, and `python -m llmprune`. Signals are watched before anything that takes time is imported."""
+"""Start of the program: the command `llmprune`, and `python -m llmprune`."""
 
 from llmprune.cli import ending
 from llmprune.machine.interrupts import INTERRUPTS
 
 
 def main() -> None:
-    """Run the command line; its errors and interrupts end in one line and an exit code."""
-    with INTERRUPTS.watched():
-        ending.guarded(_run, debug=True)
+    """Run the command line. An error or an interrupt ends it with one line on stderr and an exit code."""
+    ending.guarded(_run, debug=True)
 
 
 def _run() -> None:
-    from llmprune.cli import commands as cli
+    # Imported only here, where `guarded` already handles signals: this import takes a while.
+    from llmprune.cli import commands
 
     try:
-        cli.main()
+        commands.main()
     except SystemExit as ended:
-        # The command line library ends on an interrupt without a word. A command that came to its end all the same is done.
+        # typer turns an interrupt into a silent exit, which must be reported after all. A command that
+        # finished (exit code 0) although a signal came is done.
         if ended.code and INTERRUPTS.came and not INTERRUPTS.told:
             raise KeyboardInterrupt from None
         raise

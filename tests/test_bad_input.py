@@ -29,7 +29,7 @@ from llmprune.hub import download as hub
 from llmprune.recipe import loading as recipe
 from llmprune.recipe.loading import load as load_recipe
 from llmprune.run import corridor as run
-from llmprune.text import sources as text
+from llmprune.text import files as text
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 import llmprune
-from llmprune.calibration import build, cache
+from llmprune.calibration import CalibrationRequest, build, cache
 
 SENTENCE = "The calibration text of a file has to be long enough for every row that is asked for. "
 
@@ -30,7 +30,9 @@ def rows(folder, tiny_llama):
     tokenizer = open_model(tiny_llama).tokenizer
 
     def make(source="a.txt"):
-        return build(source, tokenizer, samples=4, length=16, limit=64, vocabulary=2048, seed=0).tokens
+        return build(
+            source, tokenizer, CalibrationRequest(samples=4, length=16, limit=64, vocabulary=2048, seed=0)
+        ).tokens
 
     return make
 

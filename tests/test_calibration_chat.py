@@ -14,7 +14,7 @@ from llmprune import calibration
 from llmprune.calibration.chat import Chats, Templated
 from llmprune.calibration.packing import pack
 from llmprune.model.opening import open_model
-from llmprune.text import sources as text
+from llmprune.text import files as text
 
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}</s>"
 TURNS = [
@@ -48,7 +48,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def build(source, tokenizer):
-    return calibration.build(source, tokenizer, samples=4, length=16, limit=64, vocabulary=2048, seed=0)
+    return calibration.build(
+        source,
+        tokenizer,
+        calibration.CalibrationRequest(samples=4, length=16, limit=64, vocabulary=2048, seed=0),
+    )
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "talk"])
@@ -73,10 +77,10 @@ def test_special_tokens_stand_once(tokenizer):
     ids = tokenizer(RENDERED, add_special_tokens=False)["input_ids"]
     assert ids[0] == 0 and ids[-1] == 1 and ids.count(0) == 1
     length = len(ids) + len(tokenizer("plain text")["input_ids"])
-    rows = pack([Templated(RENDERED), "plain text"], tokenizer, 1, length, 0, True, "x")
+    rows = pack([Templated(RENDERED), "plain text"], tokenizer, 1, length, "x", 0)
     assert rows[0].tolist() == ids + tokenizer("plain text")["input_ids"]
     assert (
-        pack(["plain text", Templated(RENDERED)], tokenizer, 1, length, 0, True, "x")[0, -len(ids) :].tolist()
+        pack(["plain text", Templated(RENDERED)], tokenizer, 1, length, "x", 0)[0, -len(ids) :].tolist()
         == ids
     )
 

@@ -39,7 +39,11 @@ def build(tiny_llama):
 
     def call(source, samples=10, length=16, seed=0):
         return calibration.build(
-            source, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=seed
+            source,
+            tokenizer,
+            calibration.CalibrationRequest(
+                samples=samples, length=length, limit=64, vocabulary=2048, seed=seed
+            ),
         )
 
     return call

@@ -238,13 +238,17 @@ def reader_of(kind, root, tokenizer, trial):
         samples, length = (None, None) if name.startswith("tokens") else (2, 16)
         path = str(trial / name)
         return lambda: calibration.build(
-            path, tokenizer, samples=samples, length=length, limit=64, vocabulary=2048, seed=0
+            path,
+            tokenizer,
+            calibration.CalibrationRequest(samples=samples, length=length, limit=64, vocabulary=2048, seed=0),
         )
 
     def speak():
         texts = ["a sentence with numbers 12 and \u00e9, more of it"] * 40
         calibration.build(
-            texts, open_model(trial).tokenizer, samples=2, length=16, limit=64, vocabulary=2048, seed=0
+            texts,
+            open_model(trial).tokenizer,
+            calibration.CalibrationRequest(samples=2, length=16, limit=64, vocabulary=2048, seed=0),
         )
 
     def load_all():

@@ -18,6 +18,7 @@ import llmprune
 from llmprune.checkpoint import files
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
+from llmprune.evaluation.scores import evaluation_spec
 from llmprune.record import report
 from llmprune.run import corridor as run
 
@@ -271,7 +272,7 @@ def test_scores_are_not_lost_either(start, tmp_path, monkeypatch):
         return real(model, spec, label, *args)
 
     monkeypatch.setattr(pipeline, "score", scoring)
-    more = {"evaluation": llmprune.api.evaluation_spec(["builtin"], [], None, 32, None, None, 4)}
+    more = {"evaluation": evaluation_spec(["builtin"], [], window=32, limit=4)}
     with pytest.raises(KeyboardInterrupt) as raised:
         start(**more)
     assert raised.value.kept == f"{tmp_path / 'out'} is pruned and saved but not scored"

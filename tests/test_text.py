@@ -22,7 +22,7 @@ from conftest import ROOT
 from tokenizers_of_all_kinds import KINDS, gpt2, nasty, prose, unigram, word_piece, wrapped
 
 import llmprune
-from llmprune.calibration import build, packing
+from llmprune.calibration import CalibrationRequest, build, packing
 from llmprune.evaluation.perplexity import windows
 from llmprune.machine import device as devices
 from llmprune.text import files as textfiles
@@ -54,6 +54,10 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def byte_level():
     return wrapped(gpt2())
+
+
+def rows_of(samples, length, seed=0):
+    return CalibrationRequest(samples=samples, length=length, vocabulary=700, seed=seed)
 
 
 def broken_up(rng, whole):
@@ -181,7 +185,7 @@ def test_no_more_is_read_than_is_needed_and_never_much_at_once(folder, monkeypat
         return sum(sizes)
 
     def calibrate(name):
-        return lambda: build(name, byte_level, samples=4, length=64, limit=None, vocabulary=700, seed=0)
+        return lambda: build(name, byte_level, rows_of(4, 64))
 
     def score(limit):
         return lambda: windows(text.evaluation_text("long.txt"), byte_level, 64, limit, 700, "long.txt")
@@ -228,9 +232,7 @@ def test_calibration_rows_are_those_of_the_whole_text(folder, byte_level):
             expected = rows[
                 torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))[:samples].sort().values
             ]
-            found = build(
-                name, byte_level, samples=samples, length=length, limit=None, vocabulary=700, seed=7
-            ).tokens
+            found = build(name, byte_level, rows_of(samples, length, seed=7)).tokens
             assert torch.equal(found, expected), (name, samples)
 
 
@@ -300,10 +302,7 @@ def test_a_parquet_file_under_another_name_is_refused(folder):
 def test_text_that_only_begins_like_a_format_is_text(folder, byte_level):
     for begin in ("PK is a name. ", "PAR1 too. ", "%PDF- is how a PDF begins. ", "BZh. ", "GGUF. "):
         (folder / "a.txt").write_text(begin + prose(random.Random(1), 3000))
-        assert (
-            len(build("a.txt", byte_level, samples=2, length=16, limit=None, vocabulary=700, seed=0).tokens)
-            == 2
-        )
+        assert len(build("a.txt", byte_level, rows_of(2, 16)).tokens) == 2
 
 
 def test_bytes_further_on_that_are_no_utf_8_are_told(folder, byte_level):
@@ -331,7 +330,7 @@ def test_compressed_nothing_is_refused_at_once(folder, byte_level, one):
             file.write(one * 1_000_000)
     for work in (
         lambda: list(text.evaluation_text("a.txt.gz")),
-        lambda: build("a.txt.gz", byte_level, samples=2, length=16, limit=None, vocabulary=700, seed=0),
+        lambda: build("a.txt.gz", byte_level, rows_of(2, 16)),
     ):
         with pytest.raises(
             ValueError,
@@ -349,10 +348,10 @@ def test_a_line_without_end_is_refused(folder, monkeypatch, byte_level):
         ValueError,
         match=r"^a\.jsonl, line 2 is longer than 1,000 characters; a \.jsonl file holds a document per line$",
     ):
-        list(text.file_documents("a.jsonl"))
+        list(textfiles.file_documents("a.jsonl"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["short", "long " * 300]}), folder / "a.parquet")
     with pytest.raises(ValueError, match=r"^a\.parquet, row 2 is longer than 1,000 characters; split it"):
-        list(text.file_documents("a.parquet"))
+        list(textfiles.file_documents("a.parquet"))
 
 
 # Half a character
@@ -387,7 +386,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(folder, tiny_llama,
 
 def test_a_pair_of_surrogates_is_a_character(folder):
     (folder / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
-    assert list(text.file_documents("a.jsonl")) == ["😀"]
+    assert list(textfiles.file_documents("a.jsonl")) == ["😀"]
 
 
 # Tokenizers that make nothing of it
@@ -425,7 +424,7 @@ class Wrong(Slow):
 )
 def test_a_tokenizer_of_another_model_is_told(ids, said):
     with pytest.raises(ValueError, match=said):
-        build(["some words"] * 9, Wrong(ids), samples=2, length=8, limit=None, vocabulary=700, seed=0)
+        build(["some words"] * 9, Wrong(ids), rows_of(2, 8))
     with pytest.raises(ValueError, match=said):
         windows(["some words"], Wrong(ids), 8, None, 700, "a.txt")
 
@@ -433,5 +432,5 @@ def test_a_tokenizer_of_another_model_is_told(ids, said):
 def test_it_is_packed_in_batches_of_documents(monkeypatch, byte_level):
     sizes = counting(byte_level, monkeypatch)
     documents = ["word " * 20_000] * 10  # 100,000 characters each
-    packing.pack(documents, byte_level, 8, 64, 0, False, "x")
+    packing.pack(documents, byte_level, 8, 64, "x", seed=None)
     assert max(sizes) <= tokenisation.PIECE

@@ -1,4 +1,4 @@
-"""The Python API: what `import llmprune` offers, and what the commands call."""
+"""The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
 from llmprune.api.checkpoints import evaluate, inspect, load, push
 from llmprune.api.pruning import prune, run_model

@@ -1,6 +1,8 @@
-"""Arguments of the Python functions: numbers of numpy and torch become plain ones, a wrong type is refused in one line.
+"""Checks the arguments of the Python functions, and turns them into plain Python values.
 
-A parameter is checked by its name, the same in every function. Values out of range are the business of the part that uses them.
+Numbers of numpy and torch become plain numbers; a value of a wrong type raises `ValueError` with one line.
+Every parameter has one check, found by the parameter's name, in whichever function it occurs. Whether a value
+is in range is checked where it is used.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from llmprune.common.messages import shown
-from llmprune.evaluation.scores import EvaluationSpec
+from llmprune.evaluation.scores import EvaluationSpec, TaskFiles, evaluation_spec
 from llmprune.recipe.types import Recipe
 
 P = ParamSpec("P")
@@ -26,11 +29,11 @@ _REPORTS = ("plan", "stage", "step", "note")
 
 
 def plain(value: Any) -> Any:
-    """A value with the numbers of numpy and torch made plain, inside mappings and lists too."""
+    """A value whose numpy and torch numbers are made plain ones, also inside mappings and lists."""
     if isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype in (torch.float16, torch.float32):
         value = value.detach().cpu().numpy()[()]
     if isinstance(value, (np.float16, np.float32)):
-        return float(str(value))  # the shortest decimal: 0.7 in single precision stays 0.7
+        return float(str(value))  # by its shortest decimal form, so that 0.7 in single precision is 0.7
     if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0):
         return value.item()
     if isinstance(value, Mapping):
@@ -88,13 +91,10 @@ def _maybe_path(name: str, value: Any) -> str | None:
 
 
 def _method(name: str, value: Any) -> Any:
-    """An algorithm by its name, or as a mapping with options; the recipe checks either."""
+    """An algorithm by name or as a mapping, for `update` also a list of them; the recipe checks the rest."""
     value = plain(value)
-    if (
-        value is not None
-        and not isinstance(value, (str, Mapping))
-        and not (name == "update" and isinstance(value, list))
-    ):
+    several = name == "update" and isinstance(value, list)
+    if not (value is None or isinstance(value, (str, Mapping)) or several):
         raise _wrong(name, "a name or a mapping {name: ..., option: value}", value)
     return value
 
@@ -128,21 +128,21 @@ def _calibration(name: str, value: Any) -> Any:
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    """One name or file, or several."""
+    """The texts of one name or file, or of a list of them."""
     return _several(name, "a text's name or file, or a list of them", value, lambda one: [_path(name, one)])
 
 
 def _tasks(name: str, value: Any) -> tuple[str, ...]:
-    """One name, or several: in a list, or separated by commas."""
-    return _several(
-        name,
-        "a task's name or a list of names",
-        value,
-        lambda one: [t.strip() for t in _text(name, one).split(",")],
-    )
+    """The tasks of one name, a list of names, or names separated by commas."""
+
+    def split(one: Any) -> list[str]:
+        return [task.strip() for task in _text(name, one).split(",")]
+
+    return _several(name, "a task's name or a list of names", value, split)
 
 
 def _several(name: str, wanted: str, value: Any, parts: Callable[[Any], list[str]]) -> tuple[str, ...]:
+    """The parts of one value or of each in a list, empty ones left out; None has none."""
     listed = [] if value is None else [value] if isinstance(value, (str, os.PathLike)) else value
     if isinstance(listed, (bytes, Mapping)) or not isinstance(listed, Iterable):
         raise _wrong(name, wanted, value)
@@ -182,7 +182,8 @@ def _stored_model(name: str, value: Any) -> str:
 def _tokenizer(name: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise ValueError(
-            f"tokenizer must be a transformers tokenizer, got {shown(value)}; AutoTokenizer.from_pretrained(...) makes one"
+            f"tokenizer must be a transformers tokenizer, got {shown(value)}; "
+            "AutoTokenizer.from_pretrained(...) makes one"
         )
     return value
 
@@ -190,7 +191,8 @@ def _tokenizer(name: str, value: Any) -> Any:
 def _evaluation(name: str, value: Any) -> Any:
     if value is not None and not isinstance(value, EvaluationSpec):
         raise ValueError(
-            f"evaluation must be an EvaluationSpec, got {shown(value)}; run_model takes perplexity=, tasks= and suite= itself"
+            f"evaluation must be an EvaluationSpec, got {shown(value)}; run_model takes perplexity=, tasks= "
+            "and suite= itself"
         )
     return value
 
@@ -246,7 +248,7 @@ CHECKS: Mapping[str, Check] = {
 
 
 def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that gets its arguments checked, each by its name (`others`: by a check of its own)."""
+    """A decorator that checks each argument with the check of its name, or with the one in `others`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -264,3 +266,19 @@ def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def evaluation(
+    perplexity: Any,
+    tasks: Any,
+    suite: Any,
+    eval_seqlen: int | None,
+    include_tasks: Any,
+    task_data: Any,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> EvaluationSpec:
+    """What to score, from arguments that were checked before. Raises `ValueError` for values out of range."""
+    include, data = (Path(folder) if folder else None for folder in (include_tasks, task_data))
+    files = TaskFiles(include, data, trust_remote_code)
+    return evaluation_spec(perplexity, tasks, suite, eval_seqlen, limit, files)

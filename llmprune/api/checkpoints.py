@@ -1,4 +1,4 @@
-"""The Python functions that take a finished checkpoint: score it, recount it, publish it, load it."""
+"""The Python functions for finished checkpoints: `evaluate`, `inspect`, `push` and `load`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
-from llmprune.api.reporting import remark_to, telling
+from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import Checkpoint, read_record
 from llmprune.evaluation import audit
-from llmprune.evaluation.scores import evaluation_spec, score
+from llmprune.evaluation.scores import score
 from llmprune.hub import upload
 from llmprune.hub.download import locate
 from llmprune.machine import device as devices
 from llmprune.machine import processes
 from llmprune.machine.state import libraries
-from llmprune.model.opening import open_model
+from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import find_targets
 from llmprune.planning import advice
@@ -52,29 +52,60 @@ def evaluate(
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Score any checkpoint: `{"model", "perplexity": {NAME: {"value", "protocol"}}, "tasks": {NAME: {METRIC: {"value", "stderr"}}}, ...}`.
+    """Score a checkpoint, pruned or not, on texts (perplexity) and zero-shot tasks.
 
-    Without texts, tasks or suite, the model's default suite: `quick` for a hub model, else `demo`, which needs no network.
-    A model in memory is scored too; its texts need a `tokenizer`.
+    Without `perplexity`, `tasks` and `suite`, the model's default suite is used: `quick` for a model of the
+    hub, else `demo`, which needs no network.
+
+    Args:
+        path: `demo`, an alias, a hub id, a folder, or a transformers model in memory.
+        perplexity: one text, or several: `builtin`, `wikitext2`, `c4`, a hub dataset `owner/name:column`, or
+            a `.txt`, `.jsonl` or `.parquet` file.
+        tasks: lm-eval tasks: a list of names, or one string with names separated by commas.
+        suite: a suite of texts and tasks (`demo`, `quick`, `paper`) or a YAML file, added to the above.
+        eval_seqlen: tokens per evaluation window; None for 2048, or the model's limit if that is shorter.
+        include_tasks: a folder with lm-eval task files of your own.
+        task_data: a folder with the files of the tasks `rte_local` and `blimp_local`.
+        limit: at most so many windows per text and documents per task; None for all.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
+        dtype: of the forward passes: `auto`, `float32`, `bfloat16`, `float16` or a torch.dtype. `auto` is the
+            checkpoint's own on a GPU; on a CPU bfloat16 if the checkpoint has it and the CPU multiplies it
+            fast, else float32.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        tokenizer: a transformers tokenizer; needed for a model in memory, else the checkpoint's own.
+        trust_remote_code: run Python code of the checkpoint or of task files.
+        reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
+        progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
+
+    Returns:
+        A dict with `model`, `perplexity` (`{TEXT: {"value", "protocol"}}`), `tasks`
+        (`{TASK: {METRIC: {"value", "stderr"}, "protocol": ...}}`), `seconds`, `peak_memory_bytes`,
+        `peak_private_memory_bytes` and `environment`.
+
+    Raises:
+        ValueError: bad input, with one line that says what was received.
     """
-    given: tuple[Any, ...] = (perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
-    spec = evaluation_spec(*given, trust_remote_code=trust_remote_code)
+    spec = arguments.evaluation(
+        perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
+    )
     team = processes.current()
-    with telling(reporter, progress, team) as told, devices.PrivateMemory() as memory:
-        opened = team.in_turn(
-            lambda: open_model(
-                path,
-                tokenizer=tokenizer,
-                revision=revision,
-                device=str(device),
-                dtype=str(dtype),
-                trust_remote_code=trust_remote_code,
-            )
+
+    def opening() -> Model:
+        return open_model(
+            path,
+            tokenizer=tokenizer,
+            revision=revision,
+            device=str(device),
+            dtype=str(dtype),
+            trust_remote_code=trust_remote_code,
         )
+
+    with reporting(reporter, progress, team) as report, devices.PrivateMemory() as memory:
+        opened = team.in_turn(opening)
         prepared = team.in_turn(lambda: spec.prepare(opened))
         for remark in advice.on_texts(opened, calibrated=False, evaluation=spec):
-            remark_to(told, remark)
-        scores = score(opened, prepared, "scoring", told, team)
+            remark_to(report, remark)
+        scores = score(opened, prepared, "scoring", report, team)
     return {
         "model": opened.label,
         "perplexity": scores.perplexity,
@@ -88,59 +119,64 @@ def evaluate(
 
 @checked()
 def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Recount zeros and N:M groups from disk, per matrix and overall; says whether a record beside them agrees."""
+    """Count the zeros and N:M groups in the stored weights, relying on neither the record nor the masks.
+
+    Args:
+        path: `demo`, an alias, a hub id or a folder.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        trust_remote_code: run Python code of the checkpoint.
+
+    Returns:
+        A dict with `model`, `matrices` (per matrix `name`, `shape`, `zeros`, `sparsity`, `patterns`), the
+        totals `weights`, `zeros`, `sparsity` and `patterns`, `bytes`, and `record_agrees`: whether the record
+        beside the weights agrees, None where there is none.
+
+    Raises:
+        ValueError: no such model, a damaged checkpoint, or a record that is not of this program.
+    """
     located = locate(os.fspath(path), revision, trust_remote_code)
     source = Checkpoint(located.folder)
-    skeleton = Skeleton(
-        read_config(located.folder, trust_remote_code),
-        source,
-        torch.float32,
-        torch.device("cpu"),
-        trust_remote_code,
-    )
+    config = read_config(located.folder, trust_remote_code)
+    skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code)
     targets = [t for name, block in skeleton.blocks.items() for t in find_targets(name, block)]
     stored = {skeleton.stored[t.weight_name]: t for t in targets}
     counts = audit.recount(source, frozenset(n for n, t in stored.items() if t.transposed), list(stored))
     source.check()
-    weights, zeros = sum(c.shape[0] * c.shape[1] for c in counts), sum(c.zeros for c in counts)
-    summary: dict[str, Any] = {
+    weights, zeros = sum(count.weights for count in counts), sum(count.zeros for count in counts)
+    recorded = (located.folder / RECORD).is_file()
+    return {
         "model": located.label,
-        "matrices": [
-            {
-                "name": c.name,
-                "shape": list(c.shape),
-                "zeros": c.zeros,
-                "sparsity": c.sparsity,
-                "patterns": audit.patterns([c]),
-            }
-            for c in counts
-        ],
+        "matrices": [_as_dict(count) for count in counts],
         "weights": weights,
         "zeros": zeros,
         "sparsity": zeros / weights,
         "patterns": audit.patterns(counts),
         "bytes": sum(t.bytes for t in source.tensors.values()),
-        "record_agrees": None,
+        "record_agrees": _agrees(read_record(located.folder), counts) if recorded else None,
     }
-    if (located.folder / RECORD).is_file():
-        summary["record_agrees"] = _agrees(read_record(located.folder), counts)
-    return summary
+
+
+def _as_dict(count: audit.Count) -> dict[str, Any]:
+    return {
+        "name": count.name,
+        "shape": list(count.shape),
+        "zeros": count.zeros,
+        "sparsity": count.sparsity,
+        "patterns": audit.patterns([count]),
+    }
 
 
 def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
+    """Whether a record names these matrices and the same number of zeros, in each of them and in total."""
     try:
         claimed = {m["name"]: m["sparsity"] for m in record["matrices"]}
         totals = record["totals"]["zeros"], record["totals"]["weights"]
         pruned = [c for c in counts if c.name in claimed]
-        if len(pruned) < len(claimed) or totals != (
-            sum(c.zeros for c in pruned),
-            sum(c.shape[0] * c.shape[1] for c in pruned),
-        ):
+        counted = sum(c.zeros for c in pruned), sum(c.weights for c in pruned)
+        if len(pruned) < len(claimed) or totals != counted:
             return False
-        return all(
-            abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / (c.shape[0] * c.shape[1])
-            for c in counts
-        )
+        # Shares of zeros that differ by less than half a weight are the same up to rounding.
+        return all(abs(claimed.get(c.name, c.sparsity) - c.sparsity) < 0.5 / c.weights for c in counts)
     except (LookupError, TypeError, AttributeError, OverflowError):
         raise ValueError(
             "llmprune.json is not a record of this program; remove it or restore the original"
@@ -159,46 +195,66 @@ def push(
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Upload a finished folder to the hub with its model card, in one commit; a push that broke off goes on where it stopped.
+    """Upload a finished output folder to the Hugging Face Hub with its model card, in one commit.
+
+    A push that broke off can be repeated: files that the hub already has are not sent again.
 
     Args:
-        repository: `owner/name`, made where it is not there. private: of a new repository; one that is there stays as it is.
-        revision: a branch, made where it is not there; `main` by default. token: else that of `hf auth login` or `HF_TOKEN`.
-        progress: draw progress; None: in a notebook. reporter: told instead.
+        folder: the output folder of `prune` or `run_model`.
+        repository: `owner/name`; made where it does not exist.
+        private: make a new repository private. An existing repository keeps its visibility, and a public one
+            is written only with `private=False`.
+        revision: the branch to write, made where it does not exist; None for `main`.
+        token: a token with write access; None for that of `hf auth login` or `HF_TOKEN`.
+        trust_remote_code: run Python code that comes with the folder, which the recount may need.
+        reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
+        progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
 
     Returns:
-        `repository`, `url`, `revision`, `commit`, `created`, `private`, `files [{name, bytes}]`, `bytes`, `removed`.
+        A dict with `repository`, `url`, `revision`, `commit`, `created`, `private`, `files` (`name` and
+        `bytes` of each), `bytes` and `removed`.
 
     Raises:
-        ValueError: an unfinished folder, one whose recount disagrees with its record (nothing is uploaded), or what the hub refuses.
+        ValueError: the folder is unfinished, or its recount disagrees with its record (nothing is uploaded),
+            or the hub refuses the upload.
     """
     path = Path(folder).expanduser()
     token = upload.check_destination(repository, token)
     files, source = upload.belonging_files(path), Checkpoint(path)
-    with telling(reporter, progress, processes.ALONE) as told:
-        told.stage("recounting zeros", 1)
-        counts = inspect(
-            path.resolve(), trust_remote_code=trust_remote_code
-        )  # a name such as "demo" is a folder here
+    with reporting(reporter, progress, processes.ALONE) as report:
+        report.stage("recounting zeros", 1)
+        # Resolved, since a relative path such as "demo" would be taken for the name of a model.
+        counts = inspect(path.resolve(), trust_remote_code=trust_remote_code)
         if not counts["record_agrees"]:
             raise ValueError(
-                f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune inspect {path}"
+                f"llmprune.json in {path} does not fit its weights, so nothing is uploaded; see llmprune "
+                f"inspect {path}"
             )
-        told.step()
+        report.step()
         card = card_text(path, repository, revision)
         destination = upload.Destination(repository, revision, private, token)
-        return upload.upload(path, files, card, destination, source.check, told)
+        return upload.upload(path, files, card, destination, source.check, report)
 
 
 @checked()
 def load(
     path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> Any:
-    """A transformers model from a finished folder, weights in their stored dtype; `options` go to `from_pretrained`."""
+    """Load a checkpoint as a transformers model, with the weights in their stored dtype.
+
+    Args:
+        path: `demo`, an alias, a hub id or a folder.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        trust_remote_code: run Python code of the checkpoint.
+        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map` or `dtype`.
+
+    Raises:
+        ValueError: no such model, a damaged checkpoint, or one without safetensors.
+    """
     from transformers import AutoModelForCausalLM
 
     located = locate(os.fspath(path), revision, trust_remote_code)
-    source = Checkpoint(located.folder)  # refuses what is damaged or not safetensors
+    source = Checkpoint(located.folder)  # raises for damaged files, and for other formats than safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     with libraries():
         model = AutoModelForCausalLM.from_pretrained(located.folder, **chosen)

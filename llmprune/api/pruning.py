@@ -1,4 +1,4 @@
-"""The Python API; every command is a thin call of it."""
+"""The Python functions that prune: `prune`, and `run_model`, which also scores the model before and after."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
-from llmprune.api.reporting import telling
+from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
 from llmprune.common.messages import shown
-from llmprune.evaluation.scores import EvaluationSpec, evaluation_spec
+from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
 from llmprune.model.opening import Model, open_model
 from llmprune.planning import choice
@@ -25,7 +26,7 @@ from llmprune.run.preparation import Options, Request, Source, planned
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
 from llmprune.text import mixture
-from llmprune.text.sources import file_path
+from llmprune.text.files import file_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,53 +64,80 @@ def prune(
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> Any:
-    """Prune a model and save it; with `evaluation`, score it dense first and pruned afterwards.
+    """Prune a model block by block and save the result as a folder.
+
+    What decides the masks comes from a recipe; the parameters from `sparsity` to `seed` below, and
+    `settings`, override fields of it. A parameter left at None keeps the recipe's value.
 
     Args:
-        model: `demo`, an alias, a hub id, a folder, or a transformers model in memory.
-        recipe: a recipe's name, a YAML file, or a mapping of recipe fields; None for `best` where its memory and time fit, else
-            `dsnot`. The other options override its fields (`settings`: any, by dotted key).
-        sparsity: share of weights removed, in [0, 1). pattern: `unstructured` or `N:M` (which implies its sparsity).
-        pruner, refiner, update, allocator: a name, or a mapping `{"name": ..., option: value}`.
-        calibration: any SOURCE, a mapping of sources to weights, an iterable of strings, or int64 tokens [N, T].
-        samples, seqlen: rows and tokens per row.
-        output: the folder to write; by default named after model, recipe and sparsity in the current directory.
-        overwrite: replace the output of llmprune that is there, once the new one is complete; nothing else is replaced.
-        resume: go on where an earlier run into this folder stopped. restart: throw away what it left.
-        offload: where block inputs are kept: `ram`, `disk` (a file beside the output), or `auto` (RAM while the plan fits).
-        time_limit: minutes the best recipe may take by estimate to be chosen; None for `LLMPRUNE_TIME_LIMIT`, else 60.
-        dry_run: only plan.
-        progress: draw plan and progress; None: in a notebook. reporter: told instead.
+        model: `demo`, an alias, a hub id, a folder, or a transformers model in memory (which is not changed).
+        recipe: the name of a recipe, a YAML file, or a mapping of recipe fields. None for `best` where its
+            memory fits this machine and its estimated time is below `time_limit`, else `dsnot`.
+        sparsity: the share of weights to remove, in [0, 1); 0.5 unless the recipe says otherwise.
+        pattern: `unstructured`, or `N:M` such as `2:4`, which implies its sparsity.
+        pruner: the pruner by name, or as a mapping `{"name": ..., option: value}`.
+        refiner: the refiner, given likewise; `none` for none.
+        update: the update of the kept weights, given likewise, or several in a list; `none` for none.
+        allocator: the allocator of sparsity to matrices, given likewise.
+        calibration: a source by name or file (`builtin`, `self`, `c4`, `text.jsonl`, ...), a mixture
+            `c4=0.7+self=0.3` or a mapping of sources to weights, an iterable of strings, or a tensor of
+            tokens, int64 [N, T].
+        samples: calibration rows; 128 unless the recipe says otherwise.
+        seqlen: tokens per calibration row; by default 2048, or the model's limit if that is shorter.
+        seed: seed of everything random; 0 unless the recipe says otherwise.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
+        dtype: of the forward passes: `auto`, `float32`, `bfloat16`, `float16` or a torch.dtype. `auto` is the
+            checkpoint's own on a GPU; on a CPU bfloat16 if the checkpoint has it and the CPU multiplies it
+            fast, else float32. The weights are saved in the dtype of the source.
+        output: the folder to write; by default named after model, recipe and sparsity, in the current
+            directory.
+        overwrite: replace an output of llmprune in that folder, once the new one is complete. A folder with
+            anything else in it is never replaced.
+        resume: continue where an earlier run into this folder stopped.
+        restart: throw away what an unfinished run left in this folder.
+        offload: where block inputs are kept: `ram`, `disk` (in a file beside the output), or `auto` (in RAM
+            where the plan fits into it).
+        settings: any recipe fields by dotted key, such as `{"pruner.damp": 0.05}`.
+        tokenizer: a transformers tokenizer; needed for text with a model in memory, else the checkpoint's
+            own.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        trust_remote_code: run Python code of the checkpoint or of task files.
+        time_limit: minutes that the recipe `best` may take, by estimate, to be chosen; 0 for never, None for
+            `LLMPRUNE_TIME_LIMIT`, else 60.
+        dry_run: plan the run, and write nothing.
+        evaluation: what to score, dense and pruned; `run_model` makes it. None for nothing.
+        reporter: an object with `plan`, `stage`, `step` and `note` that is told the plan and the progress.
+        progress: draw plan and progress on stderr or in the notebook's cell; None: only in a notebook.
 
     Returns:
-        `Result` (or `DryRun`).
+        A `Result` with `output` (the folder) and `record` (what `llmprune.json` holds); with `dry_run` a
+        `DryRun` with `plan`, `recipe` and `output`.
 
     Raises:
-        ValueError: bad input, in one line, before any long work.
+        ValueError: bad input, before any long work; one line says what was received and what to do.
     """
     source: Any = mixture.as_text(calibration) if isinstance(calibration, Mapping) else calibration
     check_offload(offload)
-    overrides = _overrides(
-        source,
-        settings,
-        **{
-            "pattern": pattern,
-            "sparsity": sparsity,
-            "pruner": pruner,
-            "refiner": refiner,
-            "update": update,
-            "allocator": allocator,
-            "calibration.samples": samples,
-            "calibration.sequence_length": seqlen,
-            "seed": seed,
-        },
-    )
+    given = {
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "pruner": pruner,
+        "refiner": refiner,
+        "update": update,
+        "allocator": allocator,
+        "calibration.samples": samples,
+        "calibration.sequence_length": seqlen,
+        "seed": seed,
+        "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
+    }
+    overrides = {key: value for key, value in given.items() if value is not None} | dict(settings or {})
     limit = _time_limit(time_limit)
     named: Any = choice.LIGHT if recipe is None else recipe
     chosen = recipes.load(named, overrides)  # checked before any long work
     team = processes.current()
 
-    def reopen(what: Any) -> Model:
+    def open_again(what: Any) -> Model:
+        """Open the model, or what became of it (a folder), with the same options."""
         known = None if what is model else opened.tokenizer
         return open_model(
             what,
@@ -120,33 +148,36 @@ def prune(
             trust_remote_code=trust_remote_code,
         )
 
-    with telling(reporter, progress, team) as told:
-        opened = team.in_turn(lambda: reopen(model))
+    with reporting(reporter, progress, team) as report:
+        opened = team.in_turn(lambda: open_again(model))
         if recipe is None:
             chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
             named = chosen.name
-        target = (
-            Path(output).expanduser()
-            if output is not None
-            else default_output(opened, chosen, recipes.load(named))
-        )
-        remarks = choice.inherited(overrides, chosen) if recipe is None else ()
-        # A limit the user knows of: given, or the one under which the best recipe was chosen.
-        known = (
-            limit * 60 if time_limit is not None or (recipe is None and chosen.name == choice.BEST) else None
-        )
-        inputs = _inputs(opened, recipe, chosen, evaluation)
+        if output is None:
+            target = default_output(opened, chosen, recipes.load(named))
+        else:
+            target = Path(output).expanduser()
+        # The user knows of the limit: it was given, or is the reason why `best` was chosen.
+        limited = time_limit is not None or (recipe is None and chosen.name == choice.BEST)
         options = Options(
-            target, inputs, overwrite, resume, restart, offload, trust_remote_code, known or None, remarks
+            output=target,
+            inputs=_inputs(opened, recipe, chosen, evaluation),
+            overwrite=overwrite,
+            resume=resume,
+            restart=restart,
+            offload=offload,
+            trust_remote_code=trust_remote_code,
+            time_limit=(limit * 60 or None) if limited else None,
+            remarks=choice.inherited(overrides, chosen) if recipe is None else (),
         )
         request = Request(chosen, source, evaluation)
         if dry_run:
-            check_output(target, overwrite or resume, inputs)
-            work, _ = planned(opened, request, options, team, told)
+            check_output(target, overwrite or resume, options.inputs)
+            work, _ = planned(opened, request, options, team, report)
             return DryRun(work.plan, work.recipe, target)
-        production = Production(opened, options, team, told)
+        production = Production(opened, options, team, report)
         try:
-            record = production.make(request, reopen)
+            record = production.make(request, open_again)
         except BaseException as error:
             production.close(error)
             raise
@@ -155,9 +186,9 @@ def prune(
 
 
 def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> Inputs:
-    """The files and folders that a run reads: its output may not take their place."""
+    """The files and folders that a run reads, which its output must not replace."""
     named: list[tuple[str, object]] = [(MODEL, model.folder)]
-    if model.folder is not None:  # its files may be links to where they really are
+    if model.folder is not None:  # links in the folder are followed: the files behind them are read, too
         named += [(MODEL, path.resolve()) for path in sorted(model.folder.iterdir()) if path.is_symlink()]
     if isinstance(recipe, (str, os.PathLike)) and os.fspath(recipe).endswith((".yaml", ".yml")):
         named.append(("the recipe", recipe))
@@ -166,27 +197,26 @@ def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpe
     return input_files([*named, *(evaluation.inputs if evaluation else ())])
 
 
-def _overrides(calibration: Any, settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
-    """The fields of the recipe that were given, by dotted key."""
-    named["calibration.source"] = calibration if isinstance(calibration, (str, type(None))) else "in-memory"
-    return {**{k: v for k, v in named.items() if v is not None}, **(settings or {})}
-
-
 def _time_limit(given: float | None) -> float:
+    """Minutes that `best` may take to be chosen: as given, else from the environment, else the default."""
     text = os.environ.get("LLMPRUNE_TIME_LIMIT") if given is None else None
     try:
         limit = float(text) if text is not None else choice.TIME_LIMIT if given is None else float(given)
     except (TypeError, ValueError):
         limit = -1.0
     if isinstance(given, bool) or not limit >= 0:
-        raise ValueError(
-            f"the time limit must be a number of minutes from 0, got {shown(text if given is None else given)}"
-        )
+        value = shown(text if given is None else given)
+        raise ValueError(f"the time limit must be a number of minutes from 0, got {value}")
     return limit
 
 
 def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
-    """A folder named after model, recipe (and what was exchanged in it: `own` is the recipe's file) and sparsity."""
+    """The folder of a run that names none: MODEL-RECIPE-SPARSITY, with the methods exchanged in the recipe.
+
+    Args:
+        recipe: the recipe of the run.
+        own: the same recipe as its file has it, without overrides.
+    """
     amount = recipe.pattern.replace(":", "to") if ":" in recipe.pattern else f"{recipe.sparsity:g}"
     exchanged = [recipe.pruner.name] if recipe.pruner.name != own.pruner.name else []
     if (recipe.refiner and recipe.refiner.name) != (own.refiner and own.refiner.name):
@@ -209,11 +239,29 @@ def run_model(
     limit: int | None = None,
     **options: Any,
 ) -> Any:
-    """`prune` with evaluation, dense and pruned: the main job. Without texts, tasks or suite, the model's default suite.
+    """Prune a model as `prune` does, and score it before and after: the main job.
+
+    Without `perplexity`, `tasks` and `suite`, the model's default suite is used: `quick` for a model of the
+    hub, else `demo`, which needs no network.
 
     Args:
-        perplexity: a text's name or file, or several. tasks: names, in a list or separated by commas.
+        model: as for `prune`.
+        perplexity: one text, or several: `builtin`, `wikitext2`, `c4`, a hub dataset `owner/name:column`, or
+            a `.txt`, `.jsonl` or `.parquet` file.
+        tasks: lm-eval tasks: a list of names, or one string with names separated by commas.
+        suite: a suite of texts and tasks (`demo`, `quick`, `paper`) or a YAML file, added to the above.
+        eval_seqlen: tokens per evaluation window; None for 2048, or the model's limit if that is shorter.
+        include_tasks: a folder with lm-eval task files of your own.
+        task_data: a folder with the files of the tasks `rte_local` and `blimp_local`.
+        limit: at most so many windows per text and documents per task; None for all.
+        options: all other parameters of `prune`.
+
+    Returns:
+        As `prune`; the record's `evaluation` holds the scores of the dense and of the pruned model.
+
+    Raises:
+        ValueError: bad input, before any long work; one line says what was received and what to do.
     """
-    given: tuple[Any, ...] = (perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit)
-    spec = evaluation_spec(*given, trust_remote_code=options.get("trust_remote_code", False))
+    trust = options.get("trust_remote_code", False)
+    spec = arguments.evaluation(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust)
     return prune(model, evaluation=spec, **options)

@@ -1,4 +1,4 @@
-"""Whom a Python function tells how it goes: a reporter, the screen, or nobody but for what must be known."""
+"""Where the Python functions report progress: to the caller's reporter, on a terminal, or nowhere."""
 
 from __future__ import annotations
 
@@ -17,38 +17,49 @@ from llmprune.terminal.console import draw_alone, for_python, in_notebook
 from llmprune.terminal.screen import Terminal
 
 
-class Unheard(Silent):
-    """Nobody is told how a run goes; what the user should know of it all the same is a Python warning."""
+class WarningsOnly(Silent):
+    """Reports nothing but the plan's remarks, each as a Python warning."""
 
     def plan(
         self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path
     ) -> None:
-        """The remarks alone."""
+        """Warn of the remarks."""
         for remark in plan.remarks:
             remark_to(self, remark)
 
 
-def remark_to(told: RunReporter, text: str) -> None:
-    """Something the user should know, even where nobody listens."""
-    if isinstance(told, Unheard):
+def remark_to(reporter: RunReporter, text: str) -> None:
+    """Report something the user should know in any case: where nothing else is reported, as a warning."""
+    if isinstance(reporter, WarningsOnly):
         warnings.warn(text, stacklevel=2)
     else:
-        told.note(text)
+        reporter.note(text)
 
 
 @contextmanager
-def telling(reporter: RunReporter | None, progress: bool | None, team: Team) -> Iterator[RunReporter]:
-    """The reporter given, one that draws where progress is wanted (None: in a notebook), or nobody; of several processes one tells."""
+def reporting(reporter: RunReporter | None, progress: bool | None, team: Team) -> Iterator[RunReporter]:
+    """The reporter of a call, closed at the end.
+
+    Args:
+        reporter: the caller's own; None for none.
+        progress: draw on stderr or in the notebook's cell; None: only in a notebook.
+        team: the processes of this run, of which only the first reports.
+
+    Raises:
+        ValueError: both a reporter and `progress=True` are given.
+    """
     if reporter is not None and progress:
         raise ValueError("give a reporter, or progress=True for the one that draws, not both")
     if not team.first:
         yield Silent()
-    elif reporter is not None or not (in_notebook() if progress is None else progress):
-        yield Unheard() if reporter is None else reporter
-    else:
-        terminal, draw_again = Terminal(for_python()), draw_alone()
+    elif reporter is not None:
+        yield reporter
+    elif progress or (progress is None and in_notebook()):
+        terminal, restore_bars = Terminal(for_python()), draw_alone()
         try:
             yield terminal
         finally:
             terminal.close()
-            draw_again()
+            restore_bars()
+    else:
+        yield WarningsOnly()

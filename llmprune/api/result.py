@@ -1,4 +1,4 @@
-"""What the Python functions return of a run: a folder and a record, or a plan; each prints as a few lines."""
+"""What `prune` and `run_model` return: a `Result`, or a `DryRun`. Each prints as a few lines."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from llmprune.record.figures import method_of, score_rows, share_of_all
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """A finished run: the output folder, and the record as in its `llmprune.json`. Printed, it is a summary of the record."""
+    """A finished run. Printed, it is a summary of the record.
+
+    Attributes:
+        output: the output folder.
+        record: the record of the run, as in `llmprune.json` of that folder.
+    """
 
     output: Path
     record: dict[str, Any]
 
     def __repr__(self) -> str:
         record, totals = self.record, self.record["totals"]
-        zeros = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices, {share_of_all(record)}"
+        pruned = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices"
+        dense_size, written_size = (size_text(totals["bytes"][key]) for key in ("dense", "written"))
         scores = [(s.name, f"{s.dense} dense, {s.pruned} pruned ({s.change})") for s in score_rows(record)]
         rows = [
             ("model", record["model"]["source"]),
             ("method", method_of(record)),
-            ("sparsity", zeros),
+            ("sparsity", f"{pruned}, {share_of_all(record)}"),
             *(scores or [("scores", "none, pruned without evaluation")]),
-            (
-                "bytes",
-                f"{size_text(totals['bytes']['dense'])} dense, {size_text(totals['bytes']['written'])} written",
-            ),
+            ("bytes", f"{dense_size} dense, {written_size} written"),
             ("seconds", f"{totals['seconds']['total']:.1f}"),
             ("output", str(self.output)),
         ]
@@ -40,7 +43,13 @@ class Result:
 
 @dataclass(frozen=True, repr=False)
 class DryRun:
-    """What a run would do. Printed, it is a summary of the plan."""
+    """What a run would do. Printed, it is a summary of the plan.
+
+    Attributes:
+        plan: what will be pruned, and the memory, disk space and time it is estimated to need.
+        recipe: the recipe with every default filled in.
+        output: the folder that the run would write.
+    """
 
     plan: Plan
     recipe: Recipe
@@ -48,12 +57,10 @@ class DryRun:
 
     def __repr__(self) -> str:
         plan = self.plan
+        matrices = f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped"
         rows = [
             ("recipe", f"{self.recipe.name}: {' + '.join(self.recipe.methods)}, {self.recipe.pattern}"),
-            (
-                "matrices",
-                f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped",
-            ),
+            ("matrices", matrices),
             ("sparsity", f"{plan.sparsity:.4g} (target)"),
             ("calibration", f"{plan.samples} samples x {plan.sequence_length} tokens"),
             ("memory", f"about {size_text(plan.memory)} of {size_text(plan.available)} free"),
@@ -69,7 +76,7 @@ def _lines(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def plan_summary(dry: DryRun) -> dict[str, Any]:
-    """A dry run as plain values."""
+    """A dry run as plain values, for `--dry-run --json`."""
     plan = dry.plan
     matrices = [
         {

@@ -1,8 +1,12 @@
-"""Calibration rows from any source, or a mixture of sources, as one frozen set of token rows, cached by what made it."""
+"""Makes the calibration rows of a run: token rows [N, T] from any source, or from a mixture of sources.
+
+Rows that were made before from the same text, tokenizer and seed come from a cache on disk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +22,87 @@ from llmprune.text.tokenisation import default_length
 SAMPLES = 128
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRequest:
+    """Which calibration rows are wanted, and what the model can take.
+
+    Attributes:
+        samples: rows; None for 128.
+        length: tokens per row; None for 2048, or the model's limit if that is shorter.
+        limit: the model's longest sequence in tokens; None where it names none.
+        vocabulary: the model's number of token ids.
+        seed: decides which rows are drawn from the text, and their order in a mixture.
+    """
+
+    samples: int | None = None
+    length: int | None = None
+    limit: int | None = None
+    vocabulary: int
+    seed: int = 0
+
+
 def build(
     source: str | Tensor | Iterable[str],
     tokenizer: Any,
-    *,
-    samples: int | None,
-    length: int | None,
-    limit: int | None,
-    vocabulary: int,
-    seed: int,
+    request: CalibrationRequest,
     sampler: Sampler | None = None,
 ) -> CalibrationSet:
-    """Calibration rows from a SOURCE of the interface, an iterable of strings, or an int64 tensor [N, T].
+    """Calibration rows from one source or a mixture.
 
     Args:
-        tokenizer: a transformers tokenizer; None is enough for ready-made tokens.
-        samples, length: rows and tokens per row; None for 128 and min(2048, limit).
-        limit: the model's longest sequence. vocabulary: the model's number of token ids.
+        source: a source or mixture by name or file, an iterable of strings, or an int64 tensor [N, T] of
+            tokens.
+        tokenizer: a transformers tokenizer; may be None for tokens that are ready-made.
+        request: how many rows, how long, and for which model.
         sampler: samples text from the model, for the source `self`.
 
     Raises:
-        ValueError: with one line that names the way out.
+        ValueError: the source cannot be used for this model, or holds too little text.
     """
-    maker = Maker(tokenizer, limit, vocabulary, seed, sampler)
+    maker = Maker(tokenizer, request.limit, request.vocabulary, request.seed, sampler)
     weights = mixture.parse(source) if isinstance(source, str) else None
     if weights:
-        return _mixed(weights, maker, samples, length)
+        return _mixed(weights, maker, request)
     if isinstance(source, Tensor) or (isinstance(source, str) and source.endswith(".safetensors")):
-        name = "tokens in memory" if isinstance(source, Tensor) else Path(source).name
-        tokens = check_tokens(source.cpu(), name) if isinstance(source, Tensor) else read_tokens(Path(source))
-        for option, asked, have in (
-            ("samples", samples, tokens.shape[0]),
-            ("seqlen", length, tokens.shape[1]),
-        ):
-            if asked is not None and asked != have:
-                raise ValueError(
-                    f"{name} is used exactly as it is and has {option} {have}, got {option} {asked}; leave the option out"
-                )
-        return _set(maker.checked(tokens, name), name, seed)
-    samples, length = SAMPLES if samples is None else samples, length or default_length(limit)
+        return _ready_made(source, maker, request)
+    samples = SAMPLES if request.samples is None else request.samples
+    length = request.length or default_length(request.limit)
     maker.check(source, samples, length)
     tokens, details = maker.make(source, samples, length)
-    return _set(tokens, _name(source), seed, details)
+    return _set(tokens, _name(source), request.seed, details)
 
 
-def _mixed(
-    weights: dict[str, float], maker: Maker, samples: int | None, length: int | None
-) -> CalibrationSet:
-    """Rows of every part, in an order drawn with the seed. Token files set the length where it is not asked for."""
+def _ready_made(source: str | Tensor, maker: Maker, request: CalibrationRequest) -> CalibrationSet:
+    """Tokens from memory or a token file, used exactly as they are."""
+    if isinstance(source, Tensor):
+        name = "tokens in memory"
+        tokens = check_tokens(source.cpu(), name)
+    else:
+        name = Path(source).name
+        tokens = read_tokens(Path(source))
+    rows, length = tokens.shape
+    for option, asked, have in (("samples", request.samples, rows), ("seqlen", request.length, length)):
+        if asked is not None and asked != have:
+            raise ValueError(
+                f"{name} is used exactly as it is and has {option} {have}, got {option} {asked}; leave the "
+                "option out"
+            )
+    return _set(maker.checked(tokens, name), name, request.seed)
+
+
+def _mixed(weights: dict[str, float], maker: Maker, request: CalibrationRequest) -> CalibrationSet:
+    """Rows of every part of a mixture, in a random order drawn with the seed."""
+    # Rows of a token file cannot be cut, so without a requested length they decide it.
     ready = [read_tokens(Path(part)).shape[1] for part in weights if part.endswith(".safetensors")]
-    length = length or (ready[0] if ready else default_length(maker.limit))
-    shares = mixture.shares(weights, SAMPLES if samples is None else samples)
+    length = request.length or (ready[0] if ready else default_length(maker.limit))
+    shares = mixture.shares(weights, SAMPLES if request.samples is None else request.samples)
     names = {part: _name(part) for part in weights}
     if len(set(names.values())) < len(names):
         raise ValueError(
-            f"files of a mixture go by their names, which must differ, got {', '.join(names.values())}; rename one"
+            "files of a mixture go by their names, which must differ, got "
+            f"{', '.join(names.values())}; rename one"
         )
-    for part, share in shares.items():  # every part is looked at before the first one costs time
+    for part, share in shares.items():  # check every part before time is spent on the first
         maker.check(part, share, length)
     rows: list[Tensor] = []
     details: dict[str, Any] = {}
@@ -88,10 +116,8 @@ def _mixed(
 
 
 def _name(source: str | Iterable[str]) -> str:
-    """A source as it stands in the record: a file goes by its name, for no local path is written anywhere."""
-    if not isinstance(source, str):
-        return "text in memory"
-    return Path(source).name if mixture.is_file(source) else source
+    """What the record calls a source."""
+    return mixture.public_name(source) if isinstance(source, str) else "text in memory"
 
 
 def _set(tokens: Tensor, source: str, seed: int, details: dict[str, Any] | None = None) -> CalibrationSet:

@@ -1,4 +1,7 @@
-"""Token rows on disk under the hash of everything they depend on, so that the same rows are made once. N rows, T tokens."""
+"""Keeps calibration rows on disk, so that the same rows are made only once. N rows, T tokens.
+
+A file is named after the hash of everything its rows depend on.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,15 @@ from torch import Tensor
 from llmprune.calibration.tokens import digest, read_tokens
 from llmprune.common.messages import first_line
 
-Made = tuple[Tensor, dict[str, Any]]  # rows, and what the record says of how they were made
+Made = tuple[Tensor, dict[str, Any]]  # rows [N, T], and what the record says about how they were made
 _log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where tokens are kept: `LLMPRUNE_CACHE`, or `llmprune` in the user's cache folder (`XDG_CACHE_HOME`, if it is absolute)."""
+    """The folder of the cache: `LLMPRUNE_CACHE`, else `llmprune` in the user's cache folder.
+
+    The latter is `XDG_CACHE_HOME` where that is an absolute path, else `~/.cache`.
+    """
     if own := os.environ.get("LLMPRUNE_CACHE"):
         return Path(own).expanduser()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -30,25 +36,28 @@ def cache_folder() -> Path:
 
 
 class Cache:
-    """Rows of one run. Where the folder cannot be used the rows are made all the same, and the log says so once."""
+    """The cache of one run. If its folder cannot be used, rows are made anew and one warning is logged."""
 
     def __init__(self) -> None:
-        self._told = False
+        self._warned = False
 
     def rows(self, key: tuple[object, ...], shape: tuple[int, int], make: Callable[[], Made]) -> Made:
-        """Rows [N, T] from the cache, or made and put there. The file's name is the hash of the key."""
+        """Rows from the cache; where they are not in it, they are made and stored.
+
+        Args:
+            key: everything the rows depend on; its `repr` is hashed.
+            shape: [N, T] of the rows.
+            make: makes the rows.
+        """
+        hashed = hashlib.sha256(repr(("digest", key)).encode()).hexdigest()[:32]
         try:
-            path = (
-                cache_folder()
-                / "calibration"
-                / f"{hashlib.sha256(repr(('digest', key)).encode()).hexdigest()[:32]}.safetensors"
-            )
+            path = cache_folder() / "calibration" / f"{hashed}.safetensors"
             kept = _read(path, shape) if path.exists() else None
-        except (OSError, RuntimeError) as error:  # no access; no home folder
-            self._tell(f"the cache of calibration tokens cannot be read ({first_line(error)})")
+        except (OSError, RuntimeError) as error:  # no access; RuntimeError: no home folder
+            self._warn(f"the cache of calibration tokens cannot be read ({first_line(error)})")
             return make()
         except ValueError as error:
-            self._tell(
+            self._warn(
                 f"a file of the cache of calibration tokens is damaged and made again ({first_line(error)})",
                 remedy="",
             )
@@ -59,22 +68,24 @@ class Cache:
         try:
             _write(path, made)
         except (OSError, SafetensorError) as error:
-            self._tell(f"the cache of calibration tokens cannot be written ({first_line(error)})")
+            self._warn(f"the cache of calibration tokens cannot be written ({first_line(error)})")
         return made
 
-    def _tell(
-        self, what: str, remedy: str = "; going on without it: LLMPRUNE_CACHE names another folder"
+    def _warn(
+        self,
+        what: str,
+        remedy: str = "; going on without it: LLMPRUNE_CACHE names another folder",
     ) -> None:
-        if not self._told:
+        if not self._warned:
             _log.warning("%s%s", what, remedy)
-        self._told = True
+        self._warned = True
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Made:
     tokens = read_tokens(path)
     if tuple(tokens.shape) != shape:
         raise ValueError(f"{path} has rows of {list(tokens.shape)}, not {list(shape)}")
-    with safe_open(path, framework="pt") as file:  # its header was checked when the tokens were read
+    with safe_open(path, framework="pt") as file:  # `read_tokens` has checked the header
         kept = file.metadata() or {}
     try:
         details = dict(json.loads(kept["details"]))
@@ -86,14 +97,12 @@ def _read(path: Path, shape: tuple[int, int]) -> Made:
 
 
 def _write(path: Path, made: Made) -> None:
+    tokens, details = made
+    metadata = {"details": json.dumps(details), "digest": digest(tokens)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(
-            {"tokens": made[0]},
-            temporary,
-            metadata={"details": json.dumps(made[1]), "digest": digest(made[0])},
-        )
+        save_file({"tokens": tokens}, temporary, metadata=metadata)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

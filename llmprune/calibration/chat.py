@@ -1,4 +1,4 @@
-"""Chats become text: by the tokenizer's own template where it has one, else as lines of `role: content`."""
+"""Turns chats into text: with the tokenizer's chat template, or without one as lines `role: content`."""
 
 from __future__ import annotations
 
@@ -7,33 +7,44 @@ from typing import Any
 from llmprune.common.messages import first_line, shown
 
 _KEYS = (("role", "content"), ("from", "value"))
-_ROLES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT -> those chat templates know
+_ROLES = {"human": "user", "gpt": "assistant"}  # role names of ShareGPT -> those of chat templates
 
 
 class Templated(str):
-    """Text of a chat template, which writes the special tokens itself: the tokenizer must not add its own."""
+    """Text made by a chat template. It has its special tokens already, so the tokenizer must not add any."""
 
 
 class Chats:
-    """Renders chats for one tokenizer. `layout` is what the chats so far became, `template` or `plain`; None: there were none."""
+    """Renders chats as text for one tokenizer.
+
+    `layout` says how the chats so far were rendered, `template` or `plain`; None: there were none.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.layout: str | None = None
 
     def __call__(self, messages: list[Any], where: str) -> str:
-        """The text of a list of `{role, content}` or `{from, value}`. Raises `ValueError`, naming row and message, for anything else."""
+        """The text of a chat.
+
+        Args:
+            messages: its messages, each `{role, content}` or `{from, value}` with texts.
+            where: the row it stands in, for error messages.
+
+        Raises:
+            ValueError: a message is anything else, or the tokenizer's template refuses the chat.
+        """
         turns = [_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
         if not turns:
-            return ""  # skipped, as an empty document is
+            return ""  # skipped later, like any empty document
         if not getattr(self._tokenizer, "chat_template", None):
             self.layout = "plain"
             return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
         self.layout = "template"
         try:
-            # transformers renders in jinja's sandbox: a template cannot run code of its own.
+            # transformers renders in jinja's sandbox, so a template cannot run code of its own.
             return Templated(self._tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # templates may raise errors of any type
             line = first_line(error)
             raise ValueError(
                 f"{where}: the tokenizer's chat template refuses this chat ({line}); mend or remove the row"
@@ -41,13 +52,13 @@ class Chats:
 
 
 def _turn(message: Any, where: str) -> dict[str, str]:
+    """A message as `{role, content}`. Raises `ValueError` where it has no role or no text."""
+    fields = message if isinstance(message, dict) else {}
     for who, what in _KEYS:
-        if (
-            isinstance(message, dict)
-            and isinstance(message.get(who), str)
-            and isinstance(message.get(what), str)
-        ):
-            return {"role": _ROLES.get(message[who], message[who]), "content": message[what]}
+        role, content = fields.get(who), fields.get(what)
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": _ROLES.get(role, role), "content": content}
     raise ValueError(
-        f"{where} is no {{role, content}} or {{from, value}} with texts, got {shown(message)}; mend or remove the row"
+        f"{where} is no {{role, content}} or {{from, value}} with texts, got {shown(message)}; mend or "
+        "remove the row"
     )

@@ -1,4 +1,4 @@
-"""Documents become rows of real tokens: no padding, the tokenizer as it came. N rows, T tokens."""
+"""Packs documents into calibration rows: tokenised, laid end to end, cut, no padding. N rows, T tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from llmprune.text.files import Document, written
 from llmprune.text.tokenisation import Ids, check_made, encoded, first_tokens, ids_of, tokens_of
 
 _BATCH = 64  # documents tokenised together
-_SPREAD = 8  # a finite source is packed into up to this many times the rows asked for, then drawn from
+_SPREAD = 8  # from a finite source, rows are drawn out of up to this many times as many
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[str] | Document]:
-    """Short documents in batches that are tokenised together, long ones alone; empty ones are left out."""
+    """Short documents in batches that are tokenised together, long ones alone; empty ones are left out.
+
+    A batch holds either texts of chat templates or other texts, since only the latter get special tokens.
+    """
     batch: list[str] = []
     size = 0
     for document in documents:
@@ -52,17 +55,23 @@ def pack(
     tokenizer: Any,
     samples: int,
     length: int,
-    seed: int,
-    finite: bool,
     source: str,
+    seed: int | None,
 ) -> Tensor:
-    """Token rows int64 [N, T]: documents tokenised as the tokenizer does by default, laid end to end, cut into rows.
+    """Token rows int64 [N, T] of documents, tokenised with the tokenizer's defaults.
 
-    From a finite source the rows are drawn at random (seeded) out of up to 8 N, and no more is read; from a stream the first N are taken.
-    Raises `ValueError` when there is too little text, with what there is.
+    Args:
+        samples: how many rows (N).
+        length: tokens per row (T).
+        source: what error messages call the documents.
+        seed: for a finite source: N rows are drawn at random out of the first 8 N, beyond which nothing is
+            read. None for a stream that is shuffled already: the first N rows are taken.
+
+    Raises:
+        ValueError: there is too little text; the message says how much there is.
     """
     name = f"calibration source {source!r}"
-    wanted = samples * (_SPREAD if finite else 1) * length
+    wanted = samples * length * (1 if seed is None else _SPREAD)
     tokens = first_tokens(_token_stream(documents, tokenizer, name), wanted)
     if tokens is None:
         raise ValueError(f"{name} holds no text; name another with --calibration")
@@ -75,7 +84,10 @@ def pack(
             f"give more text{fewer} or shorter rows (--seqlen)"
         )
     rows = tokens[: available * length].view(available, length)
-    if not finite:
-        return rows
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    return rows if seed is None else drawn_rows(rows, samples, seed)
+
+
+def drawn_rows(rows: Tensor, samples: int, seed: int) -> Tensor:
+    """`samples` of the rows [n, T], drawn at random with the seed, in the order they had."""
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
     return rows[chosen.sort().values].contiguous()

@@ -1,4 +1,7 @@
-"""Token rows of one plain source for one model: checked first, then made or taken from the cache. N rows, T tokens."""
+"""Makes the calibration rows of one plain source (no mixture) for one model. N rows, T tokens.
+
+A source is checked before any long work; then its rows are made, or taken from the cache.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmprune import __version__
 from llmprune.calibration.cache import Cache, Made
 from llmprune.calibration.chat import Chats
-from llmprune.calibration.packing import pack
+from llmprune.calibration.packing import drawn_rows, pack
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import read_tokens
-from llmprune.text import sources as text
-from llmprune.text.files import whole_characters
+from llmprune.text.files import Document, file_path, is_file, whole_characters
+from llmprune.text.mixture import public_name
+from llmprune.text.sources import calibration_text, check_calibration
 from llmprune.text.tokenisation import check_known
 
-Plain = str | Iterable[str]
+Plain = str | Iterable[str]  # the name or file of a source, or texts in memory
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes rows of token ids below `vocabulary`, at most `limit` to a row. `sampler` serves the source `self`."""
+    """Makes calibration rows for one model.
+
+    Attributes:
+        tokenizer: a transformers tokenizer; None where only ready-made or sampled tokens are used.
+        limit: the model's longest sequence in tokens; None where it names none.
+        vocabulary: the model's number of token ids.
+        seed: of everything that is drawn.
+        sampler: samples text from the model, for the source `self`.
+    """
 
     tokenizer: Any
     limit: int | None
@@ -38,74 +49,76 @@ class Maker:
     cache: Cache = field(default_factory=Cache)
 
     def check(self, source: Plain, samples: int, length: int) -> None:
-        """Raise `ValueError` for what can be known to fail before any long work."""
+        """Raise `ValueError` for everything that can be known to fail before any long work."""
         if self.limit and length > self.limit:
             raise ValueError(
-                f"sequence length {length} is over the model's limit of {self.limit}; use --seqlen {self.limit} or less"
+                f"sequence length {length} is over the model's limit of {self.limit}; use --seqlen "
+                f"{self.limit} or less"
             )
         if source == "self":
             if self.sampler is None:
                 raise ValueError(
-                    "calibration source 'self' is sampled from a model, and none was given; name another source"
+                    "calibration source 'self' is sampled from a model, and none was given; name another "
+                    "source"
                 )
             self.sampler.check(length)
         elif isinstance(source, str) and source.endswith(".safetensors"):
             _check_drawn(Path(source), samples, length)
         elif self.tokenizer is None:
             raise ValueError(
-                "the model has no tokenizer, so text cannot become tokens; add tokenizer files or give --calibration TOKENS.safetensors"
+                "the model has no tokenizer, so text cannot become tokens; add tokenizer files or give "
+                "--calibration TOKENS.safetensors"
             )
         elif isinstance(source, str) and source != "builtin":
-            text.check_calibration(source)
+            check_calibration(source)
 
     def make(self, source: Plain, samples: int, length: int) -> Made:
-        """Rows int64 [N, T] of a checked source, and what the record says of how they were made."""
+        """Rows int64 [N, T] of a source that `check` accepted, and what the record says about them."""
+        name = public_name(source) if isinstance(source, str) else "text in memory"
         if not isinstance(source, str):
-            name = "text in memory"
-            made: Made = (
-                pack(_strings(iter(source)), self.tokenizer, samples, length, self.seed, True, name),
-                {},
-            )
+            tokens = pack(_strings(iter(source)), self.tokenizer, samples, length, name, self.seed)
+            made: Made = (tokens, {})
         elif source == "self":
-            name, made = source, self._sampled(samples, length)
+            made = self._sampled(samples, length)
         elif source.endswith(".safetensors"):
-            name, made = Path(source).name, (_drawn(Path(source), samples, self.seed), {})
+            made = (drawn_rows(read_tokens(Path(source)), samples, self.seed), {})
         else:
-            name = Path(source).name if text.is_file(source) else source
             key = (__version__, _identity(source), _fingerprint(self.tokenizer), samples, length, self.seed)
             made = self.cache.rows(key, (samples, length), lambda: self._text(source, name, samples, length))
         return self.checked(made[0], name), made[1]
 
     def checked(self, tokens: Tensor, source: str) -> Tensor:
-        """The tokens, if the model knows them all and takes rows that long."""
+        """The tokens. Raises `ValueError` for one outside the model's vocabulary, or rows over its limit."""
         check_known(tokens, self.vocabulary, f"calibration tokens of {source}")
         length = tokens.shape[1]
         if self.limit and length > self.limit:
             raise ValueError(
-                f"calibration tokens of {source} have sequence length {length}, over the model's limit of {self.limit}; use shorter rows"
+                f"calibration tokens of {source} have sequence length {length}, over the model's limit of "
+                f"{self.limit}; use shorter rows"
             )
         return tokens
 
     def _sampled(self, samples: int, length: int) -> Made:
-        assert self.sampler is not None
-        sampler, details = (
-            self.sampler,
-            {"temperature": self.sampler.temperature, "top_p": self.sampler.top_p},
-        )
+        sampler = self.sampler
+        assert sampler is not None
+
+        def sample() -> Made:
+            tokens = sampler.sample(samples, length, self.seed)
+            return tokens, {"temperature": sampler.temperature, "top_p": sampler.top_p}
+
         key = (__version__, "self", *sampler.key(), samples, length, self.seed)
-        return self.cache.rows(
-            key, (samples, length), lambda: (sampler.sample(samples, length, self.seed), details)
-        )
+        return self.cache.rows(key, (samples, length), sample)
 
     def _text(self, source: str, name: str, samples: int, length: int) -> Made:
         chats = Chats(self.tokenizer)
         if source == "builtin":
-            documents: Iterator[text.Document] = _library(samples * length)
+            documents: Iterator[Document] = _library(samples * length)
             finite = True
         else:
-            read, finite = text.calibration_text(source, self.seed, chats)
+            read, finite = calibration_text(source, self.seed, chats)
             documents = read()
-        tokens = pack(documents, self.tokenizer, samples, length, self.seed, finite, name)
+        seed = self.seed if finite else None
+        tokens = pack(documents, self.tokenizer, samples, length, name, seed)
         return tokens, {"chat": chats.layout} if chats.layout else {}
 
 
@@ -116,49 +129,44 @@ def _strings(documents: Iterator[Any]) -> Iterator[str]:
         yield whole_characters(document, f"calibration document {number}")
 
 
-def _library(tokens: int) -> Iterator[text.Document]:
-    """Built-in documents: the calibration modules are enough for small runs (at 3 characters a token), longer rows draw on the others."""
+def _library(tokens: int) -> Iterator[Document]:
+    """Documents of the source `builtin`, enough for so many tokens.
+
+    The calibration documents come first; where they are too few, the demo model's training documents follow.
+    """
     from llmprune.demo import text as library
 
     own = library.calibration_documents()
-    enough = sum(map(len, own)) >= 6 * tokens
+    enough = sum(map(len, own)) >= 6 * tokens  # a token is about 3 characters; twice that, to draw rows from
     return itertools.chain(own, () if enough else library.training_documents())
 
 
 def _check_drawn(path: Path, samples: int, length: int) -> None:
+    """Raise `ValueError` where a token file in a mixture has rows of another length, or too few."""
     rows, have = read_tokens(path).shape
     if have != length:
         raise ValueError(
-            f"{path.name} is used exactly as it is and has seqlen {have}, got seqlen {length}; use --seqlen {have}"
+            f"{path.name} is used exactly as it is and has seqlen {have}, got seqlen {length}; use --seqlen "
+            f"{have}"
         )
     if rows < samples:
         raise ValueError(
-            f"{path.name} holds {rows} rows and the mixture takes {samples} of it; lower its weight or --samples"
+            f"{path.name} holds {rows} rows and the mixture takes {samples} of it; lower its weight or "
+            "--samples"
         )
-
-
-def _drawn(path: Path, samples: int, seed: int) -> Tensor:
-    """So many rows of a token file, drawn with the seed, in the order of the file."""
-    tokens = read_tokens(path)
-    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:samples]
-    return tokens[chosen.sort().values].contiguous()
 
 
 def _identity(source: str) -> tuple[object, ...]:
-    """What must be the same for cached tokens to be the tokens of this source."""
+    """What must be unchanged for cached rows to be still those of this source."""
     if source == "builtin":
-        return (source, sys.version)
-    if text.is_file(source):
-        path = text.file_path(source)
-        return (
-            (source, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-            if path.is_file()
-            else (source,)
-        )
+        return (source, sys.version)  # its text is the standard library of this Python
+    if is_file(source) and (path := file_path(source)).is_file():
+        return (source, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
     return (source,)
 
 
 def _fingerprint(tokenizer: Any) -> str:
+    """The same for tokenizers that make the same tokens of every text and chat."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     template = getattr(tokenizer, "chat_template", None)

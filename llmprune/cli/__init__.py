@@ -1,1 +1,1 @@
-"""The command line: flags become arguments of the Python API, and errors become one line and an exit code."""
+"""The command line: options become arguments of the Python API, errors one line and an exit code."""

@@ -1,4 +1,8 @@
-"""How a command ends early: one line, what is kept, the command that goes on, an exit code. Of several processes, one speaks."""
+"""How a command that fails or is interrupted ends: with one line on stderr, and an exit code.
+
+The line says what is kept of the run, and which command continues it. Of several processes, only one prints
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,15 @@ _FAILURES = (ValueError, RuntimeError, OSError, MemoryError, LookupError)
 
 
 def follows() -> bool:
-    """Whether this is one of several processes, but not the one that speaks for them."""
+    """Whether this is one of several processes, and not the first, which prints for all of them."""
     return os.environ.get("RANK", "0") != "0"
 
 
 def guarded(work: Callable[[], Any], debug: bool) -> None:
-    """Run a command; a failure becomes one line on stderr (a traceback with `debug`) and an exit code."""
+    """Run a command. A failure or interrupt ends it with one line on stderr and an exit code.
+
+    With `debug`, a failure shows its traceback instead; an error that is a fault of the program always does.
+    """
     with INTERRUPTS.watched():
         try:
             work()
@@ -49,12 +56,12 @@ def _end_interrupted(error: BaseException) -> None:
 
 
 def _next_step(error: BaseException) -> str:
-    """What an error left behind, and the command that goes on from there."""
+    """What is kept of a run that an error ended, and the command that continues it."""
     kept = getattr(error, "kept", None)
     if kept is None:
         own = str(error) if isinstance(error, KeyboardInterrupt) else ""
         return own or "nothing was changed in the output folder, run the same command again"
-    # A refused input would be refused again, and what is finished has nothing to go on with.
+    # Resuming makes no sense with input that was refused, nor after a run that is finished.
     if not getattr(error, "resumable", True) or (isinstance(error, ValueError) and not INTERRUPTS.came):
         return str(kept)
     if "WORLD_SIZE" in os.environ:
@@ -64,7 +71,7 @@ def _next_step(error: BaseException) -> str:
 
 
 def _speaks() -> bool:
-    """Whether this process tells of a failure: of several, one does."""
+    """Whether this process reports a failure: of several, only one does."""
     if "WORLD_SIZE" not in os.environ or "llmprune.machine.processes" not in sys.modules:
         return True
     from llmprune.machine import processes
@@ -73,22 +80,19 @@ def _speaks() -> bool:
 
 
 def _of_several(error: BaseException, line: str) -> str:
+    """The line to print for an error; where it only says that another process was lost, a plainer one."""
     if "WORLD_SIZE" not in os.environ or "llmprune.machine.processes" not in sys.modules:
         return line
     from llmprune.machine import processes
 
-    return (
-        "another process of this run ended, so the run cannot go on"
-        if processes.lost_process(error)
-        else line
-    )
+    lost = processes.lost_process(error)
+    return "another process of this run ended, so the run cannot go on" if lost else line
 
 
 def reader_gone(closed: BaseException) -> None:
-    """Nothing more can be written to stdout: no word of it, but of what is kept of a run."""
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # the interpreter would complain of what is left in the buffer
+    """End without output to stdout, whose reader is gone; only what is kept of a run is said on stderr."""
+    # Else Python would complain at its end that it cannot write what is left in the buffer of stdout.
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if hasattr(closed, "kept") and _speaks():
         print(f"llmprune: the output was closed; {_next_step(closed)}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""What there is, what it costs and what it gives: the recipes and methods that ship, with figures measured once (`eval/results`)."""
+"""The lists that `llmprune recipes` and `llmprune methods` print: what there is, its cost and its effect.
+
+The figures were measured once and ship with the package (`eval/results/costs.yaml`).
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,25 @@ _TITLES = {
 
 
 def costs() -> dict[str, dict[str, Entry]]:
-    """Figures by room (`recipes` too) and name: `time` (Wanda's run is 1), `memory` in GB, `perplexity` by sparsity."""
+    """The measured figures, by kind (`recipes`, `pruners`, ...) and name.
+
+    `time` is relative to a run of Wanda, `memory` in GB, `perplexity` by sparsity.
+    """
     return read_yaml(shipped("eval", "results", "costs.yaml"))
 
 
 def recipes() -> dict[str, Entry]:
-    """The shipped recipes: summary and figures."""
+    """Summary and figures of each shipped recipe."""
     known = costs()["recipes"]
-    return {
-        name: {
-            "summary": read_yaml(shipped("recipes", f"{name}.yaml"))["description"],
-            **_figures(known.get(name, {})),
-        }
-        for name in shipped_names("recipes")
-    }
+    found = {}
+    for name in shipped_names("recipes"):
+        summary = read_yaml(shipped("recipes", f"{name}.yaml"))["description"]
+        found[name] = {"summary": summary, **_figures(known.get(name, {}))}
+    return found
 
 
 def methods() -> dict[str, dict[str, Entry]]:
-    """The algorithms of every room: summary, options with their defaults, and figures."""
+    """Summary, options with their defaults, and figures of each algorithm, by kind."""
     known = costs()
     return {
         room: {
@@ -49,7 +53,7 @@ def methods() -> dict[str, dict[str, Entry]]:
 
 
 def _figures(entry: Mapping[str, Any]) -> Entry:
-    """The same keys for all; null where nothing was measured."""
+    """Figures with the same keys for all entries; None where nothing was measured."""
     perplexity = entry.get("perplexity", {})
     return {
         "time": entry.get("time"),
@@ -59,17 +63,16 @@ def _figures(entry: Mapping[str, Any]) -> Entry:
 
 
 def print_recipes(console: Screen, found: Mapping[str, Entry]) -> None:
-    """The recipes as a table, the best at 70 % first."""
+    """Print the recipes as a table, the one with the lowest perplexity at 70 % sparsity first."""
     names = sorted(found, key=lambda name: (found[name]["perplexity"] or {}).get("0.7", float("inf")))
-    console.table(
-        "recipes", [(name, *_cells(found[name]), found[name]["summary"]) for name in names], ("", *_HEAD)
-    )
+    rows = [(name, *_cells(found[name]), found[name]["summary"]) for name in names]
+    console.table("recipes", rows, ("", *_HEAD))
     console.verbatim()
     console.say(legend())
 
 
 def print_methods(console: Screen, found: Mapping[str, Mapping[str, Entry]]) -> None:
-    """Each room as a table of its own."""
+    """Print a table for each kind of algorithm."""
     for room, entries in found.items():
         rows = []
         for name, entry in entries.items():
@@ -88,5 +91,5 @@ def _cells(entry: Entry) -> tuple[str, str, str, str]:
 
 
 def legend() -> str:
-    """What the figures are."""
+    """What the figures mean; printed below the tables."""
     return str(costs()["about"]["legend"])

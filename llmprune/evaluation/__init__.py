@@ -1,1 +1,1 @@
-"""Scores finished checkpoints: perplexity, zero-shot tasks, and a recount from disk. Never imports an algorithm."""
+"""Scores finished checkpoints: perplexity, zero-shot tasks, and a recount of zeros. Imports no algorithm."""

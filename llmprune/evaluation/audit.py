@@ -1,4 +1,4 @@
-"""Recounts zeros and N:M groups from disk, trusting neither the record nor the masks."""
+"""Recounts zeros and N:M groups of the stored weights, without relying on the record or the masks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from torch import Tensor
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.numerics.counts import true_per_row, zeros_of
 
-_WIDTHS = (4, 8, 16)
+_WIDTHS = (4, 8, 16)  # the M of the N:M patterns that are looked for
 
 
 @dataclass(frozen=True)
 class Count:
-    """Zeros of one matrix as stored, and per M the most weights that any group of M neighbouring inputs holds."""
+    """What was counted in one matrix.
+
+    Attributes:
+        name: of the stored tensor.
+        shape: (outputs R, inputs C).
+        zeros: the number of zero weights.
+        most: for each M, the largest number of nonzero weights in any group of M neighbouring inputs.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,27 +30,35 @@ class Count:
     most: Mapping[int, int]
 
     @property
+    def weights(self) -> int:
+        """The number of weights, zeros included."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def sparsity(self) -> float:
-        """Share of zeros."""
-        return self.zeros / (self.shape[0] * self.shape[1])
+        """The share of zeros."""
+        return self.zeros / self.weights
 
 
 def patterns(counts: Iterable[Count]) -> list[str]:
-    """The N:M patterns that every group of all these matrices satisfies, the tightest for each M ("2:4": at most 2 of 4 are not zero).
+    """The N:M patterns that all these matrices satisfy, for each M the one with the smallest N.
 
-    More than three quarters kept is no pattern worth a name.
+    "2:4" means that at most 2 of 4 neighbouring weights are nonzero. Patterns that keep more than three
+    quarters of the weights are left out.
     """
-    widest = {m: max(c.most.get(m, m) for c in counts) for m in _WIDTHS} if (counts := list(counts)) else {}
+    counts = list(counts)
+    widest = {m: max(count.most.get(m, m) for count in counts) for m in _WIDTHS} if counts else {}
     return [f"{max(1, n)}:{m}" for m, n in widest.items() if 4 * n <= 3 * m]
 
 
 def _most(weight: Tensor) -> dict[int, int]:
-    kept = weight != 0
-    return {m: int(true_per_row(kept.view(-1, m)).max()) for m in _WIDTHS if weight.shape[1] % m == 0}
+    """`Count.most` of a weight [R, C]."""
+    nonzero = weight != 0
+    return {m: int(true_per_row(nonzero.view(-1, m)).max()) for m in _WIDTHS if weight.shape[1] % m == 0}
 
 
 def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) -> list[Count]:
-    """Count the named 2-D weights, one in memory at a time; `transposed` ones are stored as [C, R]."""
+    """Count the named matrices, with one in memory at a time; those in `transposed` are stored as [C, R]."""
     counts = []
     for name in names:
         weight = source.load(name)

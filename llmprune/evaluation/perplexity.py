@@ -1,8 +1,9 @@
-"""Perplexity by the papers' protocol, streamed block by block: a model larger than memory can be scored.
+"""Perplexity by the papers' protocol, with one block of the model in memory at a time.
 
-The documents are joined, tokenised as one text with the tokenizer's defaults, cut into non-overlapping windows of T tokens; each
-window's loss is the mean over its T - 1 targets; perplexity is the exponential of the mean over windows. What is left over at the end
-is dropped.
+The documents are joined, tokenised as one text with the tokenizer's defaults, and cut into non-overlapping
+windows of T tokens; a shorter rest is dropped. The loss of a window is the mean over its T - 1 targets;
+perplexity is the exponential of the mean loss over all windows. Since blocks are loaded one after another, a
+model larger than memory can be scored.
 """
 
 from __future__ import annotations
@@ -22,15 +23,28 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.skeleton import Skeleton
 from llmprune.text.tokenisation import check_known, check_made, first_tokens, tokens_of
 
-STORE_BYTES = 1 << 30  # windows whose block inputs fit in this go through the model together
+STORE_BYTES = 1 << 30  # windows pass the model together as long as their block inputs fit into this
 
 
 def windows(
-    text: Iterable[str], tokenizer: Any, length: int, limit: int | None, vocabulary: int, name: str
+    text: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    limit: int | None,
+    vocabulary: int,
+    name: str,
 ) -> Tensor:
-    """The evaluation windows int64 [N, T] of a text that comes in pieces; no more is read than N windows need.
+    """The evaluation windows int64 [N, T] of a text.
 
-    Raises `ValueError` when the text is shorter than one window, or its tokens are none of the model's.
+    Args:
+        text: the text in pieces; no more of it is read than the windows need.
+        length: tokens per window (T).
+        limit: at most so many windows; None for all.
+        vocabulary: the model's number of token ids.
+        name: what error messages call the text.
+
+    Raises:
+        ValueError: the text is shorter than one window, or a token is not in the model's vocabulary.
     """
     tokens = first_tokens(tokens_of(text, tokenizer, name), limit and limit * length)
     assert tokens is not None
@@ -39,13 +53,14 @@ def windows(
     count = len(tokens) // length
     if count == 0:
         raise ValueError(
-            f"{name} has {len(tokens)} tokens, less than one window of {length}; use a longer text or --eval-seqlen {len(tokens)}"
+            f"{name} has {len(tokens)} tokens, less than one window of {length}; use a longer text or "
+            f"--eval-seqlen {len(tokens)}"
         )
     return tokens[: count * length].view(count, length)[:limit]
 
 
 def protocol(name: str, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """What the number means, stored with it."""
+    """How a perplexity was measured; stored with its value."""
     return {
         "text": name,
         "window": rows.shape[1],
@@ -62,12 +77,20 @@ def perplexity(
     note: Callable[[str], None] = lambda text: None,
     team: Team = ALONE,
 ) -> float:
-    """Perplexity of token windows [N, T] under the skeleton's checkpoint, one block in memory; the processes share the windows."""
-    width = (
-        skeleton.model.config.get_text_config().hidden_size
-        * torch.empty(0, dtype=skeleton.dtype).element_size()
-    )
-    chunk = max(1, STORE_BYTES // (rows.shape[1] * width))
+    """The perplexity of a model on token windows, one block of it in memory at a time.
+
+    Args:
+        skeleton: the model without weights; they are read from its checkpoint.
+        rows: the windows [N, T].
+        block_done: called after each block.
+        note: called with a message when memory runs out and the micro-batch is halved.
+        team: the processes of this run, which share the windows.
+
+    Raises:
+        ValueError: the mean loss is NaN or too large for a finite perplexity.
+    """
+    token_bytes = skeleton.model.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+    chunk = max(1, STORE_BYTES // (rows.shape[1] * token_bytes))
     losses: list[float] = []
     with exact_matmul():
         for part in rows[team.share(len(rows))].split(chunk):
@@ -78,15 +101,20 @@ def perplexity(
     mean = total.item() / len(rows)
     if not mean < 700:
         raise ValueError(
-            f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype overflows"
+            f"the mean loss is {mean}, so perplexity is no finite number; the model is broken or its dtype "
+            "overflows"
         )
     return math.exp(mean)
 
 
 @torch.no_grad()
 def _window_losses(
-    skeleton: Skeleton, rows: Tensor, block_done: Callable[[], None], note: Callable[[str], None]
+    skeleton: Skeleton,
+    rows: Tensor,
+    block_done: Callable[[], None],
+    note: Callable[[str], None],
 ) -> list[float]:
+    """The mean loss of each window [N, T]; all of them pass a block before the next block is loaded."""
     inputs = BlockInputs(skeleton, rows, skeleton.device, note=note)
     tensors = read_ahead(skeleton.source, skeleton.block_tensors())
     for number, name in enumerate(skeleton.blocks):
@@ -100,7 +128,7 @@ def _window_losses(
 
 @torch.no_grad()
 def losses_of(inputs: BlockInputs, rows: Tensor) -> list[float]:
-    """The mean loss of each window [N, T] over its T - 1 targets, once `inputs` has passed the last block."""
+    """The mean loss of each window [N, T] over its T - 1 targets; `inputs` has passed the last block."""
     losses = []
     for part, logits in inputs.logits():
         for window, row in zip(rows[part].to(logits.device), logits, strict=True):

@@ -1,6 +1,7 @@
-"""Which task files would run Python, found by looking at them alone: nothing of them is built, imported or loaded.
+"""Finds task files of lm-eval that would run Python code, by reading their YAML without building objects.
 
-lm-eval's own tasks are part of an installed package, and llmprune's are its own; files of anyone else run Python only when asked for.
+The tasks of lm-eval and llmprune are parts of installed packages and are trusted. A task file from anywhere
+else may run Python only with `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import yaml
 
 _CODE_KEYS = ("class", "custom_dataset", "unsafe_code", "trust_remote_code", "custom_generate", "hf_evaluate")
-_CODE_DATASETS = ("pandas",)  # a format of `datasets` that is read by unpickling
+_CODE_DATASETS = ("pandas",)  # formats of `datasets` that are read by unpickling
+# Keys of a group that decide which tasks it has and how they are counted, but change nothing in a task.
 _HARMLESS = {
     "task",
     "group",
@@ -33,7 +35,10 @@ _STANDARD = "tag:yaml.org,2002:"
 class _Use:
     """A task, group or tag that is to be run.
 
-    `changed_by`: the files of groups that change more of it than how it is counted. `defined`: the group that names it says all of it.
+    Attributes:
+        name: as in lm-eval's index.
+        changed_by: files of groups that override fields of it, beyond how it is counted.
+        defined: the group that names it also defines it, so it need not be in the index.
     """
 
     name: str
@@ -44,10 +49,13 @@ class _Use:
 def check_tasks(
     names: Iterable[str], index: Mapping[str, Any], trusted: Sequence[Path], metrics: Iterable[str]
 ) -> None:
-    """Raise `ValueError` where a task that is asked for would run Python of a file outside the trusted folders, naming file and key.
+    """Raise `ValueError`, naming file and key, where a task would run Python code of an untrusted file.
 
     Args:
-        index: lm-eval's index of all tasks. metrics: those lm-eval computes itself; any other is looked for as code on the hub.
+        names: the tasks, groups and tags to be run.
+        index: lm-eval's index of all tasks.
+        trusted: folders whose files may run Python.
+        metrics: the metrics that lm-eval computes itself; it would look for any other as code on the hub.
     """
     roots, own = [root.resolve() for root in trusted], set(metrics)
 
@@ -62,17 +70,18 @@ def check_tasks(
         if (foreign(path) or changers) and (found := next(_code(path, own, set()), None)):
             where = path.name if foreign(path) else f"{changers[0]} changes {path.name}, which"
             raise ValueError(
-                f"{where} holds {found}, and so runs Python code; use --trust-remote-code if you trust it, or do without"
+                f"{where} holds {found}, and so runs Python code; use --trust-remote-code if you trust it, "
+                "or do without"
             )
 
 
 def all_known(names: Iterable[str], index: Mapping[str, Any]) -> bool:
-    """Whether an index has every task of these names, members of groups included."""
+    """Whether an index has every task of these names, including the members of groups."""
     return all(use.defined or use.name in index for use in _reached(names, index))
 
 
 def _reached(names: Iterable[str], index: Mapping[str, Any]) -> Iterator[_Use]:
-    """These names and those of the members of groups and tags."""
+    """These names, and the members of the groups and tags among them, at any depth."""
     waiting, seen = [_Use(name) for name in names], set()
     while waiting:
         use = waiting.pop()
@@ -90,7 +99,7 @@ def _reached(names: Iterable[str], index: Mapping[str, Any]) -> Iterator[_Use]:
 def _members(
     group: Mapping[str, Any], path: Path, changed_by: frozenset[Path], nested: bool = False
 ) -> Iterator[_Use]:
-    """What a group names. `path`: its file; `nested`: it stands within another."""
+    """The members of a group. `path` is its file; `nested`: the group is defined inside another one."""
     listed = group.get("task")
     if not set(map(str, group)) <= _HARMLESS or (nested and isinstance(listed, str) and "metadata" in group):
         changed_by |= {path}
@@ -106,13 +115,13 @@ def _members(
 
 
 def _code(path: Path, metrics: set[str], seen: set[Path]) -> Iterator[str]:
-    """What in a task file, or in one it includes, makes Python run."""
+    """Everything in a task file, or in a file it includes, that would run Python code."""
     path = path.expanduser().resolve()
     if path in seen:
         return
     seen.add(path)
     try:
-        # The parser lm-eval uses, so that both see the same file; nodes alone, nothing is constructed.
+        # With the parser lm-eval uses, both see the same file. `compose` makes nodes, no Python objects.
         root = yaml.compose(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"cannot read task file {path.name}: {' '.join(str(error).split())[:200]}") from None
@@ -120,19 +129,23 @@ def _code(path: Path, metrics: set[str], seen: set[Path]) -> Iterator[str]:
         if found := _runs_code(key, node, metrics):
             yield found
         if key == "include":
-            for value in (
-                [node]
-                if isinstance(node, yaml.ScalarNode)
-                else node.value
-                if isinstance(node, yaml.SequenceNode)
-                else []
-            ):
-                included = path.parent / str(value.value)
+            for file in _listed(node):
+                included = path.parent / file
                 yield from (f"{found} (in {included.name})" for found in _code(included, metrics, seen))
 
 
+def _listed(node: yaml.Node) -> list[str]:
+    """The values of a node that holds one value or a list of them."""
+    if isinstance(node, yaml.ScalarNode):
+        return [str(node.value)]
+    return [str(value.value) for value in node.value] if isinstance(node, yaml.SequenceNode) else []
+
+
 def _entries(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
-    """Every node of a document with the key it stands under; what is aliased is seen once."""
+    """Every node of a document with its key; a node that several aliases refer to is visited once per key.
+
+    Keys inside `metric_list` are given as `metric_list.KEY`.
+    """
     waiting, seen = [("", root)] if root is not None else [], set()
     while waiting:
         key, node = waiting.pop()
@@ -144,15 +157,14 @@ def _entries(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
             waiting += [(key, item) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
             for name, value in node.value:
-                named = str(name.value) if isinstance(name, yaml.ScalarNode) else ""
-                waiting += [
-                    ("", name),
-                    (f"metric_list.{named}" if key.startswith("metric_list") else named, value),
-                ]
+                inner = str(name.value) if isinstance(name, yaml.ScalarNode) else ""
+                if key.startswith("metric_list"):
+                    inner = f"metric_list.{inner}"
+                waiting += [("", name), (inner, value)]
 
 
 def _runs_code(key: str, node: yaml.Node, metrics: set[str]) -> str | None:
-    """How a node makes Python run, None where it does not."""
+    """What makes a node run Python code, in words; None where nothing does."""
     name = key.rpartition(".")[2]
     if not node.tag.startswith(_STANDARD) or node.tag.startswith(_STANDARD + "python"):
         return f"{node.tag.replace(_STANDARD, '!!')} in {name or 'its keys'!r}"

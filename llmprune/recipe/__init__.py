@@ -1,1 +1,1 @@
-"""Recipes: what decides every mask, as checked dataclasses."""
+"""Recipes: everything that decides the masks of a run, as dataclasses whose values were checked."""

@@ -1,4 +1,4 @@
-"""Recipes: YAML in, frozen dataclasses out, checked once. A recipe says everything that decides a mask."""
+"""Loads recipes from YAML files or mappings, applies overrides, and checks every value once."""
 
 from __future__ import annotations
 
@@ -27,32 +27,39 @@ from llmprune.recipe.types import (
 from llmprune.text import mixture
 
 DEFAULT = "dsnot"
-# Statistics of all matrices of a block at once, from the block as it was; or of each input group once those before it are pruned.
+# When statistics are collected: for all matrices of a block before it is pruned; or for each group of
+# matrices with the same input, once the groups before it are pruned.
 ORDERS = ("block", "group")
 
 
 def load(recipe: str | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by name, file or fields, with dotted overrides such as `{"pruner.damp": 0.1}`, every value checked.
+    """Load a recipe and check all its values.
+
+    Args:
+        recipe: the name of a shipped recipe, a YAML file, or a mapping of recipe fields.
+        overrides: values that replace the recipe's, by dotted key, such as `{"pruner.damp": 0.1}`.
 
     Raises:
-        ValueError: an unknown recipe, key, algorithm or option, a value out of range, a sparsity that contradicts N:M.
+        ValueError: an unknown recipe, key, algorithm or option, a value out of range, or a sparsity that
+            contradicts the N:M pattern.
     """
     values, label = _named(recipe) if isinstance(recipe, str) else (dict(recipe), _own_name(recipe))
     values = copy.deepcopy(values)
     if (overrides or {}).get("pattern") not in (None, "unstructured") and "sparsity" not in (overrides or {}):
-        values.pop("sparsity", None)  # an N:M pattern implies its own, whatever the file says
+        values.pop("sparsity", None)  # the N:M pattern implies one, whatever the file says
     _choose_cases(values, overrides or {})
     for key, value in (overrides or {}).items():
         if key == "name":
             raise ValueError(
-                f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} instead of setting it"
+                f"a recipe's name is that of its file; copy {label}.yaml under the name {shown(value)} "
+                "instead of setting it"
             )
         _override(values, key, value)
     return from_dict({**values, "name": label})
 
 
 def _named(name: str) -> tuple[dict[str, Any], str]:
-    """The values of a recipe by name or file, and what it is called."""
+    """The values and the name of a recipe that is given by name or file."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise ValueError(f"no such recipe file: {name}")
@@ -63,7 +70,7 @@ def _named(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _own_name(values: Mapping[str, Any]) -> str:
-    """What a recipe given as fields is called; the name becomes part of a folder's."""
+    """The name of a recipe given as fields; it must be fit to become part of a folder's name."""
     name = values.get("name", "custom")
     if not isinstance(name, str) or not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}", name):
         raise ValueError(
@@ -73,7 +80,10 @@ def _own_name(values: Mapping[str, Any]) -> str:
 
 
 def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put the settings of the cases that apply into a recipe's values, and why into `chosen`; what is overridden is left alone."""
+    """Apply the cases that match to a recipe's values, with their reasons in `chosen`.
+
+    A case is left out where an override sets one of the fields that it would set.
+    """
     cases = [_case(case) for case in _typed("cases", values.pop("cases", None) or [], list)]
     pattern = _typed("pattern", overrides.get("pattern", values.get("pattern", "unstructured")), str)
     sparsity = resolve_sparsity(pattern, overrides.get("sparsity", values.get("sparsity")))
@@ -112,6 +122,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by dotted key."""
     head, _, rest = key.partition(".")
     if rest:
         inner = values.get(head)
@@ -123,7 +134,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"cannot set {shown(key)}: {head!r} holds {shown(inner)}")
         _override(inner, rest, value)
     elif isinstance(values.get(head), dict) and isinstance(value, str) and value == values[head].get("name"):
-        return  # the same algorithm: its options stay
+        return  # the algorithm is the recipe's own, whose options are kept
     elif value == "none" and head in ("refiner", "update"):
         values[head] = None
     elif head == "update" and isinstance(value, str) and "," in value:
@@ -136,7 +147,7 @@ DEFAULT_NAMES = {"allocator": "uniform"}
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A checked recipe from plain values (a YAML file's, or a record's)."""
+    """A recipe from plain values, those of a YAML file or a record, all of them checked."""
     known = {f.name for f in dataclasses.fields(Recipe)}
     for key in values:
         if key not in known:
@@ -148,12 +159,10 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
         if key in fields:
             fields[key] = _algorithm(room, fields[key])
     updates = fields.get("update", [])
-    fields["update"] = tuple(
-        _algorithm("updates", u) for u in (updates if isinstance(updates, list) else [updates])
-    )
-    fields["rules"] = tuple(
-        _part(Rule, "rule", rule) for rule in _typed("rules", fields.get("rules", []), list)
-    )
+    updates = updates if isinstance(updates, list) else [updates]
+    fields["update"] = tuple(_algorithm("updates", update) for update in updates)
+    rules = _typed("rules", fields.get("rules", []), list)
+    fields["rules"] = tuple(_part(Rule, "rule", rule) for rule in rules)
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
     fields["calibration"] = _calibration(fields.get("calibration", {}))
@@ -167,12 +176,14 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _typed(key: str, value: Any, wanted: type) -> Any:
+    """The value. Raises `ValueError` where it is not of the wanted type."""
     if not isinstance(value, wanted) or isinstance(value, bool):
         raise ValueError(f"{shown(key)} must be {wanted.__name__}, got {shown(value)}")
     return value
 
 
 def _part(cls: type, kind: str, value: Any) -> Any:
+    """A dataclass from a mapping of its fields. Raises `ValueError` for an unknown field."""
     value = _typed(kind, value, dict)
     known = {f.name for f in dataclasses.fields(cls)}
     for key in value:
@@ -180,7 +191,8 @@ def _part(cls: type, kind: str, value: Any) -> Any:
             raise nearest(f"{kind} key", key, known)
     if cls is Rule and "match" not in value:
         raise ValueError(
-            f"every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got {shown(value)}"
+            "every rule needs 'match', a glob pattern on matrix names such as '*.down_proj', got "
+            f"{shown(value)}"
         )
     return cls(**value)
 
@@ -191,13 +203,10 @@ def _calibration(value: Any) -> CalibrationSpec:
         spec = dataclasses.replace(spec, source=mixture.as_text(spec.source))
     mixture.parse(_typed("calibration.source", spec.source, str))
     for key, least, most in (("temperature", 0.01, 100), ("top_p", 1e-6, 1)):
-        number = getattr(spec, key)
-        if number is not None and (
-            isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number <= most
-        ):
-            raise ValueError(
-                f"calibration.{key} must be a number from {least} to {most}, got {shown(number)}"
-            )
+        given = getattr(spec, key)
+        number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if given is not None and not (number and least <= given <= most):
+            raise ValueError(f"calibration.{key} must be a number from {least} to {most}, got {shown(given)}")
     return spec
 
 
@@ -211,13 +220,15 @@ def _algorithm(room: str, value: Any) -> AlgorithmSpec:
         raise ValueError(f"targets of {shown(name)} must be a list of glob patterns, got {shown(targets)}")
     if room not in ("refiners", "updates") and targets != ["*"]:
         raise ValueError(
-            f"only a refiner or an update takes targets; use rules to choose the matrices {kind} {shown(name)} works on"
+            f"only a refiner or an update takes targets; use rules to choose the matrices {kind} "
+            f"{shown(name)} works on"
         )
-    algorithm = registry.build(room, name, value)  # checks the options, and fills in every default
+    algorithm = registry.build(room, name, value)  # checks the options and fills in the defaults
     return AlgorithmSpec(name=name, targets=tuple(targets), options=dataclasses.asdict(algorithm.config))
 
 
 def _check(recipe: Recipe) -> None:
+    """Raise `ValueError` for values that are out of range or contradict each other."""
     if trial := recipe.build_allocator().trial_pruner:
         registry.build("pruners", trial, {})
     if recipe.scope is not None:

@@ -1,4 +1,4 @@
-"""What a recipe is: frozen dataclasses, as `loading` builds and checks them."""
+"""The dataclasses a recipe consists of. `loading` builds them and checks their values."""
 
 from __future__ import annotations
 
@@ -25,20 +25,33 @@ UNMENTIONED = {"sums": "exact", "precision": "stored"}  # absent from records wh
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSpec:
-    """An algorithm by name, its options, and the matrices it works on (glob patterns on their names)."""
+    """An algorithm with its options.
+
+    Attributes:
+        name: the algorithm, by its name in the registry.
+        targets: glob patterns; it works on the matrices whose names match one of them.
+        options: its options with every default filled in.
+    """
 
     name: str
     targets: tuple[str, ...] = ("*",)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def applies(self, matrix: str) -> bool:
-        """Whether the algorithm works on this matrix."""
+        """Whether the algorithm works on the matrix of this name."""
         return any(fnmatch.fnmatchcase(matrix, target) for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """For matrices whose name matches: another sparsity, another pattern, or not pruned at all. The first match wins."""
+    """Another sparsity or pattern for the matrices whose names match, or none at all. The first match counts.
+
+    Attributes:
+        match: a glob pattern on names of matrices.
+        sparsity: their sparsity; None leaves it to the pattern or the allocator.
+        pattern: their pattern; None for the recipe's.
+        skip: do not prune them.
+    """
 
     match: str
     sparsity: float | None = None
@@ -48,7 +61,14 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a recipe file sets, by dotted key, where the pattern matches and the sparsity is at least so high, and the reason."""
+    """Settings that a recipe file makes for certain patterns and sparsities only.
+
+    Attributes:
+        pattern: a glob pattern that the recipe's `pattern` must match.
+        sparsity: the least sparsity for which the case applies.
+        set: recipe fields by dotted key, with their values.
+        because: the reason, shown in the plan.
+    """
 
     pattern: str = "*"
     sparsity: float = 0.0
@@ -58,9 +78,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSpec:
-    """Where calibration rows come from; None and `auto` are resolved against the model.
+    """Where calibration rows come from. The run replaces None and `auto` by values that fit the model.
 
-    `temperature` and `top_p` are of text sampled from the model (source `self`), and None without it.
+    Attributes:
+        source: a source by name or file, or a mixture of sources.
+        samples: rows.
+        sequence_length: tokens per row.
+        temperature, top_p: how text is sampled from the model (source `self`); None without that source.
     """
 
     source: str = "auto"
@@ -72,7 +96,22 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a mask, checked. Build one with `load`."""
+    """Everything that decides the masks. Build one with `loading.load`, which checks every value.
+
+    Attributes:
+        name: the name of its file, or its own.
+        description: what it is for, in a sentence.
+        sparsity: share of weights to remove.
+        pattern: `unstructured` or `N:M`.
+        scope: the weights whose scores compete with one another, such as `row`; None for the pruner's own.
+        pruner, refiner, update, allocator: the algorithms.
+        rules: exceptions for some matrices.
+        order: when statistics of a block are collected, see `loading.ORDERS`.
+        permute: reorder input channels so that an N:M pattern costs less.
+        calibration: where calibration rows come from.
+        seed: seed of everything random.
+        chosen: why, where the program chose the recipe or a case of it.
+    """
 
     name: str
     description: str = ""
@@ -90,26 +129,25 @@ class Recipe:
     precision: str = "stored"
     calibration: CalibrationSpec = CalibrationSpec()
     seed: int = 0
-    chosen: str = ""  # why, where the program chose the recipe
+    chosen: str = ""
 
     def build_pruner(self) -> Pruner:
         """The pruner with its options."""
-        return registry.build("pruners", self.pruner.name, self.pruner.options)  # type: ignore[no-any-return]
+        pruner: Pruner = registry.build("pruners", self.pruner.name, self.pruner.options)
+        return pruner
 
     def build_steps(self) -> list[tuple[AlgorithmSpec, Step]]:
-        """Refiner and updates of a matrix, in the order they run."""
+        """The refiner and those updates that work on one matrix, in the order they run."""
         return [(spec, step) for spec, step in self._built() if isinstance(step, Step)]
 
     def build_block_steps(self) -> list[tuple[AlgorithmSpec, BlockStep]]:
-        """Updates of a whole block, in the order they run; all of them after those of a matrix."""
+        """The updates that work on a whole block, in the order they run, after all those of its matrices."""
         return [(spec, step) for spec, step in self._built() if isinstance(step, BlockStep)]
 
     def _built(self) -> list[tuple[AlgorithmSpec, Algorithm]]:
         specs = [("refiners", self.refiner)] if self.refiner else []
-        return [
-            (s, registry.build(room, s.name, s.options))
-            for room, s in [*specs, *(("updates", u) for u in self.update)]
-        ]
+        specs += [("updates", update) for update in self.update]
+        return [(spec, registry.build(room, spec.name, spec.options)) for room, spec in specs]
 
     @property
     def methods(self) -> list[str]:
@@ -118,7 +156,8 @@ class Recipe:
 
     def build_allocator(self) -> Allocator:
         """The allocator with its options."""
-        return registry.build("allocators", self.allocator.name, self.allocator.options)  # type: ignore[no-any-return]
+        allocator: Allocator = registry.build("allocators", self.allocator.name, self.allocator.options)
+        return allocator
 
     def rule_for(self, matrix: str) -> Rule | None:
         """The first rule that matches a matrix."""
@@ -126,24 +165,29 @@ class Recipe:
 
     @property
     def row_scope(self) -> bool:
-        """Whether the weights of a row compete with one another alone."""
-        return (self.scope or registry.find("pruners", self.pruner.name).scope) == "row"  # type: ignore[attr-defined]
+        """Whether scores compete within each row (output) only."""
+        return self._scope == "row"
+
+    @property
+    def _scope(self) -> str:
+        """The recipe's scope, else the pruner's own."""
+        if self.scope:
+            return self.scope
+        pruner: Any = registry.find("pruners", self.pruner.name)
+        return str(pruner.scope)
 
     def pattern_for(self, rule: Rule | None) -> Pattern:
-        """The pattern of a matrix under its rule, compared in the recipe's scope or the pruner's own."""
-        scope = self.scope or registry.find("pruners", self.pruner.name).scope  # type: ignore[attr-defined]
-        return patterns.parse((rule and rule.pattern) or self.pattern, scope)
+        """The pattern of a matrix for which this rule holds, None for no rule."""
+        return patterns.parse((rule and rule.pattern) or self.pattern, self._scope)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in the record and as a recipe file would say it."""
+        """Plain values, as the record stores them and a recipe file would have them."""
         value = dataclasses.asdict(self)
         for key in ("pruner", "refiner", "allocator"):
             value[key] = value[key] and _flat(value[key])
-        value["calibration"] = {
-            k: v
-            for k, v in value["calibration"].items()
-            if v is not None or k not in ("temperature", "top_p")
-        }
+        for key in ("temperature", "top_p"):
+            if value["calibration"][key] is None:
+                del value["calibration"][key]
         value["update"] = [_flat(update) for update in value["update"]]
         value["rules"] = [
             {k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]
@@ -159,23 +203,27 @@ def _flat(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_sparsity(pattern: str, sparsity: Any) -> float:
-    """The sparsity asked for, or the one an N:M pattern implies; the two may not contradict each other."""
+    """The sparsity asked for, else that of an N:M pattern, else the default.
+
+    Raises:
+        ValueError: a sparsity out of range, or one that contradicts the N:M pattern.
+    """
     parsed = patterns.parse(pattern)
-    if sparsity is not None and (
-        isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1
-    ):
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if sparsity is not None and not (number and 0 <= sparsity < 1):
         raise ValueError(f"sparsity must be in [0, 1), the share of weights to remove, got {shown(sparsity)}")
     if not isinstance(parsed, patterns.NM):
-        return DEFAULT_SPARSITY if sparsity is None else float(sparsity) + 0.0  # minus zero is zero
+        return DEFAULT_SPARSITY if sparsity is None else float(sparsity) + 0.0  # + 0.0 makes -0.0 zero
     if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-6:
         raise ValueError(
-            f"sparsity {sparsity} contradicts pattern {pattern}, which is {parsed.sparsity:g}; leave --sparsity out"
+            f"sparsity {sparsity} contradicts pattern {pattern}, which is {parsed.sparsity:g}; leave "
+            "--sparsity out"
         )
     return parsed.sparsity
 
 
 def rule_sparsity(recipe: Recipe, rule: Rule) -> float | None:
-    """The sparsity a rule sets (its own, or that of its N:M pattern), None where the allocator decides."""
+    """The sparsity that a rule sets, directly or by its N:M pattern; None where the allocator decides it."""
     if rule.pattern is None and rule.sparsity is None:
         return None
     if rule.pattern == "unstructured" and rule.sparsity is None:

@@ -1,1 +1,1 @@
-"""The record of a run, and the pages made from it: report, model card, figures in words."""
+"""The record of a run (`llmprune.json`), and what is made from it: report, model card, figures in words."""

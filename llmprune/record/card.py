@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint (README.md), from its record."""
+"""Writes the model card of a pruned checkpoint (README.md) from its record."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ from llmprune.text.mixture import is_file, plain_sources
 
 
 def protocol_lines(record: Record) -> list[str]:
-    """How the scores were measured, a line per protocol that differs."""
+    """How the scores were measured, one line for each distinct protocol."""
     versions, lines = record["environment"]["versions"], []
     for entry in record["evaluation"]["perplexity"].values():
-        protocol = entry["protocol"]
-        lines.append(
-            f"perplexity: {protocol['mean']}; documents joined, no overlap; forward passes in {protocol['dtype']}"
-        )
+        mean, dtype = entry["protocol"]["mean"], entry["protocol"]["dtype"]
+        lines.append(f"perplexity: {mean}; documents joined, no overlap; forward passes in {dtype}")
     if record["evaluation"]["tasks"]:
         lines.append("+- is a standard error; a change of at most two of them is called within its error")
     for task, metrics in record["evaluation"]["tasks"].items():
         protocol = metrics["protocol"]
-        lines.append(
-            f"{task}: lm-eval {versions['lm_eval']}, task version {protocol['version']}, {protocol['shots']} shots"
-        )
+        version = f"lm-eval {versions['lm_eval']}, task version {protocol['version']}"
+        lines.append(f"{task}: {version}, {protocol['shots']} shots")
     return list(dict.fromkeys(lines))
 
 
 def model_card(record: Record, name: str) -> str:
-    """The folder's README: what it is, what it scores, how it was made, how to load it, under which licence.
+    """The model card: what the model is, its scores, how it was made, how to load it, and its licence.
 
-    `name` is that of the folder, without its path, or of the repository; `published` puts another in its place.
+    `name` is the folder's, without its path, or the repository's; it stands where the card says how to load
+    it.
     """
     model, totals, calibration = record["model"], record["totals"], record["calibration"]
     source = " ".join(model["source"].split())
@@ -48,7 +46,8 @@ def model_card(record: Record, name: str) -> str:
 # {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
 
 {source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
-{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, {share_of_all(record)}; \
+{totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, \
+{share_of_all(record)}; \
 embeddings, norms and the output head are not pruned.
 
 {HONEST}
@@ -58,7 +57,8 @@ embeddings, norms and the output head are not pruned.
 {_scores_section(record)}
 ## Recipe
 
-Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of {calibrated_on(calibration)}, \
+Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of \
+{calibrated_on(calibration)}, \
 seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
 
 <details><summary>The recipe with every default</summary>
@@ -74,7 +74,8 @@ seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
 {load_snippet(name)}
 ```
 
-`masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, every matrix, versions).
+`masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, \
+every matrix, versions).
 `llmprune inspect` recounts the zeros.
 
 ## Licence
@@ -84,7 +85,7 @@ seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
 
 
 def load_snippet(name: str) -> str:
-    """How transformers loads a folder or repository."""
+    """Python code that loads a folder or repository with transformers."""
     quoted = json.dumps(name, ensure_ascii=False)
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,7 +94,7 @@ tokenizer = AutoTokenizer.from_pretrained({quoted})"""
 
 
 def published(card: str, repository: str, revision: str | None) -> str:
-    """A card, perhaps edited by hand, that loads from a repository: in the section Load, whatever the folder was called."""
+    """A card, perhaps edited by hand, whose section Load loads the repository instead of the local folder."""
     at = f', revision="{revision}"' if revision else ""
     before, heading, after = card.partition("\n## Load\n")
     section, fence, rest = after.partition("\n```\n")
@@ -102,16 +103,15 @@ def published(card: str, repository: str, revision: str | None) -> str:
 
 
 def _again(record: Record) -> str:
-    """The command that repeats the run, where what it needs can be had elsewhere."""
+    """The command that repeats the run; empty where it needs local files or data in memory."""
     model, source = record["model"], record["calibration"]["source"]
-    if (
-        not ("/" in model["source"] or model["source"] == "demo")
-        or source.endswith("in memory")
-        or any(map(is_file, plain_sources(source)))
-    ):
+    local_model = "/" not in model["source"] and model["source"] != "demo"
+    local_text = source.endswith("in memory") or any(map(is_file, plain_sources(source)))
+    if local_model or local_text:
         return ""
     revision = f" --revision {model['revision']}" if model["revision"] else ""
-    return f"\nSaved as `recipe.yaml`, it does the same again: `llmprune prune {model['source']}{revision} --recipe recipe.yaml`.\n"
+    command = f"llmprune prune {model['source']}{revision} --recipe recipe.yaml"
+    return f"\nSaved as `recipe.yaml`, it does the same again: `{command}`.\n"
 
 
 def as_yaml(value: Any) -> str:
@@ -120,7 +120,7 @@ def as_yaml(value: Any) -> str:
 
 
 def _front_matter(record: Record) -> str:
-    """What the hub reads. The licence is the source's own word, or absent."""
+    """The YAML at the top of the card, for the hub. It names a licence only if the source's card does."""
     model = record["model"]
     licence = {key: model.get(key) for key in ("license", "license_name", "license_link")}
     fields = {
@@ -139,7 +139,14 @@ def _scores_section(record: Record) -> str:
         return "Not scored: made with `llmprune prune`.\n"
     table = "\n".join(f"| {s.name} | {s.dense} | {with_error(s)} | {s.change} | {s.note} |" for s in scores)
     protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
-    return f"| | dense | pruned | change | |\n|---|---|---|---|---|\n{table}\n\nDense and pruned were measured alike:\n\n{protocols}\n"
+    return f"""| | dense | pruned | change | |
+|---|---|---|---|---|
+{table}
+
+Dense and pruned were measured alike:
+
+{protocols}
+"""
 
 
 def with_error(row: ScoreRow) -> str:
@@ -149,20 +156,27 @@ def with_error(row: ScoreRow) -> str:
 
 def _licence_section(model: dict[str, Any]) -> str:
     if model.get("license") is None:
-        return "The licence is the base model's. Its card names none or was not at hand: look it up before you share this model."
+        return (
+            "The licence is the base model's. Its card names none or was not at hand: look it up before you "
+            "share this model."
+        )
     more = ", ".join(model[key] for key in ("license_name", "license_link") if model.get(key))
-    return f"The licence is the base model's: `{model['license']}`{f' ({more})' if more else ''}, as the base model's own card says."
+    licence = f"`{model['license']}`" + (f" ({more})" if more else "")
+    return f"The licence is the base model's: {licence}, as the base model's own card says."
 
 
 def card_text(folder: Path, repository: str, revision: str | None) -> str:
-    """The folder's own card, perhaps edited by hand, with the repository's name where a name belongs."""
+    """The card to upload: the folder's own, perhaps edited by hand, that loads from the repository.
+
+    Raises:
+        ValueError: the card cannot be read; or there is none and the record is not of this program.
+    """
     path = folder / CARD
     try:
-        text = (
-            path.read_text(encoding="utf-8")
-            if path.is_file()
-            else model_card(read_record(folder), repository)
-        )
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            text = model_card(read_record(folder), repository)
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / RECORD} is not a record of this program; restore the original") from None
     except (OSError, UnicodeDecodeError) as error:

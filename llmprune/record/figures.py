@@ -1,4 +1,4 @@
-"""Figures in words, the same on the terminal, in the report and in the model card."""
+"""Puts the figures of a record into words, the same for the terminal, the report and the model card."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ Record = dict[str, Any]
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, at least one."""
+    """A time in words, such as "2 min 5 s"; at least a second."""
     seconds = max(1.0, seconds)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class ScoreRow(NamedTuple):
-    """A score of the dense and of the pruned model, the standard error of the latter, the change, and how it was measured."""
+    """A row of the table of scores. `error` is the standard error of the pruned model's score."""
 
     name: str
     dense: str
@@ -29,17 +31,14 @@ class ScoreRow(NamedTuple):
 
 
 def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
-    """Every score of a record."""
+    """A row for every score of a record."""
     rows = []
     for name, entry in record["evaluation"]["perplexity"].items():
         protocol = entry["protocol"]
         note = f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better"
         change = _signed(entry["pruned"] / entry["dense"] - 1, ",.1%", 3)
-        rows.append(
-            ScoreRow(
-                f"perplexity {name}", f"{entry['dense']:.2f}", f"{entry['pruned']:.2f}", "", change, note
-            )
-        )
+        dense, pruned = f"{entry['dense']:.2f}", f"{entry['pruned']:.2f}"
+        rows.append(ScoreRow(f"perplexity {name}", dense, pruned, "", change, note))
     for task, metrics in record["evaluation"]["tasks"].items():
         documents = metrics["protocol"]["documents"]
         for metric, entry in metrics.items():
@@ -47,21 +46,26 @@ def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
                 error = f"+- {entry['stderr']:.3f}" if entry["stderr"] is not None else ""
                 note = f"{documents} documents{direction(metrics['protocol'], metric)}"
                 change = _task_change(entry, documents)
-                dense, pruned = (
-                    "none" if entry[k] is None else f"{entry[k]:.3f}" for k in ("dense", "pruned")
-                )
+                dense, pruned = (_score(entry[key]) for key in ("dense", "pruned"))
                 rows.append(ScoreRow(f"{task} {metric}", dense, pruned, error, change, note))
     return rows
 
 
 def direction(protocol: Mapping[str, Any], metric: str) -> str:
-    """Which scores of a metric are better, where the task says so; records without a word of it hold accuracies alone."""
+    """Whether higher or lower scores of a metric are better, in words; empty where the task does not say.
+
+    Records of early versions do not say it for any metric: they hold accuracies only, so higher is better.
+    """
     better = protocol.get("higher_is_better", {metric: True}).get(metric)
     return "" if better is None else ", higher is better" if better else ", lower is better"
 
 
+def _score(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
 def _signed(value: float, form: str, digits: int) -> str:
-    return format(round(value, digits) + 0.0, f"+{form}")  # never "-0.0"
+    return format(round(value, digits) + 0.0, f"+{form}")  # + 0.0 makes -0.0 zero
 
 
 def _task_change(entry: Mapping[str, Any], documents: int | None) -> str:
@@ -73,46 +77,48 @@ def _task_change(entry: Mapping[str, Any], documents: int | None) -> str:
 
 
 def _error(entry: Mapping[str, Any], documents: int | None) -> float:
-    """The standard error of a score, not below that of a share of so many documents: none of 4 right is no certainty."""
+    """The standard error of a score, at least the binomial one of the two scores' mean.
+
+    lm-eval gives an error of 0 where all documents have the same score, also for 0 right of 4.
+    """
     mean = (entry["dense"] + entry["pruned"]) / 2
     share = math.sqrt(mean * (1 - mean) / documents) if documents and 0 <= mean <= 1 else 0.0
     return max(float(entry["stderr"]), share)
 
 
 def share_of_all(record: Mapping[str, Any]) -> str:
-    """How many of all parameters are zero, those outside the pruned matrices counted as not."""
+    """The share of zeros among all parameters; those outside the pruned matrices count as nonzero."""
     zeros, parameters = record["totals"]["zeros"], record["model"]["parameters"]
     return f"{zeros / parameters:.2%} of all {parameters:,} parameters"
 
 
 def sparsity_reached(record: Mapping[str, Any]) -> str:
-    """The zeros of the pruned matrices, and what that is of the whole model."""
+    """The share of zeros in the pruned matrices, and in the whole model."""
     totals = record["totals"]
     zeros = f"{totals['zeros']:,} of {totals['weights']:,} weights"
     return f"{totals['sparsity']:.4%} of the pruned matrices ({zeros}), {share_of_all(record)}"
 
 
 def seconds_by_phase(record: Mapping[str, Any]) -> str:
-    """The seconds of a run, and of its phases where they are worth a mention."""
+    """The seconds of a run, and of those of its phases that took at least 0.05 s."""
     seconds = record["totals"]["seconds"]
-    phases = ", ".join(
-        f"{name} {value:.1f}" for name, value in seconds.items() if name != "total" and value >= 0.05
-    )
-    return f"{seconds['total']:.1f}" + (f" ({phases})" if phases else "")
+    phases = {name: value for name, value in seconds.items() if name != "total" and value >= 0.05}
+    times = ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
+    return f"{seconds['total']:.1f}" + (f" ({times})" if times else "")
 
 
 HONEST = (
-    "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor faster than the original. "
-    "Runtimes that use the zeros (2:4 kernels, sparse formats, compression) can make it so."
+    "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor "
+    "faster than the original. Runtimes that use the zeros (2:4 kernels, sparse formats, compression) can "
+    "make it so."
 )
 
 
 def method_of(record: Record) -> str:
-    """The method in words: recipe, pruner, steps, pattern and what else is not as usual."""
+    """The method in words: pruner, refiner, updates, pattern, recipe, and what differs from the defaults."""
     recipe = record["recipe"]
-    steps = " + ".join(
-        s["name"] for s in (recipe["pruner"], recipe["refiner"], *recipe.get("update", [])) if s
-    )
+    specs = (recipe["pruner"], recipe["refiner"], *recipe.get("update", []))
+    steps = " + ".join(spec["name"] for spec in specs if spec)
     allocator = recipe.get("allocator", {"name": "uniform"})["name"]
     shared = f", sparsity shared out by {allocator}" if allocator != "uniform" else ""
     permuted = ", channels permuted" if recipe.get("permute") else ""

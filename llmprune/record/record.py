@@ -1,4 +1,4 @@
-"""The record of a run, `llmprune.json`: everything needed to repeat it and to check what it claims."""
+"""Builds the record of a run, `llmprune.json`: what is needed to repeat the run, and what came of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from llmprune.record.licence import read_licence
 
 
 def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, processes: int) -> Record:
-    """What the record says of a run before it starts. `digest`: fingerprint of the model's weights."""
+    """What the record says about a run before it starts.
+
+    Args:
+        recipe: the recipe with its calibration as it is used.
+        rows: the calibration rows.
+        digest: a fingerprint of the model's weights.
+        processes: how many processes share the run.
+    """
     return {
         "schema": SCHEMA,
         "model": {
@@ -47,19 +54,23 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
 
 
 def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[int, float]) -> Record:
-    """What the allocator measured, by block, and the loss of its trials, by their label; nothing where there is neither."""
+    """The entry `allocation` of the record; an empty dict where the allocator measured nothing.
+
+    Args:
+        measures: what the allocator measured, by the number of the block.
+        losses: the held-out loss of the allocations it tried, by their number.
+    """
     labels = recipe.build_allocator().trials
     found = {
         "measure": {f"block {number + 1}": value for number, value in measures.items()},
         "held-out loss": {labels[number]: value for number, value in losses.items()},
     }
-    return (
-        {"allocation": {key: values for key, values in found.items() if values}} if measures or losses else {}
-    )
+    found = {key: values for key, values in found.items() if values}
+    return {"allocation": found} if found else {}
 
 
 def measured(record: Record) -> tuple[dict[int, float], dict[int, float]] | None:
-    """Measures and losses of `allocation`, read back from a record; None where it has none."""
+    """The arguments of `allocation`, read back from a record; None where it has none."""
     found = record.get("allocation")
     return found and tuple(
         dict(enumerate(found.get(key, {}).values())) for key in ("measure", "held-out loss")
@@ -67,31 +78,27 @@ def measured(record: Record) -> tuple[dict[int, float], dict[int, float]] | None
 
 
 def calibrated_on(calibration: Mapping[str, Any]) -> str:
-    """The source of calibration rows in words, with what it leaves open of how they were made."""
+    """The source of calibration rows in words, with notes on how the rows were made."""
     notes = [f"{rows} rows of {part}" for part, rows in calibration.get("parts", {}).items()]
     if "temperature" in calibration:
-        notes.append(
-            f"sampled from the model at temperature {calibration['temperature']:g}, top-p {calibration['top_p']:g}"
-        )
+        temperature, top_p = calibration["temperature"], calibration["top_p"]
+        notes.append(f"sampled from the model at temperature {temperature:g}, top-p {top_p:g}")
     if "chat" in calibration:
-        notes.append(
-            "chats in the tokenizer's template"
-            if calibration["chat"] == "template"
-            else "chats as lines of role: content"
-        )
+        template = calibration["chat"] == "template"
+        notes.append("chats in the tokenizer's template" if template else "chats as lines of role: content")
     return f"{calibration['source']} ({', '.join(notes)})" if notes else str(calibration["source"])
 
 
 def identity(record: Record) -> Identity:
-    """What must be the same for a run to end with the same bytes (as far as this program can tell)."""
-    around = record["environment"]
+    """What decides the bytes of a run's output: only a run with the same identity may be resumed."""
+    environment = record["environment"]
     return {
         "model": record["model"]["digest"],
         "calibration": record["calibration"]["digest"],
         "recipe": {key: value for key, value in record["recipe"].items() if key != "chosen"},
-        "versions": {name: around["versions"][name] for name in ("llmprune", "torch", "transformers")},
-        "dtype": around["dtype"],
-        "device": around["device"].partition(",")[0],
+        "versions": {name: environment["versions"][name] for name in ("llmprune", "torch", "transformers")},
+        "dtype": environment["dtype"],
+        "device": environment["device"].partition(",")[0],
     }
 
 
@@ -103,22 +110,27 @@ def complete(
     private: int | None,
     writer: CheckpointWriter,
 ) -> Record:
-    """The record of a finished run, not scored yet. `matrices`: the rows of `run.prune_blocks`; `seconds` by phase."""
+    """The record of a run that has pruned every matrix and is not scored yet.
+
+    Args:
+        before: the record as it was at the start, see `opening` and `allocation`.
+        matrices: what each matrix contributes to the record.
+        seconds: the time each phase took.
+        private: the peak of the memory that belongs to the process alone, in bytes; None where unknown.
+        writer: knows the files that were written.
+    """
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
     zeros = sum(m["zeros"] for m in matrices)
+    times = {phase: round(value, 3) for phase, value in seconds.items()}
+    kept = ("schema", "model", "recipe", "calibration", "allocation")
     return {
-        **{
-            key: before[key]
-            for key in ("schema", "model", "recipe", "calibration", "allocation")
-            if key in before
-        },
+        **{key: before[key] for key in kept if key in before},
         "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],
         "totals": {
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights,
-            "seconds": {k: round(v, 3) for k, v in seconds.items()}
-            | {"total": round(sum(seconds.values()), 3)},
+            "seconds": times | {"total": round(sum(seconds.values()), 3)},
             "peak_memory_bytes": devices.peak_memory(),
             "peak_private_memory_bytes": private,
             "peak_device_memory_bytes": devices.peak_device_memory(model.skeleton.device),
@@ -134,17 +146,15 @@ def complete(
 
 
 def environment(device: torch.device, dtype: torch.dtype, processes: int = 1) -> Record:
-    """Versions and device a run depends on."""
+    """What a run depends on besides its input: versions of packages, device, dtype, number of processes."""
     from importlib.metadata import version
 
     from llmprune import __version__
 
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors", "lm_eval", "numpy")
-    versions = {"llmprune": __version__, "python": platform.python_version()} | {
-        p: version(p) for p in packages
-    }
+    own = {"llmprune": __version__, "python": platform.python_version()}
     return {
-        "versions": versions,
+        "versions": own | {package: version(package) for package in packages},
         "device": devices.describe(device),
         "dtype": str(dtype).removeprefix("torch."),
         "processes": processes,
@@ -152,7 +162,7 @@ def environment(device: torch.device, dtype: torch.dtype, processes: int = 1) ->
 
 
 def add_scores(record: Record, dense: Scores, pruned: Scores) -> Record:
-    """A record with dense and pruned scores side by side, each with its protocol."""
+    """The record with the scores of the dense and of the pruned model, and the protocol of each score."""
     perplexity = {
         name: {
             "dense": dense.perplexity[name]["value"],
@@ -167,7 +177,7 @@ def add_scores(record: Record, dense: Scores, pruned: Scores) -> Record:
         measured = [m for m in {**before, **metrics} if m != "protocol"]
         tasks[name] = {
             metric: {
-                "dense": before.get(metric, {}).get("value"),  # None: no finite number came out
+                "dense": before.get(metric, {}).get("value"),  # None where lm-eval gave no number
                 "pruned": metrics.get(metric, {}).get("value"),
                 "stderr": metrics.get(metric, {}).get("stderr"),
             }

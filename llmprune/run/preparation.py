@@ -139,13 +139,11 @@ def build_calibration(
             "leave it out or use --calibration self"
         )
     vocabulary = model.skeleton.model.get_input_embeddings().weight.shape[0]
-    return calibrations.build(
-        source,
-        model.tokenizer,
+    request = calibrations.CalibrationRequest(
         samples=spec.samples,
         length=spec.sequence_length,
         limit=model.limit,
         vocabulary=vocabulary,
         seed=recipe.seed,
-        sampler=Sampler(model, reporter, **sampled),
     )
+    return calibrations.build(source, model.tokenizer, request, Sampler(model, reporter, **sampled))

@@ -1,4 +1,4 @@
-"""Where text goes: the terminal, a pipe or a notebook; tables and prose laid out for it, and progress as bars or as lines."""
+"""Prints text, tables and progress on a terminal, in a notebook or into a pipe, laid out for its width."""
 
 from __future__ import annotations
 
@@ -22,82 +22,88 @@ from rich.progress import (
 
 from llmprune.terminal import layout
 
-_UNFOLDED = 1 << 20  # into a file or a pipe, a row is a line
-_BARS_WIDTH = 78  # columns that a line of progress takes with its bar
+_UNFOLDED = 1 << 20  # the width for files and pipes, in which a row of a table is one line
+_BARS_WIDTH = 78  # columns that a line of progress takes, with its bar
 
 
 class OutputClosed(BaseException):
-    """Whoever read the output reads no more of it (`llmprune inspect DIR | head`). No error: nothing that catches those may hold it up."""
+    """The reader of stdout is gone (`llmprune inspect DIR | head`).
+
+    Not an `Exception`, so that no code that handles errors catches it on its way.
+    """
 
 
 class Screen(Console):
-    """A console that lays text out for the width of a terminal. Into a pipe nothing is folded, unless `COLUMNS` is set."""
+    """A console that folds text to the width of the terminal; in a pipe only where `COLUMNS` is set."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
         self.folds = self.is_terminal or self.is_jupyter or "COLUMNS" in os.environ
 
     def on_broken_pipe(self) -> None:
-        """What rich calls where it cannot write; its own way would end the process."""
+        """Called by rich where it cannot write; rich's own version would end the process."""
         raise OutputClosed
 
     def verbatim(self, text: str = "", style: str | None = None) -> None:
-        """A line as it is: a command to copy, or one that was folded before."""
+        """Print a line without folding it: a command to copy, or text that is laid out already."""
         self.print(text, style=style, soft_wrap=True)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prose: folded at words on a terminal, one line in a pipe."""
+        """Print prose: folded at words on a terminal, one line in a pipe."""
         self.verbatim("\n".join(layout.folded(text, self.width)) if self.folds else text, style)
 
     def table(self, title: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> None:
-        """A title and rows, each with a note last."""
+        """Print a title and a table; the last cell of each row is its note."""
         if title:
             self.verbatim(title, "bold")
         self.verbatim("\n".join(layout.table(rows, self.width if self.folds else _UNFOLDED, head)))
 
 
 def in_notebook() -> bool:
-    """Whether this runs in an IPython kernel, which draws for its user; IPython in a terminal is none."""
+    """Whether this runs in a notebook, that is in an IPython kernel; IPython in a terminal has none."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
 
 
 def for_python() -> Screen:
-    """Where a Python function tells its progress: the notebook's cell, else stderr, since stdout is the caller's."""
+    """The console for progress of a Python function: in a notebook its cell, else stderr, never stdout."""
     if not in_notebook():
         return Screen(stderr=True)
-    # Without its widgets a notebook cannot be drawn over, and rich would warn at every bar.
-    return (
-        Screen()
-        if importlib.util.find_spec("ipywidgets")
-        else Screen(force_jupyter=False, force_terminal=False)
-    )
+    if importlib.util.find_spec("ipywidgets"):
+        return Screen()
+    # Without ipywidgets, what a notebook shows cannot be redrawn, and rich would warn at every bar.
+    return Screen(force_jupyter=False, force_terminal=False)
 
 
 def draw_alone(downloads: bool = True) -> Callable[[], None]:
-    """Silence the bars of the libraries below us, which would break ours, but for `downloads`; returns what draws them again."""
+    """Turn off the progress bars of libraries, which would garble ours.
+
+    Args:
+        downloads: keep those of downloads from the hub, which end before any bar of ours begins.
+
+    Returns:
+        A function that turns them on again.
+    """
     import huggingface_hub
     from transformers.utils import logging
 
     drew = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # and with it the hub's, whose downloads come before any bar of ours
+    logging.disable_progress_bar()  # this turns off the bars of huggingface_hub as well
     if downloads:
         huggingface_hub.utils.enable_progress_bars("huggingface_hub.snapshot_download")
     return logging.enable_progress_bar if drew else lambda: None
 
 
 class Bars:
-    """Progress drawn over and over: a bar per stage. A narrow terminal gets its figures alone."""
+    """Progress as a bar per stage, redrawn in place. In a narrow terminal bar and times are left out."""
 
     def __init__(self, console: Screen) -> None:
-        wide = [BarColumn(bar_width=24)] if console.width >= _BARS_WIDTH else []
-        times = (
-            [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-            if console.width >= _BARS_WIDTH - 24
-            else []
-        )
+        bar = [BarColumn(bar_width=24)] if console.width >= _BARS_WIDTH else []
+        times = [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+        if console.width < _BARS_WIDTH - 24:
+            times = []
         self._progress = Progress(
-            TextColumn("{task.description}"), *wide, MofNCompleteColumn(), *times, console=console
+            TextColumn("{task.description}"), *bar, MofNCompleteColumn(), *times, console=console
         )
         self._task: Any = None
 
@@ -113,29 +119,29 @@ class Bars:
 
     def close(self) -> None:
         if self._task is not None:
-            self._progress.stop()  # one that never started would still print an empty line
+            self._progress.stop()  # without a stage this would print an empty line
 
 
 class Lines:
-    """Progress where nothing can be drawn over: a line when a stage is done, and now and then one on the way."""
+    """Progress as lines, where nothing can be redrawn: one when a stage is done, before that one a minute."""
 
     EVERY = 60.0  # seconds
 
     def __init__(self, console: Screen) -> None:
         self._console, self._title, self._done, self._steps = console, "", 0, 0
-        self._started = self._told = 0.0
+        self._started = self._printed = 0.0
 
     def stage(self, title: str, steps: int) -> None:
         self._title, self._done, self._steps = title, 0, steps
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def step(self) -> None:
         if self._done >= self._steps:
             self.stage(self._title, self._steps)
         self._done += 1
         now = time.monotonic()
-        if self._done == self._steps or now - self._told >= self.EVERY:
-            self._told, passed = now, now - self._started
+        if self._done == self._steps or now - self._printed >= self.EVERY:
+            self._printed, passed = now, now - self._started
             left = passed / self._done * (self._steps - self._done)
             self._console.verbatim(
                 f"{self._title}  {self._done}/{self._steps}  {_clock(passed)}  ETA {_clock(left)}"

@@ -1,4 +1,8 @@
-"""Rows of text laid out for a width: in columns where they fit, else the notes, or all cells, on lines of their own."""
+"""Lays out tables and prose for a given width.
+
+A table stands in columns where it fits. Where it does not, the notes (the last cells) go on lines of their
+own; where even that is too wide, all cells do.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,24 @@ import textwrap
 from collections.abc import Sequence
 
 GAP = 2
-_LEAST_NOTE = 36  # columns a note needs beside its row; with less it reads like a list of words
+_LEAST_NOTE = 36  # columns a note needs beside its row; in fewer it would be hard to read
 
 
 def folded(text: str, width: int, indent: int = 0) -> list[str]:
-    """A text in lines of at most `width`; words longer than that (paths) stay whole."""
+    """A text in lines of at most `width` columns; longer words (such as paths) are not broken."""
     room, lead = max(1, width - indent), " " * indent
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
     return [lead + line for line in lines]
 
 
 def table(rows: Sequence[Sequence[str]], width: int, head: Sequence[str] = ()) -> list[str]:
-    """Lines of a table, the last cell of each row being its note."""
+    """The lines of a table.
+
+    Args:
+        rows: the cells of each row; the last one is its note.
+        width: columns there are.
+        head: the names of the first columns.
+    """
     heads = [*head, *[""] * (len(rows[0]) - len(head))] if rows else list(head)
     cells = [heads, *rows] if any(heads) else list(rows)
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads) - 1)]
@@ -41,7 +51,7 @@ def _beside(row: Sequence[str], widths: Sequence[int], lead: int, width: int) ->
 
 
 def _stacked(row: Sequence[str], heads: Sequence[str], width: int) -> list[str]:
-    """The first cell, then the others with the names of their columns, then the note."""
+    """A row on several lines: the first cell, the others with the names of their columns, the note."""
     named = [f"{name} {cell}".strip() for name, cell in zip(heads[1:-1], row[1:-1], strict=True) if cell]
     note = f"{heads[-1]} {row[-1]}".strip() if row[-1] else ""
     return [*folded(row[0], width), *folded(", ".join(named), width, GAP), *folded(note, width, GAP)]

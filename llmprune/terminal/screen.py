@@ -1,4 +1,4 @@
-"""The terminal: the plan before the work, progress while it runs, and the result at the end."""
+"""What a run prints: the plan before the work, progress while it runs, and the result at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """A reporter that draws on a console; `close` must be called at the end."""
+    """A reporter that prints on a console. `close` must be called at the end."""
 
     def __init__(self, console: Screen) -> None:
         self.console = console
@@ -31,43 +31,40 @@ class Terminal:
     def plan(
         self, model: Model, recipe: Recipe, plan: Plan, calibration: CalibrationSet, output: Path
     ) -> None:
-        """The plan, before the work."""
+        """Print the plan, and warn where it may not fit into memory."""
         self.console.table("Plan", _plan_rows(model, recipe, plan, calibration, output))
         self.console.verbatim()
-        for work, needed, remedy in (
-            ("pruning", plan.memory, "use fewer --samples, another recipe, or more memory"),
-            (
-                "scoring",
-                plan.scoring,
-                "tasks need the whole model, texts one block: leave tasks out, or use prune and score elsewhere",
-            ),
-        ):
-            if needed > plan.available:
-                free = size_text(plan.available)
-                self.console.say(
-                    f"THIS MAY NOT FIT: {work} needs about {size_text(needed)}, {free} of memory are free; {remedy}",
-                    "bold",
-                )
+        less_pruning = "use fewer --samples, another recipe, or more memory"
+        less_scoring = (
+            "tasks need the whole model, texts one block: leave tasks out, or use prune and score elsewhere"
+        )
+        self._warn_of_memory("pruning", plan.memory, plan.available, less_pruning)
+        self._warn_of_memory("scoring", plan.scoring, plan.available, less_scoring)
         for remark in plan.remarks:
             self.console.say(remark, "bold")
         if plan.remarks:
             self.console.verbatim()
 
+    def _warn_of_memory(self, work: str, needed: int, available: int, remedy: str) -> None:
+        if needed > available:
+            sizes = f"{size_text(needed)}, {size_text(available)} of memory are free"
+            self.console.say(f"THIS MAY NOT FIT: {work} needs about {sizes}; {remedy}", "bold")
+
     def stage(self, title: str, steps: int) -> None:
-        """A stage of so many steps begins."""
+        """Begin a stage of `steps` steps."""
         self._progress.stage(title, steps)
 
     def step(self) -> None:
-        """One step of the stage is done. A stage that runs several times over (a long text) starts its count again."""
+        """Count a step of the stage as done. A stage repeated for a long text counts from 1 again."""
         INTERRUPTS.check()
         self._progress.step()
 
     def note(self, text: str) -> None:
-        """Something the user should know, above the bars."""
+        """Print something the user should know, above the bars."""
         self.console.say(text)
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stop drawing progress."""
         self._progress.close()
 
 
@@ -81,17 +78,13 @@ def _plan_rows(
     patterns = sorted({str(m.pattern) for m in plan.matrices.values()})
     tokens = plan.samples * plan.sequence_length
     skeleton = model.skeleton
+    method = f"{' + '.join(recipe.methods)} (recipe {recipe.name}), {', '.join(patterns)}"
+    pruned = f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped"
     rows = [
         ("model", f"{model.label}, {type(skeleton.model).__name__}, {len(skeleton.blocks)} blocks"),
         ("recipe", recipe.chosen),
-        (
-            "method",
-            f"{' + '.join(recipe.methods)} (recipe {recipe.name}), {', '.join(patterns)}, target sparsity {plan.sparsity:.4g}",
-        ),
-        (
-            "matrices",
-            f"{len(plan.matrices)} pruned ({plan.weights:,} weights), {len(plan.skipped)} skipped; embeddings and head stay",
-        ),
+        ("method", f"{method}, target sparsity {plan.sparsity:.4g}"),
+        ("matrices", f"{pruned}; embeddings and head stay"),
         ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
         ("device", f"{describe(skeleton.device)}, {str(skeleton.dtype).removeprefix('torch.')}"),
         ("time", _times(plan)),
@@ -102,31 +95,30 @@ def _plan_rows(
 
 
 def _times(plan: Plan) -> str:
-    """What pruning and scoring will take, by estimate."""
+    """The time that pruning and scoring will take, in words; empty where there is no estimate."""
     if plan.pruning_seconds is None:
         return ""
-    told = f"about {duration(plan.pruning_seconds)} of pruning"
+    times = f"about {duration(plan.pruning_seconds)} of pruning"
     if plan.scoring_seconds is not None:
-        told += f", {duration(plan.scoring_seconds)} of scoring (dense and pruned)"
-    return f"{told}, by estimate" + ("" if plan.tasks_counted else "; tasks come on top")
+        times += f", {duration(plan.scoring_seconds)} of scoring (dense and pruned)"
+    return f"{times}, by estimate" + ("" if plan.tasks_counted else "; tasks come on top")
 
 
 def _memory(plan: Plan) -> str:
+    """The memory that pruning and scoring will need, in words."""
+
     def on_gpu(needed: int | None) -> str:
         return f" ({size_text(needed)} on the GPU)" if needed is not None else ""
 
+    needed = f"about {size_text(plan.memory)} at the peak of pruning{on_gpu(plan.device_memory)}"
+    if plan.scoring:
+        needed += f", {size_text(plan.scoring)} while scoring{on_gpu(plan.device_scoring)}"
     where = "in RAM" if plan.offload == "ram" else "in a file beside the output"
-    scoring = (
-        f", {size_text(plan.scoring)} while scoring{on_gpu(plan.device_scoring)}" if plan.scoring else ""
-    )
-    return (
-        f"about {size_text(plan.memory)} at the peak of pruning{on_gpu(plan.device_memory)}{scoring}; {size_text(plan.available)} free; "
-        f"block inputs {where}"
-    )
+    return f"{needed}; {size_text(plan.available)} free; block inputs {where}"
 
 
 def print_matrices(console: Screen, plan: Plan) -> None:
-    """Every matrix with its target and the rule that set it (`--dry-run`)."""
+    """Print every matrix with its target sparsity and what set it (`--dry-run`)."""
     rows = [
         (m.name, f"{m.shape[0]} x {m.shape[1]}", str(m.pattern), f"{m.sparsity:.4g}", m.reason)
         for m in plan.matrices.values()
@@ -136,7 +128,7 @@ def print_matrices(console: Screen, plan: Plan) -> None:
 
 
 def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> None:
-    """What the user got, and what to do next."""
+    """Print the scores and totals of a run, and what can be done with its output."""
     from llmprune.record.figures import HONEST
 
     console.verbatim()
@@ -172,7 +164,7 @@ def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
 
 
 def _next_steps(console: Screen, steps: list[tuple[str, str]]) -> None:
-    """Lines to copy: never folded, below their label where the terminal is narrow."""
+    """Print commands to copy. They are never folded; on a narrow terminal each stands below its label."""
     width = max(len(label) for label, _ in steps)
     beside = not console.folds or width + GAP + max(len(line) for _, line in steps) <= console.width
     for label, line in steps:
@@ -180,7 +172,7 @@ def _next_steps(console: Screen, steps: list[tuple[str, str]]) -> None:
 
 
 def print_scores(console: Screen, scores: Mapping[str, Any]) -> None:
-    """The scores of one checkpoint."""
+    """Print the scores of one checkpoint."""
     rows = []
     for name, entry in scores["perplexity"].items():
         protocol = entry["protocol"]
@@ -199,17 +191,11 @@ def print_scores(console: Screen, scores: Mapping[str, Any]) -> None:
 
 
 def print_counts(console: Screen, counts: Mapping[str, Any]) -> None:
-    """The recount of a checkpoint."""
-    rows = [
-        (
-            m["name"],
-            f"{m['shape'][0]} x {m['shape'][1]}",
-            f"{m['zeros']:,}",
-            f"{m['sparsity']:.4f}",
-            " ".join(m["patterns"]),
-        )
-        for m in counts["matrices"]
-    ]
+    """Print the recount of a checkpoint."""
+    rows = []
+    for m in counts["matrices"]:
+        shape = f"{m['shape'][0]} x {m['shape'][1]}"
+        rows.append((m["name"], shape, f"{m['zeros']:,}", f"{m['sparsity']:.4f}", " ".join(m["patterns"])))
     console.table(f"Recount of {counts['model']}", rows, ("matrix", "shape", "zeros", "sparsity", "patterns"))
     verdicts = {
         None: "no record beside the weights",
@@ -223,7 +209,7 @@ def print_counts(console: Screen, counts: Mapping[str, Any]) -> None:
 
 
 def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> None:
-    """Where it lies now, and what to do next."""
+    """Print where a pushed folder is now, and what can be done with it. `public`: as the user asked."""
     visibility = "private" if pushed["private"] else "public"
     state = f"new, {visibility}" if pushed["created"] else f"was there, stays {visibility}"
     rows = [
@@ -233,23 +219,17 @@ def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> No
         ("files", f"{len(pushed['files'])}, {size_text(pushed['bytes'])}"),
     ]
     if pushed["removed"]:
-        rows.append(
-            (
-                "removed",
-                f"{', '.join(pushed['removed'])} (weights of an earlier push; its commit still has them)",
-            )
-        )
+        removed = ", ".join(pushed["removed"])
+        rows.append(("removed", f"{removed} (weights of an earlier push; its commit still has them)"))
     console.verbatim()
     console.table("Pushed", rows)
     console.verbatim()
-    at, revision = (
-        (f', revision="{pushed["revision"]}"', f" --revision {pushed['revision']}")
-        if pushed["revision"]
-        else ("", "")
-    )
+    repository, revision = pushed["repository"], pushed["revision"]
+    argument = f', revision="{revision}"' if revision else ""
+    option = f" --revision {revision}" if revision else ""
     steps = [
-        ("load it", f'AutoModelForCausalLM.from_pretrained("{pushed["repository"]}"{at}, dtype="auto")'),
-        ("recount it", f"llmprune inspect {pushed['repository']}{revision}"),
+        ("load it", f'AutoModelForCausalLM.from_pretrained("{repository}"{argument}, dtype="auto")'),
+        ("recount it", f"llmprune inspect {repository}{option}"),
     ]
     _next_steps(console, steps)
     if pushed["private"]:

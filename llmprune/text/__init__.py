@@ -1,1 +1,1 @@
-"""Text by name or file, for calibration and for perplexity, and its tokens."""
+"""Text for calibration and for perplexity, given by name or file, and how it becomes tokens."""

@@ -1,4 +1,4 @@
-"""Mixtures of sources, `c4=0.7+self=0.3`: their syntax, and how many rows each part gives."""
+"""Mixtures of calibration sources, written `c4=0.7+self=0.3`: how they are parsed and shared out in rows."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import os
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmprune.common.messages import shown
-from llmprune.text import sources as text
+from llmprune.text import files
 
-_PART = re.compile(r"(.+?)=([^=+]*)(?:\+|$)")  # a name may hold = and + of its own
+_PART = re.compile(r"(.+?)=([^=+]*)(?:\+|$)")  # a name may itself contain = and +
 _EXAMPLE = "a mixture is written SOURCE=WEIGHT+SOURCE=WEIGHT, for example c4=0.7+self=0.3"
 
 
 def parse(source: str) -> dict[str, float] | None:
-    """Part -> weight of a mixture; None for a plain source. Raises `ValueError` for a mixture that is none."""
+    """The weight of each part of a mixture; None for a plain source. Raises `ValueError` if malformed."""
     ends_in_weight = re.search(r"=[^=+/\\]*$", source) and not is_file(source)
     if not (ends_in_weight or re.search(r"=[^=+/\\]*\+", source)) or os.path.exists(source):
         return None
@@ -46,23 +47,30 @@ def _weight(name: str, given: Any) -> float:
         weight = math.nan
     if isinstance(given, bool) or not (weight > 0 and math.isfinite(weight)):
         raise ValueError(
-            f"the weight of calibration source {shown(name)} must be a number above 0, got {shown(given)}; {_EXAMPLE}"
+            f"the weight of calibration source {shown(name)} must be a number above 0, got {shown(given)}; "
+            f"{_EXAMPLE}"
         )
     return weight
 
 
 def as_text(weights: Mapping[Any, Any]) -> str:
-    """A mixture given as a mapping `{source: weight}`, as a SOURCE. Raises `ValueError` for one that is none."""
+    """A mapping `{source: weight}` written as a mixture. Raises `ValueError` for bad names or weights."""
     if not weights or not all(isinstance(name, str) and name for name in weights):
         raise ValueError(
-            f"a mapping of calibration sources needs names and weights, such as {{c4: 0.7, self: 0.3}}, got {shown(weights)}"
+            "a mapping of calibration sources needs names and weights, such as {c4: 0.7, self: 0.3}, got "
+            f"{shown(weights)}"
         )
     return "+".join(f"{name}={_weight(name, weight):.12g}" for name, weight in weights.items())
 
 
 def is_file(source: str) -> bool:
     """Whether a plain source is a file of text or tokens."""
-    return text.is_file(source) or source.endswith(".safetensors")
+    return files.is_file(source) or source.endswith(".safetensors")
+
+
+def public_name(source: str) -> str:
+    """What the record calls a source: a file goes by its name, since no local path is to be published."""
+    return Path(source).name if is_file(source) else source
 
 
 def plain_sources(source: str) -> list[str]:
@@ -71,24 +79,28 @@ def plain_sources(source: str) -> list[str]:
 
 
 def shares(weights: Mapping[str, float], samples: int) -> dict[str, int]:
-    """Rows of each part by largest remainder; they add up to `samples`. Raises `ValueError` where a part gets none."""
+    """How many of `samples` rows each part gives, by the largest-remainder method.
+
+    Raises:
+        ValueError: a part would get no row.
+    """
     total = sum(Fraction(str(w)) for w in weights.values())
     exact = {name: Fraction(str(w)) * samples / total for name, w in weights.items()}
     rows = {name: int(quota) for name, quota in exact.items()}
-    order = sorted(
-        exact, key=lambda name: rows[name] - exact[name]
-    )  # stable: of equal remainders the first part's wins
-    for name in order[: samples - sum(rows.values())]:
+    # The sort is stable: of equal remainders, the one named first in the mixture gets the row.
+    by_remainder = sorted(exact, key=lambda name: rows[name] - exact[name])
+    for name in by_remainder[: samples - sum(rows.values())]:
         rows[name] += 1
     for name, count in rows.items():
         if count == 0:
             raise ValueError(
-                f"part {name!r} of the mixture gets none of {samples} rows; give it more weight or use more --samples"
+                f"part {name!r} of the mixture gets none of {samples} rows; give it more weight or use more "
+                "--samples"
             )
     return rows
 
 
 def interleave(parts: list[Tensor], seed: int) -> Tensor:
-    """The rows [n, T] of all parts in an order drawn with the seed."""
+    """The rows [n, T] of all parts together, in a random order drawn with the seed."""
     rows = torch.cat(parts)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))].contiguous()

@@ -1,4 +1,4 @@
-"""Text by name or file, for calibration and for perplexity: one place that knows where documents come from."""
+"""Finds the text that a source names (a hub dataset, `builtin`, a file), for calibration and perplexity."""
 
 from __future__ import annotations
 
@@ -15,60 +15,74 @@ from llmprune.text.files import (
     check_file,
     document_of,
     file_documents,
-    file_path,
     is_file,
     split_column,
     written,
 )
 
-__all__ = [
-    "Document",
-    "Render",
-    "calibration_text",
-    "check_calibration",
-    "evaluation_text",
-    "file_documents",
-    "file_path",
-    "is_file",
-]
-
 
 @dataclass(frozen=True)
 class HubText:
-    """A hub dataset under a short name: what to load for calibration and for evaluation."""
+    """A hub dataset: what to load from it for calibration and for evaluation.
+
+    Attributes:
+        column: the column of text; None for `text`, or a column of chats.
+        calibration: (split, data file); a data file of None means the whole split.
+        evaluation: the same for evaluation; None where the dataset has no split for it.
+        joined_by: what stands between two documents when they are joined for perplexity.
+        evaluation_documents: how many documents perplexity is measured on; None for all.
+    """
 
     dataset: str
     config: str | None
-    column: str | None  # None: `text`, or a column of chats
-    calibration: tuple[str, str | None]  # split, data file
+    column: str | None
+    calibration: tuple[str, str | None]
     evaluation: tuple[str, str | None] | None
     joined_by: str = "\n\n"
     evaluation_documents: int | None = None
 
 
 HUB_TEXTS = {
-    # The shards and the 1100 validation documents joined by spaces are those of the papers' code.
+    # The code of the Wanda and SparseGPT papers uses these shards, and 1100 validation documents joined by
+    # spaces.
     "c4": HubText(
-        "allenai/c4",
-        None,
-        "text",
-        ("train", "en/c4-train.00000-of-01024.json.gz"),
-        ("validation", "en/c4-validation.00000-of-00008.json.gz"),
-        " ",
-        1100,
+        dataset="allenai/c4",
+        config=None,
+        column="text",
+        calibration=("train", "en/c4-train.00000-of-01024.json.gz"),
+        evaluation=("validation", "en/c4-validation.00000-of-00008.json.gz"),
+        joined_by=" ",
+        evaluation_documents=1100,
     ),
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", ("train", None), ("test", None)),
-    "fineweb-edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", ("train", None), None),
+    "wikitext2": HubText(
+        dataset="Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        column="text",
+        calibration=("train", None),
+        evaluation=("test", None),
+    ),
+    "fineweb-edu": HubText(
+        dataset="HuggingFaceFW/fineweb-edu",
+        config="sample-10BT",
+        column="text",
+        calibration=("train", None),
+        evaluation=None,
+    ),
 }
 
 
 def hub_documents(
     source: str, evaluation: bool, seed: int = 0, render: Render | None = None
 ) -> Iterator[str]:
-    """Documents of a named hub text or of `dataset-id:column`, streamed; shuffled by `seed` for calibration.
+    """The documents of a hub dataset, streamed; for calibration in an order shuffled with the seed.
+
+    Args:
+        source: a name of `HUB_TEXTS`, or `dataset-id:column`.
+        evaluation: take the evaluation split, in its own order, instead of the calibration split.
+        render: turns chats into text, see `file_documents`.
 
     Raises:
-        ValueError: an unknown name, no network, no such dataset or column; the message names a way out.
+        ValueError: an unknown name, no network, no such dataset or column.
     """
     text, split, file, column = _hub_text(source, evaluation)
     order = "" if evaluation else f", shuffled by seed {seed}"
@@ -83,7 +97,7 @@ def _hub_rows(
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
-        # Without network this fails at once, where datasets would retry for long.
+        # Without network this request fails at once; `datasets` would retry for minutes.
         retrying(lambda: HfApi().dataset_info(text.dataset, timeout=10), f"looking for {text.dataset}")
         data = load_dataset(
             text.dataset, text.config, split=split, data_files={split: file} if file else None, streaming=True
@@ -92,11 +106,13 @@ def _hub_rows(
     except Exception as error:  # network, hub and format errors share no base class
         way_out = "use built-in text (builtin) or a file (.txt, .jsonl, .parquet)"
         raise ValueError(
-            f"cannot load {source!r} from the hub ({type(error).__name__}: {first_line(error)}); without network, {way_out}"
+            f"cannot load {source!r} from the hub ({type(error).__name__}: {first_line(error)}); without "
+            f"network, {way_out}"
         ) from error
 
 
 def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, str | None]:
+    """Dataset, split, data file and column of a source. Raises `ValueError` for an unknown name."""
     if source in HUB_TEXTS:
         text = HUB_TEXTS[source]
         chosen = text.evaluation if evaluation else text.calibration
@@ -118,14 +134,18 @@ def _hub_text(source: str, evaluation: bool) -> tuple[HubText, str, str | None, 
 def calibration_text(
     source: str, seed: int, render: Render | None = None
 ) -> tuple[Callable[[], Iterator[Document]], bool]:
-    """How to get the documents of a calibration source, and whether the text is finite (a file) or streamed (the hub)."""
+    """A function that opens the documents of a calibration source, and whether they are finite.
+
+    A file is finite, so rows can be drawn from all of it; a hub dataset is a shuffled stream, from which the
+    first rows are taken.
+    """
     if is_file(source):
         return lambda: file_documents(source, render), True
     return lambda: hub_documents(source, evaluation=False, seed=seed, render=render), False
 
 
 def check_calibration(source: str) -> None:
-    """Raise `ValueError` for a file that is missing or no text, or a name that is no text source, before all is read or downloaded."""
+    """Raise `ValueError` for a missing file, one that is not text, or an unknown name; downloads nothing."""
     if is_file(source):
         check_file(source)
     else:
@@ -133,10 +153,10 @@ def check_calibration(source: str) -> None:
 
 
 def evaluation_text(source: str) -> Iterator[str]:
-    """The text of an evaluation source in pieces, its documents joined as the papers' code does.
+    """The text of an evaluation source in pieces, its documents joined as in the papers' code.
 
     Raises:
-        ValueError: it cannot be had, or there is none.
+        ValueError: the source cannot be read, or holds no text.
     """
     known, documents = HUB_TEXTS.get(source), _evaluation_documents(source)
     some = itertools.islice(documents, known.evaluation_documents if known else None)

@@ -1,0 +1,99 @@
+"""The options of the commands, in groups: each with its type, its default and its line of help.
+
+An option is an `inspect.Parameter` as typer reads it from a function's signature. `commands` puts those of
+the groups a command names into its signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(
+    name: str,
+    kind: Any,
+    help: str,
+    *,
+    default: Any = None,
+    flag: str | None = None,
+) -> inspect.Parameter:
+    """An option with a value. Without `flag`, typer derives it from the name: `--dry-run` for `dry_run`."""
+    shown = typer.Option(*([flag] if flag else []), help=help)
+    wanted = kind if default is not None else kind | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[wanted, shown]
+    )
+
+
+def _switch(name: str, help: str, *, flag: str | None = None) -> inspect.Parameter:
+    """An option without a value, off by default. With its flag named, typer adds no `--no-...` to it."""
+    return _option(name, bool, help, default=False, flag=flag or f"--{name.replace('_', '-')}")
+
+
+PRUNING = (
+    _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
+    _option("sparsity", float, "Share of weights to remove, in [0, 1)."),
+    _option("pattern", str, "unstructured or N:M (2:4, 4:8, ...)."),
+    _option("pruner", str, "Pruner; see llmprune methods."),
+    _option("refiner", str, "Refiner, or none."),
+    _option("update", str, "Update of the kept weights (several with commas), or none."),
+    _option("allocator", str, "Allocator."),
+    _option(
+        "calibration",
+        str,
+        "builtin, self, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors file; "
+        "c4=0.7+self=0.3 mixes.",
+    ),
+    _option("samples", int, "Calibration rows (128)."),
+    _option("seqlen", int, "Tokens per row (min(2048, the model's limit))."),
+    _option("seed", int, "Seed of everything random (0)."),
+    _option(
+        "output",
+        Path,
+        "Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.",
+    ),
+    _switch("overwrite", "Replace the output of llmprune that is there, once the new one is complete."),
+    _switch("resume", "Go on where an earlier run into this output folder stopped."),
+    _switch("restart", "Throw away what an unfinished run left, and begin anew."),
+    _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto"),
+    _option(
+        "time_limit",
+        float,
+        "Minutes that recipe best may take, by estimate, to be the default (LLMPRUNE_TIME_LIMIT, else 60).",
+    ),
+    _switch("dry_run", "Print the plan with every matrix, then stop."),
+    _option("settings", list[str], "Any recipe field: dotted.key=value. Repeatable.", flag="--set"),
+)
+
+SCORING = (
+    _option(
+        "perplexity",
+        list[str],
+        "Text to measure perplexity on: builtin, wikitext2, c4 or a file. Repeatable.",
+    ),
+    _option("eval_seqlen", int, "Tokens per evaluation window."),
+    _option("tasks", str, "lm-eval tasks, separated by commas."),
+    _option("suite", str, "Evaluation suite by name (demo, quick, paper) or YAML file."),
+    _option("include_tasks", Path, "Folder with lm-eval task files of your own."),
+    _option("task_data", Path, "Folder with the files of rte_local and blimp_local."),
+    _option("limit", int, "At most so many windows per text and documents per task."),
+)
+
+COMPUTING = (
+    _option("device", str, "auto, cpu, cuda or cuda:N.", default="auto"),
+    _option("dtype", str, "Of forward passes: auto, float32, bfloat16, float16.", default="auto"),
+)
+
+ORIGIN = (
+    _option("revision", str, "Hub revision of the model."),
+    _switch("trust_remote_code", "Run Python code of the checkpoint or of task files."),
+)
+
+OUTPUT = (
+    _switch("as_json", "The result as one JSON object on stdout, everything else on stderr.", flag="--json"),
+    _switch("quiet", "Print errors only."),
+)
