@@ -205,7 +205,7 @@ def test_a_tokenizer_that_was_not_made_for_source_is_told(shared, typed):
     assert re.search(r"tokenizer makes 0\.4\d tokens per byte of that text and 0\.2\d of plain English", told)
     from transformers import AutoTokenizer
 
-    made_for_source = AutoTokenizer.from_pretrained(advice.__file__.replace("advice.py", "demo/model"))
+    made_for_source = AutoTokenizer.from_pretrained(advice.__file__.replace("planning/advice.py", "demo/model"))
     assert advice._on_tokenizer(made_for_source) == ()
 
 

@@ -134,6 +134,7 @@ def prune(
     limit = _time_limit(time_limit)
     named: Any = choice.LIGHT if recipe is None else recipe
     chosen = recipes.load(named, overrides)  # checked before any long work
+    compute_dtype = _compute_dtype(chosen, str(dtype))
     team = processes.current()
 
     def open_again(what: Any) -> Model:
@@ -144,7 +145,7 @@ def prune(
             tokenizer=known or tokenizer,
             revision=revision if what is model else None,
             device=str(device),
-            dtype=str(dtype),
+            dtype=compute_dtype,
             trust_remote_code=trust_remote_code,
         )
 
@@ -183,6 +184,18 @@ def prune(
             raise
         production.close(None)
         return Result(target, record)
+
+
+def _compute_dtype(recipe: Recipe, dtype: str) -> str:
+    """The dtype of forward passes: what was given, or float32 where the recipe wants that precision."""
+    if recipe.precision != "float32":
+        return dtype
+    if dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"recipe {recipe.name!r} (precision: float32) computes in float32, got dtype {dtype}; "
+            "leave the dtype out"
+        )
+    return "float32"
 
 
 def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> Inputs:

@@ -67,14 +67,15 @@ class Block:
         return [t for t in find_targets(self.name, self.module) if t.name in run.plan.matrices]
 
     def weight(self, target: Target) -> Tensor:
-        """The weight of a matrix as it stands, in the checkpoint's layout: the exact one where there is one."""
+        """The present weight of a matrix in the checkpoint's layout: the exact one where there is one."""
         name = self._skeleton.stored[target.weight_name]
         return self.exact.get(name, self.shard[name])
 
     def put(self, target: Target, weight: Tensor) -> None:
         """Take a new weight of a matrix, in the checkpoint's layout, into the module and into what is stored.
 
-        Stored is its cast to the checkpoint's dtype; the module gets the exact weight where the recipe says so.
+        Its cast to the checkpoint's dtype is stored; the module gets the exact weight where the recipe says
+        so.
         """
         name = self._skeleton.stored[target.weight_name]
         dtype = self.shard[name].dtype
@@ -98,7 +99,7 @@ class Block:
         self._skeleton.free(self._parameters)
 
     def done(self, block_done: BlockDone) -> None:
-        """Hand the block over, and forget its tensors: the next one is read while this object still exists."""
+        """Hand the block over, and forget its tensors: the next block is read while this object exists."""
         block_done(self)
         self.lap("write")
         self.shard, self.exact = {}, {}

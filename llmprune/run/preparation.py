@@ -34,7 +34,13 @@ Known = Callable[[Run], Findings | None]  # what the allocator found out before,
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for. `calibration`: None for the recipe's source. `evaluation`: None for no scores."""
+    """What a run is asked for.
+
+    Attributes:
+        recipe: how to prune.
+        calibration: what to calibrate on; None for the recipe's own source.
+        evaluation: what to score, dense and pruned; None for no scores.
+    """
 
     recipe: Recipe
     calibration: Source | None = None
