@@ -15,8 +15,8 @@ from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner,
 DEFAULT_SPARSITY = 0.5
 
 
-# How input statistics are summed: over all tokens at once; or sequence by sequence as running means in float32,
-# as the published code of SparseGPT, Wanda and DSnoT does, whose rounding decides some weights.
+# How input statistics are summed: over all tokens at once; or, as the published code of SparseGPT, Wanda and
+# DSnoT does, as running means over the sequences in float32, whose rounding decides some weights.
 SUMS = ("exact", "published")
 # What the next block sees of a pruned weight: what the checkpoint will store, or the float32 result.
 PRECISIONS = ("stored", "float32")

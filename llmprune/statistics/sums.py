@@ -194,12 +194,13 @@ class PublishedSums(StatsSums):
         return super().finite and all(all_finite(mean) for mean in self._means.values())
 
     def _values(self) -> dict[Need, Tensor]:
-        # The published sums are means over sequences of sums over tokens; the Gram matrix is doubled.
+        # The published sums are means over sequences of sums over tokens, and the Gram matrix is doubled. It
+        # stays so: only its proportions matter, and a scaled one would be factorised with other rounding.
         per_token = {
             "mean": (Need.MEAN, self.tokens),
             "squares": (Need.SECOND_MOMENT, self.tokens),
             "variance": (Need.WITHIN_VARIANCE, 1),
-            "gram": (Need.GRAM, 2 * self.tokens),
+            "gram": (Need.GRAM, 1),
         }
         values = super()._values()
         for name, mean in self._means.items():
