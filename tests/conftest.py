@@ -43,7 +43,7 @@ for _name in UNSET:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import llmprune  # noqa: E402, F401  before torch: threads that wait then sleep
+import llmprune  # noqa: E402  before torch: threads that wait then sleep
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -144,6 +144,15 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_llama, tmp_path_factory):
+    """A tiny model pruned and scored. Treat as read-only."""
+    output = tmp_path_factory.mktemp("finished") / "my-model"
+    options = {"recipe": "wanda", "sparsity": 0.6, "calibration": "builtin", "samples": 4, "seqlen": 32}
+    scored = {"perplexity": "builtin", "tasks": "demo_continuation", "limit": 4}
+    return llmprune.run_model(tiny_llama, output=output, **options, **scored)
+
+
 @pytest.fixture
 def own_hub(tmp_path, monkeypatch):
     """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was waited for."""
@@ -179,9 +188,37 @@ def cli(tmp_path):
 
 
 @pytest.fixture
-def typed(monkeypatch, capfd):
-    """The program in this process: (exit code, stdout, stderr)."""
+def work(tmp_path, monkeypatch):
+    """The current directory, which bad input must leave as it was."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(tiny_llama, calibration_tokens, work):
+    """`refused(pattern, ...)`: pruning so raises one line that matches, and `work` stays as it was."""
+    from outputs import everything, one_line
+
+    def check(said, model=None, call=None, **options):
+        before = everything(work)
+        values = {"calibration": calibration_tokens, "sparsity": 0.5, "output": "out", **options}
+        given = {name: value for name, value in values.items() if value is not None}
+        with pytest.raises(Exception, match=said) as caught:
+            (call or llmprune.prune)(model or tiny_llama, **given)
+        one_line(caught.value)
+        assert everything(work) == before
+
+    return check
+
+
+@pytest.fixture
+def typed(request, tmp_path, monkeypatch, capfd):
+    """The program in this process, in `work` where the test has it and in `tmp_path` where not: (exit code, stdout, stderr)."""
     from llmprune.__main__ import main
+
+    monkeypatch.chdir(request.getfixturevalue("work") if "work" in request.fixturenames else tmp_path)
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])

@@ -151,7 +151,7 @@ import atexit, os, sys
 def threads():
     return [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
 atexit.register(lambda: print("left", *threads()))  # runs after what is registered later
-from llmprune import processes
+from llmprune.machine import processes
 team = processes.current()
 import transformers.modeling_utils
 assert team.tell(team.rank) == 0 and any("gloo" in name for name in threads())

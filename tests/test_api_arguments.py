@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from outputs import Listening
 
 import llmprune
 from llmprune import api
@@ -336,25 +337,6 @@ def test_what_nobody_is_told_is_a_python_warning(tiny_llama):
         llmprune.prune(tiny_llama, samples=4, seqlen=32, dry_run=True)
     with pytest.warns(UserWarning, match="is scored on program source"):
         llmprune.evaluate(tiny_llama, limit=1)
-
-
-class Listening:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def plan(self, *_):
-        self.told.append("plan")
-
-    def stage(self, title, steps):
-        self.told.append(title)
-
-    def step(self):
-        pass
-
-    def note(self, text):
-        self.told.append(text)
 
 
 def test_a_reporter_is_told_instead(tiny_llama, capfd):
