@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "no_proxy": "127.0.0.1,localhost",
     "TOKENIZERS_PARALLELISM": "false",
 }
+LONGEST = ("test_demo", "test_run_reference", "test_machine_processes", "test_run_resume", "test_cli")
 UNSET = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
@@ -36,24 +38,38 @@ UNSET = (
 
 # huggingface_hub reads its variables when it is imported, so they are set before any test module is.
 _HOME = Path(tempfile.mkdtemp(prefix="llmprune-tests-"))
+_NUMBERS = itertools.count()
 os.environ.update(ENVIRONMENT, HF_HOME=str(_HOME / "hf"), LLMPRUNE_CACHE=str(_HOME / "cache"))
 for _name in UNSET:
     os.environ.pop(_name, None)
+# Test processes run side by side, and the models are tiny: one thread each, unless the user has chosen.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import llmprune  # noqa: E402, I001  before torch: threads that wait then sleep
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-import llmprune  # noqa: E402  before torch: threads that wait then sleep
+from llmprune.machine import threads  # noqa: E402
 
 
 def pytest_sessionfinish(session, exitstatus):
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: as many as there are processors to use, and no more than memory is likely to bear."""
+    return min(threads.usable_processors(), 8)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory, monkeypatch):
+def own_caches(monkeypatch):
     """Every test has empty caches of its own and cannot reach the network through the hub."""
-    home = tmp_path_factory.mktemp("home")
+    home = _HOME / str(next(_NUMBERS))
+    home.mkdir()
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     for name in UNSET:
@@ -67,6 +83,16 @@ def own_caches(tmp_path_factory, monkeypatch):
 def own_log():
     """The package's log at its usual level, whatever --quiet has made of it before."""
     logging.getLogger("llmprune").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def no_plot():
+    """Runs of tests draw no plot: it takes longer than all the rest of a run this small. Models that several tests read have one."""
+    from llmprune.record import report
+
+    real, report._plot = report._plot, lambda matrices: ""
+    yield
+    report._plot = real
 
 
 @pytest.fixture(scope="session")
@@ -170,9 +196,31 @@ def own_hub(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """`forked.start(args, cwd)`: the program in a process forked from one that has imported everything; see `forked.py`."""
+    from forked import Parent
+
+    parent = Parent()
+    yield parent
+    parent.end()
+
+
 @pytest.fixture
-def cli(tmp_path):
-    """The program as a subprocess in the test's own folder."""
+def cli(tmp_path, forked):
+    """The program in a process of its own in the test's own folder."""
+
+    def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
+        child = forked.start(args, tmp_path, env)
+        out, err = child.communicate(timeout)
+        return subprocess.CompletedProcess(args, child.returncode, out, err)
+
+    return call
+
+
+@pytest.fixture
+def started(tmp_path):
+    """The program in an interpreter of its own in the test's own folder, for what is decided when Python or a library starts."""
 
     def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -26,9 +26,9 @@ SMALL = ("--samples", 4, "--seqlen", 64)
 COMMANDS = {"run", "prune", "push", "eval", "inspect", "methods", "recipes", "models"}
 
 
-def test_help_is_quick_and_names_every_command(cli):
+def test_help_is_quick_and_names_every_command(started):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = cli("--help")
+    done = started("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time, which a busy machine does not stretch.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7

@@ -273,15 +273,15 @@ def test_a_downloaded_model_is_found_in_the_cache_when_the_hub_is_down(called):
     assert value(called, "cached") == value(called, "first")
 
 
-def test_quiet_is_quiet_while_downloading(hub, cli, tmp_path):
+def test_quiet_is_quiet_while_downloading(hub, started, tmp_path):
     options = ("--calibration", "builtin", "--samples", 4, "--seqlen", 32, "--quiet")
-    done = cli("prune", "owner/tiny", "--output", "out", *options, env=environment(hub, tmp_path))
+    done = started("prune", "owner/tiny", "--output", "out", *options, env=environment(hub, tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "out" / "llmprune.json").is_file()
 
 
-def test_a_refused_model_is_one_line_and_exit_code_1(hub, cli, tmp_path):
-    done = cli("prune", "owner/gated", "--output", "out", env=environment(hub, tmp_path))
+def test_a_refused_model_is_one_line_and_exit_code_1(hub, started, tmp_path):
+    done = started("prune", "owner/gated", "--output", "out", env=environment(hub, tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

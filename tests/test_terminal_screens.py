@@ -7,6 +7,7 @@ import pytest
 from outputs import Listening
 
 import llmprune
+from llmprune.hub.download import demo_folder
 from llmprune.planning import advice, choice
 from llmprune.recipe import loading as recipes
 from llmprune.record import figures as words
