@@ -11,6 +11,7 @@ from outputs import contents, old_output
 
 import llmprune
 from llmprune.checkpoint import replacement, writer
+from llmprune.evaluation.scores import evaluation_spec
 from llmprune.run.reporter import Silent
 
 
@@ -183,7 +184,7 @@ def test_a_link_that_appears_during_the_run_is_not_followed(prune, monkeypatch):
 
 
 def evaluation(limit):
-    return llmprune.api.evaluation_spec(["builtin"], [], None, 32, None, None, limit)
+    return evaluation_spec(["builtin"], [], None, 32, None, None, limit)
 
 
 def test_a_card_that_was_edited_by_hand_stays(prune):
@@ -200,7 +201,7 @@ def test_a_card_that_was_edited_by_hand_stays(prune):
         def note(self, text):
             told.append(text)
 
-    spec = llmprune.api.evaluation_spec(["builtin", "other.txt"], [], None, 32, None, None, 2)
+    spec = evaluation_spec(["builtin", "other.txt"], [], None, 32, None, None, 2)
     Path("other.txt").write_text("plain words " * 400)
     prune(evaluation=spec, resume=True, reporter=Listening())
     assert card.read_text() == edited and any("edited by hand" in text for text in told)

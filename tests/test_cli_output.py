@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,16 +73,18 @@ def test_json_is_one_object_on_stdout_and_all_else_on_stderr(args, keys, typed, 
     assert (code, err) == (0, "") and set(json.loads(again)) == keys
 
 
-def gone(tmp_path, *args):
-    """The program writing to a pipe whose reader has left: (exit code, stderr)."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "llmprune", *map(str, args)]
-    done = subprocess.run(
-        command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=180
-    )
-    os.close(writer)
-    return done.returncode, done.stderr
+@pytest.fixture
+def gone(forked, tmp_path):
+    """The program writing to a pipe whose reader has left: (stderr, exit code)."""
+
+    def call(*args):
+        reader, writer = os.pipe()
+        os.close(reader)
+        child = forked.start(args, tmp_path, stdout=writer)
+        os.close(writer)
+        return child.communicate()[1], child.returncode
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,18 @@ def gone(tmp_path, *args):
     [("--version",), ("--help",), ("recipes",), ("models", "--json"), ("inspect", "demo")],
     ids=" ".join,
 )
-def test_an_output_nobody_reads_ends_quietly(args, tmp_path):
-    code, err = gone(tmp_path, *args)
+def test_an_output_nobody_reads_ends_quietly(args, gone):
+    err, code = gone(*args)
     assert code == 141 and "Traceback" not in err and "BrokenPipe" not in err
     assert err == "" or "--json" in args
 
 
-def test_a_run_whose_output_nobody_reads_leaves_nothing_behind(tmp_path, tiny_llama):
-    code, err = gone(tmp_path, "prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
+def test_a_run_whose_output_nobody_reads_leaves_nothing_behind(gone, tmp_path, tiny_llama):
+    err, code = gone("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
     assert (code, err) == (141, "") and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_loses_its_reader_says_what_is_kept(typed, tiny_llama, monkeypatch, tmp_path):
+def test_a_run_that_loses_its_reader_says_what_is_kept(typed, cli, tiny_llama, monkeypatch):
     real = progress.Progress.block
 
     def block(self, number):
@@ -119,9 +119,6 @@ def test_a_run_that_loses_its_reader_says_what_is_kept(typed, tiny_llama, monkey
         err,
     )
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     resumed = ("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out", "--resume")
-    done = subprocess.run(
-        [sys.executable, "-m", "llmprune", *map(str, resumed)], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = cli(*resumed)
     assert done.returncode == 0, done.stderr

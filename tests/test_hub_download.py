@@ -19,15 +19,18 @@ from safetensors.torch import load_file
 
 from llmprune.hub.download import locate
 
+# What its fixtures make takes long and is made once.
+pytestmark = pytest.mark.xdist_group("hub_download")
+
 TEXT = "the quick brown fox jumps over the lazy dog and runs into the green hills beyond the river "
 # Every call in one process: importing torch and transformers costs seconds.
 CALLS = """
 import json, time
 import llmprune
 time.sleep = lambda seconds: None  # what is waited for between attempts
-from llmprune import text
+from llmprune.text import sources as text
 from llmprune.calibration.chat import Chats
-from llmprune.hub import locate
+from llmprune.hub.download import locate
 done = {}
 def attempt(name, work):
     start = time.monotonic()
@@ -280,12 +283,13 @@ def test_quiet_is_quiet_while_downloading(hub, started, tmp_path):
     assert (tmp_path / "out" / "llmprune.json").is_file()
 
 
-def test_a_refused_model_is_one_line_and_exit_code_1(hub, started, tmp_path):
-    done = started("prune", "owner/gated", "--output", "out", env=environment(hub, tmp_path))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "owner/gated is gated" in done.stderr
+def test_a_refused_model_is_one_line_and_exit_code_1(own_hub, make_llama, typed, tmp_path):
+    own_hub.add("owner/gated", make_llama())
+    own_hub.refused[("models", "owner/gated", "")] = (403, "GatedRepo")
+    code, out, err = typed("prune", "owner/gated", "--output", "out")
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "owner/gated is gated" in err
     assert list(tmp_path.glob("out*")) == []
 
 

@@ -1,6 +1,5 @@
 """Several processes on one run, over gloo on loopback."""
 
-import itertools
 import json
 import os
 import re
@@ -19,6 +18,8 @@ import llmprune
 from llmprune.checkpoint.masks import read_masks
 from llmprune.machine.processes import Team, share_out
 
+# They share the process that others are forked from, and are several at once themselves.
+pytestmark = pytest.mark.xdist_group("processes")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
 
@@ -33,14 +34,15 @@ def tokens(tmp_path, calibration_tokens):
 def ranks(tmp_path, tokens, forked):
     """The program in so many processes in the test's folder, forked instead of launched: (exit code, what they say)."""
 
-    number = itertools.count()
-    # As with torchrun the store is not rank 0's, and outlives it.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = []
 
     def call(processes, *arguments, wait=True):
+        # As with torchrun the store is not rank 0's, and outlives it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        stores.append(store)
         world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        world |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(next(number))}
+        world |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         team = [
             forked.start(arguments, tmp_path, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(processes)
