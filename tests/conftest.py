@@ -87,7 +87,10 @@ def own_log():
 
 @pytest.fixture(autouse=True)
 def no_plot():
-    """Runs of tests draw no plot: it takes longer than all the rest of a run this small. Models that several tests read have one."""
+    """Runs of tests draw no plot: it takes longer than all the rest of a run this small.
+
+    Models that several tests read have one.
+    """
     from llmprune.record import report
 
     real, report._plot = report._plot, lambda matrices: ""
@@ -97,7 +100,10 @@ def no_plot():
 
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory):
-    """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary. Treat the folders as read-only."""
+    """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary.
+
+    Treat the folders as read-only.
+    """
     made: dict[tuple[object, ...], Path] = {}
 
     def make(
@@ -181,7 +187,9 @@ def finished(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def own_hub(tmp_path, monkeypatch):
-    """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was waited for."""
+    """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was
+    waited for.
+    """
     from hub_server import TOKEN, serving
     from huggingface_hub import constants
 
@@ -198,7 +206,9 @@ def own_hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def forked():
-    """`forked.start(args, cwd)`: the program in a process forked from one that has imported everything; see `forked.py`."""
+    """`forked.start(args, cwd)`: the program in a process forked from one that has imported everything; see
+    `forked.py`.
+    """
     from forked import Parent
 
     parent = Parent()
@@ -220,7 +230,9 @@ def cli(tmp_path, forked):
 
 @pytest.fixture
 def started(tmp_path):
-    """The program in an interpreter of its own in the test's own folder, for what is decided when Python or a library starts."""
+    """The program in an interpreter of its own in the test's own folder, for what is decided when Python or a
+    library starts.
+    """
 
     def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -263,7 +275,9 @@ def refused(tiny_llama, calibration_tokens, work):
 
 @pytest.fixture
 def typed(request, tmp_path, monkeypatch, capfd):
-    """The program in this process, in `work` where the test has it and in `tmp_path` where not: (exit code, stdout, stderr)."""
+    """The program in this process, in `work` where the test has it and in `tmp_path` where not: (exit code,
+    stdout, stderr).
+    """
     from llmprune.__main__ import main
 
     monkeypatch.chdir(request.getfixturevalue("work") if "work" in request.fixturenames else tmp_path)

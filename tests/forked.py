@@ -1,8 +1,9 @@
-"""The program in processes of its own, forked from one that has imported everything: to start an interpreter and import torch and
-transformers takes seconds, a fork takes none. They are processes as any other: signals, exit codes and pipes are real.
+"""The program in processes of its own, forked from one that has imported everything: to start an interpreter
+and import torch and transformers takes seconds, a fork takes none. They are processes as any other: signals,
+exit codes and pipes are real.
 
-What is read when Python starts or when a library is imported (variables of the hub, threads) stays that of the test session; tests of
-such things start an interpreter.
+What is read when Python starts or when a library is imported (variables of the hub, threads) stays that of
+the test session; tests of such things start an interpreter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NUMBER = struct.Struct("i")
 
 
 class Parent:
-    """The process that has imported everything; `start` asks it for a child. One child starts after another."""
+    """The process that has imported everything; `start` asks it for a child, one after another."""
 
     def __init__(self):
         self._asked, theirs = socket.socketpair()
@@ -57,7 +58,10 @@ class Child:
         self.pid = self._number(120)
 
     def _number(self, timeout):
-        """The next number that the parent tells: the process id, then the exit code. None when it takes too long."""
+        """The next number that the parent tells: the process id, then the exit code.
+
+        None when it takes too long.
+        """
         if not select.select([self._told], [], [], timeout)[0]:
             return None
         return _NUMBER.unpack(os.read(self._told, _NUMBER.size))[0]

@@ -1,4 +1,6 @@
-"""Random layers for tests of algorithms: weights, calibration inputs and their statistics, as the corridor would hand them over."""
+"""Random layers for tests of algorithms: weights, calibration inputs and their statistics, as the corridor
+would hand them over.
+"""
 
 from __future__ import annotations
 

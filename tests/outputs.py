@@ -23,7 +23,9 @@ FILES = {
 
 
 def contents(folder):
-    """Every file by name; of the record all but times and memory; of the card all but the folder's name; of the report nothing."""
+    """Every file by name; of the record all but times and memory; of the card all but the folder's name; of
+    the report nothing.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
         if path.name == "llmprune.json":

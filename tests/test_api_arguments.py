@@ -1,4 +1,6 @@
-"""What Python callers may give: paths, mappings, numbers of numpy and torch; every other type is refused in one line."""
+"""What Python callers may give: paths, mappings, numbers of numpy and torch; every other type is refused in
+one line.
+"""
 
 import inspect
 import json

@@ -1,4 +1,6 @@
-"""Names that nobody knows are answered with the nearest, and bad input leaves the working directory as it was."""
+"""Names that nobody knows are answered with the nearest, and bad input leaves the working directory as it
+was.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,10 @@ def test_every_way_to_write_a_mixture_gives_the_same(folder, tiny_llama, typed):
         "--json",
     )
     assert code == 0, err
-    said = "self=0.25+a.jsonl:body=0.75 (2 rows of self, 6 rows of a.jsonl:body, sampled from the model at temperature 1"
+    said = (
+        "self=0.25+a.jsonl:body=0.75 (2 rows of self, 6 rows of a.jsonl:body, sampled from the model at "
+        "temperature 1"
+    )
     assert said in " ".join(err.split())
     first = json.loads(out)["calibration"]
     assert first["parts"] == {"self": 2, "a.jsonl:body": 6} and first["temperature"] == 1.0

@@ -80,7 +80,8 @@ SENTENCE = "The calibration text of a file has to be long enough for every row t
         (
             "a.txt",
             SENTENCE,
-            r"'a\.txt' holds \d+ tokens, 0 rows of 32, and 8 are wanted; give more text or shorter rows \(--seqlen\)",
+            r"'a\.txt' holds \d+ tokens, 0 rows of 32, and 8 are wanted; "
+            r"give more text or shorter rows \(--seqlen\)",
         ),
         (
             "a.txt",

@@ -1,4 +1,6 @@
-"""Text sampled from the model itself: the right tokens, the same for a seed, refused where the model does not fit."""
+"""Text sampled from the model itself: the right tokens, the same for a seed, refused where the model does not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,10 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_llama, tmp_pa
     monkeypatch.setattr(device, "available_memory", lambda: 1_000_000)
     monkeypatch.setattr(calibration.rows, "pack", lambda *a: pytest.fail("text was packed"))
     monkeypatch.setattr(sampling, "fingerprint", lambda *a: pytest.fail("weights were read"))
-    said = r"sampling text needs the whole model in memory, about \d+\.\d MB.*--calibration c4, builtin or a text file$"
+    said = (
+        r"sampling text needs the whole model in memory, about \d+\.\d MB.*--calibration c4, builtin or a "
+        r"text file$"
+    )
     with pytest.raises(ValueError, match=said):
         llmprune.prune(tiny_llama, calibration=source, output=tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()

@@ -1,8 +1,11 @@
-"""Whatever a stranger's file holds: it is read, or refused in one clear line. Ten cases of a kind in `make test`, 500 in all in
+"""Whatever a stranger's file holds: it is read, or refused in one clear line.
+
+Ten cases of a kind in `make test`, 500 in all in
 `make test-all`, `LLMPRUNE_FUZZ_CASES=20000` by hand.
 
-Each case starts from a valid file and damages it: bytes flipped, cut, inserted; or its JSON or YAML changed at a random place to something
-nasty. While a case runs the process may not take more than 512 MB more memory than it has, nor 20 seconds.
+Each case starts from a valid file and damages it: bytes flipped, cut, inserted; or its JSON or YAML changed
+at a random place to something nasty. While a case runs the process may not take more than 512 MB more memory
+than it has, nor 20 seconds.
 """
 
 from __future__ import annotations
@@ -235,7 +238,9 @@ def snapshot(root):
 
 
 def reader_of(kind, root, tokenizer, trial):
-    """(the valid file, how it is damaged, what reads it) of a kind; `trial` is a folder that holds a copy of the pruned model."""
+    """(the valid file, how it is damaged, what reads it) of a kind; `trial` is a folder that holds a copy of
+    the pruned model.
+    """
     shard = "model-00001-of-00003.safetensors"
 
     def calibrate(name):

@@ -46,7 +46,8 @@ def test_an_output_folder_that_is_not_empty_is_refused(refused, old, monkeypatch
 def test_a_folder_with_anything_else_is_refused_whatever_the_flags(refused, occupied, monkeypatch, flags):
     monkeypatch.setattr(run, "prune_blocks", lambda *args: pytest.fail("work began"))
     refused(
-        r"output folder out holds 'below' and 1 more, which llmprune has not written.*choose another --output",
+        r"output folder out holds 'below' and 1 more, which llmprune has not written.*choose another "
+        r"--output",
         **flags,
     )
     refused(r"output folder out holds 'below' and 1 more", dry_run=True, **flags)

@@ -38,13 +38,19 @@ def test_help_is_quick_and_names_every_command(started):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, llmprune.cli; print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, llmprune.cli; print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', "
+        "'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, llmprune; llmprune.__version__; print([m for m in ('torch', 'transformers', 'typer') if m in sys.modules])"
+    code = (
+        "import sys, llmprune; llmprune.__version__; print([m for m in ('torch', 'transformers', 'typer') "
+        "if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -61,7 +67,8 @@ def test_every_command_has_help(typed, command):
     [
         (
             "prune",
-            "recipe sparsity pattern pruner refiner allocator calibration samples seqlen seed device dtype set",
+            "recipe sparsity pattern pruner refiner allocator calibration samples seqlen seed device "
+            "dtype set",
         ),
         ("prune", "output overwrite dry-run json quiet"),
         ("run", "recipe sparsity perplexity eval-seqlen tasks suite include-tasks limit"),

@@ -115,7 +115,8 @@ def test_a_run_that_loses_its_reader_says_what_is_kept(typed, cli, tiny_llama, m
     code, _, err = typed("prune", tiny_llama, *SMALL, "--recipe", "magnitude", "--output", "out")
     assert code == 141 and len(err.splitlines()) == 1
     assert re.search(
-        r"the output was closed; 1 of 2 blocks are finished and kept; continue with: llmprune prune .* --resume",
+        r"the output was closed; 1 of 2 blocks are finished and kept; continue with: "
+        r"llmprune prune .* --resume",
         err,
     )
     monkeypatch.undo()

@@ -135,7 +135,8 @@ def test_an_occupied_output_ends_the_program_in_one_line(cli, tiny_llama, tmp_pa
     done = cli("run", tiny_llama, "--output", "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "llmprune: output folder out is not empty; choose another with --output or replace it with --overwrite"
+        "llmprune: output folder out is not empty; "
+        "choose another with --output or replace it with --overwrite"
     ]
     assert everything(tmp_path / "out") == before
 

@@ -59,9 +59,10 @@ attempt("chats", lambda: head(text.calibration_text("owner/chats", 0, Chats(None
 attempt("bad chat", lambda: head(text.calibration_text("owner/chats:bad", 3, Chats(None))[0]()))
 attempt("no such column", lambda: head(text.calibration_text("owner/notes:title", 0)[0]()))
 attempt("no such dataset", lambda: head(text.calibration_text("owner/nothing:text", 0)[0]()))
+small |= {"output": "unwritten", "calibration": "builtin"}
 for name in ("missing", "gated", "gated-files", "bad-token", "down", "pickle"):
-    attempt(name, lambda: llmprune.prune(f"owner/{name}", output="unwritten", calibration="builtin", **small).record)
-attempt("no such revision", lambda: llmprune.prune("owner/tiny", revision="v9", output="unwritten", calibration="builtin", **small).record)
+    attempt(name, lambda: llmprune.prune(f"owner/{name}", **small).record)
+attempt("no such revision", lambda: llmprune.prune("owner/tiny", revision="v9", **small).record)
 print(json.dumps(done))
 """
 

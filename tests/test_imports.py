@@ -149,7 +149,9 @@ MAKERS = {"zeros", "ones", "empty", "full", "rand", "randn", "randn_like", "lins
     "path", [p for p in FILES if p.name != "train.py"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_tensors_are_made_in_a_dtype_that_is_named(path):
-    """torch's default dtype belongs to the whole process: another thread, or the user, may have set another one."""
+    """torch's default dtype belongs to the whole process: another thread, or the user, may have set another
+    one.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
             whole_numbers = (

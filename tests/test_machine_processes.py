@@ -32,7 +32,9 @@ def tokens(tmp_path, calibration_tokens):
 
 @pytest.fixture
 def ranks(tmp_path, tokens, forked):
-    """The program in so many processes in the test's folder, forked instead of launched: (exit code, what they say)."""
+    """The program in so many processes in the test's folder, forked instead of launched: (exit code, what
+    they say).
+    """
 
     stores = []
 
@@ -149,7 +151,8 @@ def test_two_processes_tune_a_block_as_one_does(ranks, make_llama, tmp_path):
     changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     code, out, err = ranks(2, "prune", model, *options, *changes, "--output", "many", "--json")
     assert code == 0, err
-    # The first block sees the same sums; later ones see weights tuned from gradients that differ by rounding, which ADMM carries on.
+    # The first block sees the same sums; later ones see weights tuned from gradients that differ by rounding,
+    # which ADMM carries on.
     first, second = (
         {n: m for n, m in read_masks(tmp_path / f / "masks.safetensors").items() if ".layers.0." in n}
         for f in ("one", "many")
@@ -206,7 +209,8 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
 
 
 def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
-    # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or without.
+    # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or
+    # without.
     launcher = (
         sys.executable,
         "-m",

@@ -199,7 +199,8 @@ def test_a_block_more_than_the_config_asks_for_is_mentioned(typed, make_llama, t
     )
     assert code == 0
     assert re.search(
-        r"asks for 3 blocks and the checkpoint holds 1 more; 9 tensors .* pass unchanged, the first is 'model\.layers\.3\.",
+        r"asks for 3 blocks and the checkpoint holds 1 more; "
+        r"9 tensors .* pass unchanged, the first is 'model\.layers\.3\.",
         out,
     )
     record = json.loads(Path("out/llmprune.json").read_text())

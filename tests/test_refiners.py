@@ -128,7 +128,9 @@ def test_swaps_equal_the_oracle_and_lower_every_row(pattern, pruner):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_swaps_that_look_up_seldom_end_the_same(pattern, monkeypatch):
-    """On a GPU rows that have no swap left stay among the others for a while; one row has nothing pruned, one nothing kept."""
+    """On a GPU rows that have no swap left stay among the others for a while; one row has nothing pruned, one
+    nothing kept.
+    """
     from llmprune.refiners import swaps
 
     work = layer(pattern)

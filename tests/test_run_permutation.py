@@ -167,7 +167,9 @@ def test_a_permuted_run_resumes_to_the_same_bytes(
 
 
 def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
-    """Links are tried on the dense first block, though a resumed run finds it pruned: here a guess holds in no other block."""
+    """Links are tried on the dense first block, though a resumed run finds it pruned: here a guess holds in
+    no other block.
+    """
     from llmprune.checkpoint.writer import CheckpointWriter
 
     given, real, holds = (

@@ -1,9 +1,11 @@
-"""Fidelity: the keep masks and perplexities of the published code, on a really trained model (needs the folder ../shared).
+"""Fidelity: the keep masks and perplexities of the published code, on a really trained model (needs the
+folder ../shared).
 
-The reference was computed in float32 throughout. Two facts of the published code are imposed where they matter, to show that nothing else
-differs: its unstructured SparseGPT prunes one weight too many per block of 128 columns (`scope: published`), and its N:M DSnoT prunes some
-weights of rows whose candidates ran out without growing others (those few rows are taken from the reference).
-Statistics are summed in float32 sequence by sequence, as that code does: rounding decides some swaps, and later blocks amplify them.
+The reference was computed in float32 throughout. Two facts of the published code are imposed where they
+matter, to show that nothing else differs: its unstructured SparseGPT prunes one weight too many per block of
+128 columns (`scope: published`), and its N:M DSnoT prunes some weights of rows whose candidates ran out
+without growing others (those few rows are taken from the reference). Statistics are summed in float32
+sequence by sequence, as that code does: rounding decides some swaps, and later blocks amplify them.
 `eval/bench/reference.py` prints the whole table, with the exact counts too.
 """
 

@@ -77,7 +77,7 @@ def test_a_rate_that_diverges_loses(tiny_llama, calibration_tokens, tmp_path, mo
 
 
 def test_group_order_sees_what_the_pruned_matrices_before_it_make(tiny_llama, calibration_tokens, tmp_path):
-    """Wanda by groups equals Wanda by hand: prune q, k, v; run; prune o on what it now sees; run; and so on."""
+    """Wanda by groups equals Wanda by hand: prune q, k, v; run; prune o on what it now sees; and so on."""
     run(tiny_llama, calibration_tokens, tmp_path / "out", settings={"order": "group"})
     out = llmprune.load(tmp_path / "out")
     model = llmprune.load(tiny_llama)
