@@ -163,16 +163,7 @@ def test_a_model_without_tokenizer_can_write(make_llama, tmp_path):
 
 def test_the_record_says_how_and_its_recipe_does_it_again(typed, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = (
-        "--calibration",
-        "self",
-        "--samples",
-        4,
-        "--seqlen",
-        16,
-        "--set",
-        "calibration.temperature=0.7",
-    )
+    arguments = "--calibration self --samples 4 --seqlen 16 --set calibration.temperature=0.7".split()
     code, out, err = typed("prune", tiny_llama, "--recipe", "wanda", *arguments, "--output", "one", "--json")
     assert code == 0 and "self (sampled from the model at temperature 0.7, top-p 0.95)" in err
     record = json.loads(out)

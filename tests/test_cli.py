@@ -202,18 +202,7 @@ def test_without_output_the_folder_is_named_after_model_recipe_and_sparsity(type
 
 
 def test_flags_reach_the_recipe(typed, tiny_llama):
-    flags = (
-        "--pruner",
-        "sparsegpt",
-        "--refiner",
-        "none",
-        "--seed",
-        3,
-        "--set",
-        "pruner.damp=0.05",
-        "--set",
-        "scope=matrix",
-    )
+    flags = "--pruner sparsegpt --refiner none --seed 3 --set pruner.damp=0.05 --set scope=matrix".split()
     summary = json.loads(typed("prune", tiny_llama, *SMALL, *flags, "--output", "out", "--json")[1])
     assert summary["recipe"]["pruner"]["name"] == "sparsegpt"
     assert summary["recipe"]["pruner"]["damp"] == 0.05

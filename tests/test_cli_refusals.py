@@ -101,19 +101,8 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_a_damaged_weight_ends_the_program_in_one_line(cli, llama_copy, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(llama_copy, **{name: torch.full((96, 64), math.nan)})
-    done = cli(
-        "prune",
-        llama_copy,
-        "--calibration",
-        "builtin",
-        "--samples",
-        2,
-        "--seqlen",
-        32,
-        "--quiet",
-        "--output",
-        "out",
-    )
+    options = ("--calibration", "builtin", "--samples", 2, "--seqlen", 32, "--output", "out")
+    done = cli("prune", llama_copy, *options, "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert name in done.stderr and "NaN" in done.stderr

@@ -14,17 +14,15 @@ from llmprune.hub.download import demo_folder
 def scores(tmp_path_factory):
     """Perplexity on held-out text, dense and at 70 % by recipe."""
     root = tmp_path_factory.mktemp("demo")
-    found = {
-        "dense": llmprune.evaluate("demo", perplexity=["builtin"], limit=200)["perplexity"]["builtin"][
-            "value"
-        ]
-    }
+    folders = {"dense": "demo"}
     for recipe in ("magnitude", "wanda", "sparsegpt", "dsnot"):
-        llmprune.prune("demo", recipe=recipe, sparsity=0.7, dtype="float32", output=root / recipe)
-        found[recipe] = llmprune.evaluate(root / recipe, perplexity=["builtin"], limit=200)["perplexity"][
-            "builtin"
-        ]["value"]
-    return found
+        folders[recipe] = root / recipe
+        llmprune.prune("demo", recipe=recipe, sparsity=0.7, dtype="float32", output=folders[recipe])
+
+    def perplexity(folder):
+        return llmprune.evaluate(folder, perplexity=["builtin"], limit=200)["perplexity"]["builtin"]["value"]
+
+    return {name: perplexity(folder) for name, folder in folders.items()}
 
 
 def test_pruning_matters_and_better_methods_hurt_less(scores):

@@ -168,16 +168,7 @@ def test_two_processes_measure_as_one_does(ranks, make_llama, tmp_path):
     model, tokens = make_llama(layers=3), tmp_path / "tokens.safetensors"
     options = {"recipe": "wanda", "allocator": "owl", "sparsity": 0.6, "calibration": tokens}
     one = llmprune.prune(model, output=tmp_path / "one", **options).record
-    flags = (
-        "--recipe",
-        "wanda",
-        "--allocator",
-        "owl",
-        "--sparsity",
-        "0.6",
-        "--calibration",
-        "tokens.safetensors",
-    )
+    flags = "--recipe wanda --allocator owl --sparsity 0.6 --calibration tokens.safetensors".split()
     code, out, err = ranks(2, "prune", model, *flags, "--output", "many", "--json")
     assert code == 0, err
     assert [m["target_sparsity"] for m in one["matrices"]] == [
@@ -226,16 +217,7 @@ def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
         "0",
         "--num_processes",
     )
-    options = (
-        "--calibration",
-        "tokens.safetensors",
-        "--perplexity",
-        "builtin",
-        "--eval-seqlen",
-        "32",
-        "--limit",
-        "5",
-    )
+    options = "--calibration tokens.safetensors --perplexity builtin --eval-seqlen 32 --limit 5".split()
     code, out, err = launch(2, "run", tiny_llama, *options, "--output", "out", "--json", launcher=launcher)
     assert code == 0, err
     summary = json.loads(out)
@@ -284,18 +266,8 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(
 
 
 def test_text_sampled_from_the_model_is_that_of_one_process(ranks, tiny_llama, tmp_path, monkeypatch):
-    options = (
-        "--recipe",
-        "wanda",
-        "--calibration",
-        "self=0.5+tokens.safetensors=0.5",
-        "--samples",
-        "8",
-        "--output",
-        "many",
-        "--json",
-    )
-    code, out, err = ranks(2, "prune", tiny_llama, *options)
+    options = "--recipe wanda --calibration self=0.5+tokens.safetensors=0.5 --samples 8".split()
+    code, out, err = ranks(2, "prune", tiny_llama, *options, "--output", "many", "--json")
     assert code == 0, err
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "empty"))
     source = {"self": 0.5, str(tmp_path / "tokens.safetensors"): 0.5}
