@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny checkpoints, a quiet environment without network, the program as a subprocess."""
+"""Shared fixtures: tiny checkpoints, a quiet environment without network, the program in and out of process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ ENVIRONMENT = {
     "no_proxy": "127.0.0.1,localhost",
     "TOKENIZERS_PARALLELISM": "false",
 }
-LONGEST = ("test_demo", "test_run_reference", "test_machine_processes", "test_run_resume", "test_cli")
 UNSET = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
@@ -35,6 +34,7 @@ UNSET = (
     "HF_DATASETS_CACHE",
     "HF_TOKEN_PATH",
 )
+LONGEST = ("test_demo", "test_run_reference", "test_machine_processes", "test_run_resume", "test_cli")
 
 # huggingface_hub reads its variables when it is imported, so they are set before any test module is.
 _HOME = Path(tempfile.mkdtemp(prefix="llmprune-tests-"))
@@ -55,6 +55,7 @@ def pytest_sessionfinish(session, exitstatus):
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """`-n auto`: as many as there are processors to use, and no more than memory is likely to bear."""
     return min(threads.usable_processors(), 8)
