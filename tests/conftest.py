@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny checkpoints, a quiet environment without network, the program in and out of process."""
+"""Shared fixtures: tiny checkpoints, surroundings without network, the program in this process and others."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ UNSET = (
     "HF_HUB_CACHE",
     "HF_DATASETS_CACHE",
     "HF_TOKEN_PATH",
+    "COLUMNS",  # which pytest-xdist sets
 )
 LONGEST = ("test_demo", "test_run_reference", "test_machine_processes", "test_run_resume", "test_cli")
 
