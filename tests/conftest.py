@@ -35,7 +35,23 @@ UNSET = (
     "HF_TOKEN_PATH",
     "COLUMNS",  # which pytest-xdist sets
 )
-LONGEST = ("test_demo", "test_run_reference", "test_machine_processes", "test_run_resume", "test_cli")
+# Files that begin first, and files that one worker does alone: what their fixtures make is made once.
+LONGEST = (
+    "test_demo",
+    "test_run_reference",
+    "test_machine_processes",
+    "test_record",
+    "test_hub_download",
+    "test_run_resume",
+)
+TOGETHER = (
+    "test_record",
+    "test_hub_download",
+    "test_hub_upload",
+    "test_machine_processes",
+    "test_machine_state",
+    "test_checkpoint_hostile",
+)
 
 # huggingface_hub reads its variables when it is imported, so they are set before any test module is.
 _HOME = Path(tempfile.mkdtemp(prefix="llmprune-tests-"))
@@ -60,6 +76,19 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_xdist_auto_num_workers(config):
     """`-n auto`: as many as there are processors to use, and no more than memory is likely to bear."""
     return min(threads.usable_processors(), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadscope`: every test by itself, but a file of TOGETHER as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in TOGETHER else nodeid
+
+    return ByTest(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items):

@@ -40,9 +40,6 @@ from llmprune.model.opening import open_model
 from llmprune.recipe import loading as recipe
 from llmprune.record.licence import read_licence
 
-# What its fixtures make takes long and is made once.
-pytestmark = pytest.mark.xdist_group("checkpoint_hostile")
-
 KINDS = (
     "safetensors",
     "index",

@@ -19,9 +19,6 @@ from safetensors.torch import load_file
 
 from llmprune.hub.download import locate
 
-# What its fixtures make takes long and is made once.
-pytestmark = pytest.mark.xdist_group("hub_download")
-
 TEXT = "the quick brown fox jumps over the lazy dog and runs into the green hills beyond the river "
 # Every call in one process: importing torch and transformers costs seconds.
 CALLS = """

@@ -11,9 +11,6 @@ from hub_server import READER, TOKEN, Fault
 import llmprune
 from llmprune.hub.download import locate
 
-# What its fixtures make takes long and is made once.
-pytestmark = pytest.mark.xdist_group("hub_upload")
-
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
 PUBLISHED = {
     "README.md",

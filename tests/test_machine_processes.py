@@ -18,8 +18,6 @@ import llmprune
 from llmprune.checkpoint.masks import read_masks
 from llmprune.machine.processes import Team, share_out
 
-# They share the process that others are forked from, and are several at once themselves.
-pytestmark = pytest.mark.xdist_group("processes")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
 

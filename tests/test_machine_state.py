@@ -19,9 +19,6 @@ from torch import nn
 import llmprune
 from llmprune.machine.device import exact_matmul
 
-# What its fixtures make takes long and is made once.
-pytestmark = pytest.mark.xdist_group("machine_state")
-
 
 def state():
     """What a run might change for the whole process."""

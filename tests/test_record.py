@@ -18,9 +18,6 @@ from safetensors.torch import load_file, safe_open
 import llmprune
 from llmprune.checkpoint.masks import read_masks
 
-# What its fixtures make takes long and is made once.
-pytestmark = pytest.mark.xdist_group("record")
-
 SMALL = ("--samples", 4, "--seqlen", 64)
 
 
