@@ -75,6 +75,12 @@ def test_rooms_do_not_import_one_another_in_a_circle():
             del left[room]
 
 
+def test_files_of_tests_are_named_after_rooms():
+    rooms = {*table(), "contract", "imports"}
+    parts = [path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")]
+    assert [part for part in parts if part.partition("_")[0] not in rooms] == []
+
+
 def test_the_hall_stays_empty():
     assert {p.stem for p in PACKAGE.glob("*.py")} == {
         "__init__",
