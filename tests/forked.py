@@ -72,6 +72,8 @@ class Child:
     def wait(self, timeout=None):
         if self.returncode is None:
             self.returncode = self._number(timeout)
+            if self.returncode is not None:
+                os.close(self._told)
         return self.returncode
 
     def communicate(self, timeout=180):
