@@ -1,16 +1,22 @@
 # `make demo`: set-up and the main job on the embedded model.   `make test`: set-up and the tests.
+# `make test-all`: the tests with every case of their grids and more random cases.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+
+.PHONY: demo test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/llmprune run demo --sparsity 0.7 --output runs/demo-0.7 --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not exhaustive'
+
+test-all: $(READY)
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""Shared fixtures: tiny checkpoints, a quiet environment without network, the program as a subprocess."""
+"""Shared fixtures: tiny checkpoints, surroundings without network, the program in this process and others."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -32,28 +33,74 @@ UNSET = (
     "HF_HUB_CACHE",
     "HF_DATASETS_CACHE",
     "HF_TOKEN_PATH",
+    "COLUMNS",  # which pytest-xdist sets
+)
+# Files that begin first, and files that one worker does alone: what their fixtures make is made once.
+LONGEST = (
+    "test_demo",
+    "test_run_reference",
+    "test_machine_processes",
+    "test_record",
+    "test_hub_download",
+    "test_run_resume",
+)
+TOGETHER = (
+    "test_record",
+    "test_hub_download",
+    "test_hub_upload",
+    "test_machine_processes",
+    "test_machine_state",
+    "test_checkpoint_hostile",
 )
 
 # huggingface_hub reads its variables when it is imported, so they are set before any test module is.
 _HOME = Path(tempfile.mkdtemp(prefix="llmprune-tests-"))
+_NUMBERS = itertools.count()
 os.environ.update(ENVIRONMENT, HF_HOME=str(_HOME / "hf"), LLMPRUNE_CACHE=str(_HOME / "cache"))
 for _name in UNSET:
     os.environ.pop(_name, None)
+# Test processes run side by side, and the models are tiny: one thread each, unless the user has chosen.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import llmprune  # noqa: E402, I001  before torch: threads that wait then sleep
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-import llmprune  # noqa: E402, F401  before torch: threads that wait then sleep
+from llmprune.machine import threads  # noqa: E402
 
 
 def pytest_sessionfinish(session, exitstatus):
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: as many as there are processors to use, and no more than memory is likely to bear."""
+    return min(threads.usable_processors(), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadscope`: every test by itself, but a file of TOGETHER as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in TOGETHER else nodeid
+
+    return ByTest(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory, monkeypatch):
+def own_caches(monkeypatch):
     """Every test has empty caches of its own and cannot reach the network through the hub."""
-    home = tmp_path_factory.mktemp("home")
+    home = _HOME / str(next(_NUMBERS))
+    home.mkdir()
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     for name in UNSET:
@@ -69,9 +116,25 @@ def own_log():
     logging.getLogger("llmprune").setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def no_plot():
+    """Runs of tests draw no plot: it takes longer than all the rest of a run this small.
+
+    Models that several tests read have one.
+    """
+    from llmprune.record import report
+
+    real, report._plot = report._plot, lambda matrices: ""
+    yield
+    report._plot = real
+
+
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory):
-    """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary. Treat the folders as read-only."""
+    """A factory of tiny random Llama checkpoints that speak the demo tokenizer's vocabulary.
+
+    Treat the folders as read-only.
+    """
     made: dict[tuple[object, ...], Path] = {}
 
     def make(
@@ -144,9 +207,20 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_llama, tmp_path_factory):
+    """A tiny model pruned and scored. Treat as read-only."""
+    output = tmp_path_factory.mktemp("finished") / "my-model"
+    options = {"recipe": "wanda", "sparsity": 0.6, "calibration": "builtin", "samples": 4, "seqlen": 32}
+    scored = {"perplexity": "builtin", "tasks": "demo_continuation", "limit": 4}
+    return llmprune.run_model(tiny_llama, output=output, **options, **scored)
+
+
 @pytest.fixture
 def own_hub(tmp_path, monkeypatch):
-    """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was waited for."""
+    """A hub of the test's own that this process talks to, logged in, with an empty cache; `slept` is what was
+    waited for.
+    """
     from hub_server import TOKEN, serving
     from huggingface_hub import constants
 
@@ -161,9 +235,35 @@ def own_hub(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """`forked.start(args, cwd)`: the program in a process forked from one that has imported everything; see
+    `forked.py`.
+    """
+    from forked import Parent
+
+    parent = Parent()
+    yield parent
+    parent.end()
+
+
 @pytest.fixture
-def cli(tmp_path):
-    """The program as a subprocess in the test's own folder."""
+def cli(tmp_path, forked):
+    """The program in a process of its own in the test's own folder."""
+
+    def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
+        child = forked.start(args, tmp_path, env)
+        out, err = child.communicate(timeout)
+        return subprocess.CompletedProcess(args, child.returncode, out, err)
+
+    return call
+
+
+@pytest.fixture
+def started(tmp_path):
+    """The program in an interpreter of its own in the test's own folder, for what is decided when Python or a
+    library starts.
+    """
 
     def call(*args, env=None, timeout=180) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -179,9 +279,39 @@ def cli(tmp_path):
 
 
 @pytest.fixture
-def typed(monkeypatch, capfd):
-    """The program in this process: (exit code, stdout, stderr)."""
+def work(tmp_path, monkeypatch):
+    """The current directory, which bad input must leave as it was."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(tiny_llama, calibration_tokens, work):
+    """`refused(pattern, ...)`: pruning so raises one line that matches, and `work` stays as it was."""
+    from outputs import everything, one_line
+
+    def check(said, model=None, call=None, **options):
+        before = everything(work)
+        values = {"calibration": calibration_tokens, "sparsity": 0.5, "output": "out", **options}
+        given = {name: value for name, value in values.items() if value is not None}
+        with pytest.raises(Exception, match=said) as caught:
+            (call or llmprune.prune)(model or tiny_llama, **given)
+        one_line(caught.value)
+        assert everything(work) == before
+
+    return check
+
+
+@pytest.fixture
+def typed(request, tmp_path, monkeypatch, capfd):
+    """The program in this process, in `work` where the test has it and in `tmp_path` where not: (exit code,
+    stdout, stderr).
+    """
     from llmprune.__main__ import main
+
+    monkeypatch.chdir(request.getfixturevalue("work") if "work" in request.fixturenames else tmp_path)
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, args)])

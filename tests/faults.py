@@ -1,7 +1,9 @@
-"""Kills and breaks small runs at seeded random moments, resumes them, and compares every byte with an undisturbed run.
+"""Kills and breaks small runs at seeded random moments, resumes them, and compares every byte with an
+undisturbed run.
 
-`python tests/faults.py --kills 500 --errors 200` by hand; the suite runs it with fewer. Each run is a forked child of this process, which
-has imported everything and never runs more than one thread, so that a fork is safe.
+`python tests/faults.py --kills 500 --errors 200` by hand; the suite runs it with fewer. Each run is a forked
+child of this process, which has imported everything and never runs more than one thread, so that a fork is
+safe.
 """
 
 from __future__ import annotations

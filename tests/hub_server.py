@@ -43,8 +43,9 @@ class Repository:
 class Fault:
     """What happens to the next requests that match `METHOD PATH`: a status, or the connection is cut.
 
-    `cut`: after so many bytes of the answer's body (of the request's body for PUT). `short`: the answer ends after so many bytes, as if
-    that were all. `reset`: the cut comes without a goodbye. `after`: the request takes effect, only its answer is lost.
+    `cut`: after so many bytes of the answer's body (of the request's body for PUT). `short`: the answer ends
+    after so many bytes, as if that were all. `reset`: the cut comes without a goodbye. `after`: the request
+    takes effect, only its answer is lost.
     """
 
     request: str
@@ -60,7 +61,7 @@ class Fault:
 
 @dataclass
 class Hub:
-    """`refused`: ("models" | "datasets", "owner/name", action or "" for every one) -> (status, X-Error-Code)."""
+    """`refused`: ("models" | "datasets", "owner/name", action or "" for all) -> (status, X-Error-Code)."""
 
     root: Path
     url: str = ""

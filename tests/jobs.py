@@ -1,14 +1,20 @@
-"""Random layers for tests of algorithms: weights, calibration inputs and their statistics, as the corridor would hand them over."""
+"""Random layers for tests of algorithms: weights, calibration inputs and their statistics, as the corridor
+would hand them over.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import torch
 
+from llmprune import registry
 from llmprune.contracts import InputStats, Job, Need, Pattern
+from llmprune.patterns import NM, Unstructured
 from llmprune.statistics.sums import StatsSums, sample_positions
 
 ALL = Need.MEAN | Need.SECOND_MOMENT | Need.VARIANCE | Need.WITHIN_VARIANCE | Need.GRAM | Need.SAMPLE
+PATTERNS = {"row": Unstructured("row"), "matrix": Unstructured("matrix"), "2:4": NM(2, 4)}
 
 
 def inputs(columns: int, sequences: int = 6, tokens: int = 20, seed: int = 0) -> torch.Tensor:
@@ -49,3 +55,21 @@ def job(
 def array(tensor: torch.Tensor) -> np.ndarray:
     """Float64 for the oracles."""
     return tensor.double().numpy()
+
+
+def build(room, name, **options):
+    """An algorithm by its name."""
+    return registry.build(room, name, options)
+
+
+def layer(pattern, seed=0):
+    """A layer to prune with one of PATTERNS, to 60 % where the pattern leaves it open."""
+    pattern = PATTERNS[pattern]
+    return job(pattern, pattern.sparsity if isinstance(pattern, NM) else 0.6, rows=12, columns=32, seed=seed)
+
+
+def masked(score, work, pattern):
+    """The oracle's keep mask of a score for one of PATTERNS."""
+    if pattern == "2:4":
+        return oracles.nm_mask(score, 2, 4)
+    return oracles.unstructured_mask(score, work.sparsity, pattern)

@@ -1,8 +1,9 @@
-"""Slow, independent reference versions, written from the papers' formulas; nothing here is imported by the package.
+"""Slow, independent reference versions, written from the papers' formulas; nothing here is imported by the
+package.
 
-Everything is numpy float64. Shapes: weight [R, C] = (out_features, in_features), inputs [T, C], masks bool [R, C] with
-True = kept. Ties: rankings are ascending and stable, so among equal scores the lower index is pruned first.
-Counts are the literal floating point products, int(C * sparsity) and int(R * C * sparsity).
+Everything is numpy float64. Shapes: weight [R, C] = (out_features, in_features), inputs [T, C], masks bool
+[R, C] with True = kept. Ties: rankings are ascending and stable, so among equal scores the lower index is
+pruned first. Counts are the literal floating point products, int(C * sparsity) and int(R * C * sparsity).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ def _f64(values: ArrayLike) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-# --- input statistics -------------------------------------------------------------------------------------------------
+# --- input statistics
+# -------------------------------------------------------------------------------------------------
 
 
 def input_statistics(sequences: list[np.ndarray]) -> dict[str, Any]:
-    """Per-feature statistics of calibration inputs, each sequence [T_i, C]; Gram = X^T X / T (SparseGPT, Wanda, DSnoT).
+    """Per-feature statistics of calibration inputs, each sequence [T_i, C]; Gram = X^T X / T (SparseGPT,
+    Wanda, DSnoT).
 
-    'within_variance' is the token-weighted mean of each sequence's own population variance (published DSnoT code).
-    Returns count (int), mean / second_moment / variance / within_variance [C], gram [C, C]. Empty sequences count for nothing.
+    'within_variance' is the token-weighted mean of each sequence's own population variance (published DSnoT
+    code). Returns count (int), mean / second_moment / variance / within_variance [C], gram [C, C]. Empty
+    sequences count for nothing.
     """
     parts = [_f64(s) for s in sequences if len(s) > 0]
     x = np.concatenate(parts, axis=0)
@@ -49,7 +53,8 @@ def input_statistics(sequences: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-# --- scores and masks -------------------------------------------------------------------------------------------------
+# --- scores and masks
+# -------------------------------------------------------------------------------------------------
 
 
 def magnitude_score(weight: ArrayLike) -> np.ndarray:
@@ -75,7 +80,8 @@ def _keep_all_but_lowest(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def unstructured_mask(score: ArrayLike, sparsity: float, scope: str = "row") -> np.ndarray:
-    """Keep mask of score [R, C]: exactly int(C * sparsity) pruned in each row, or int(R * C * sparsity) in the matrix.
+    """Keep mask of score [R, C]: exactly int(C * sparsity) pruned in each row, or int(R * C * sparsity) in
+    the matrix.
 
     Scope 'row' as in Wanda, 'matrix' as in layer-wise magnitude pruning (row-major order there).
     """
@@ -89,7 +95,7 @@ def unstructured_mask(score: ArrayLike, sparsity: float, scope: str = "row") -> 
 
 
 def nm_mask(score: ArrayLike, n: int, m: int) -> np.ndarray:
-    """Keep mask of score [R, C]: in every aligned group of m columns the n highest are kept (N:M sparsity)."""
+    """Keep mask of score [R, C]: in every aligned group of m columns the n highest are kept (N:M)."""
     s = _f64(score)
     rows, columns = s.shape
     if columns % m:
@@ -101,13 +107,16 @@ def nm_mask(score: ArrayLike, n: int, m: int) -> np.ndarray:
     return keep
 
 
-# --- SparseGPT --------------------------------------------------------------------------------------------------------
+# --- SparseGPT
+# --------------------------------------------------------------------------------------------------------
 
 
 def _live_and_damped(weight: ArrayLike, gram: ArrayLike, damp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of weight [R, C] with dead columns zeroed and of gram [C, C] with dead diagonal 1, then damped (SparseGPT).
+    """Copies of weight [R, C] with dead columns zeroed and of gram [C, C] with dead diagonal 1, then damped
+    (SparseGPT).
 
-    The damping term is damp * mean(diag), the mean taken after dead entries became 1, as in the published code.
+    The damping term is damp * mean(diag), the mean taken after dead entries became 1, as in the published
+    code.
     """
     w, g = _f64(weight).copy(), _f64(gram).copy()
     for j in range(g.shape[0]):
@@ -118,7 +127,9 @@ def _live_and_damped(weight: ArrayLike, gram: ArrayLike, damp: float) -> tuple[n
 
 
 def _block_mask(saliency: np.ndarray, a: int, sparsity: float, scope: str) -> np.ndarray:
-    """Keep mask of one block's saliency [R, b - a], columns a..b, by the difference of the counts up to b and up to a."""
+    """Keep mask of one block's saliency [R, b - a], columns a..b, by the difference of the counts up to b and
+    up to a.
+    """
     rows, width = saliency.shape
     b = a + width
     if scope == "matrix":
@@ -140,10 +151,12 @@ def sparsegpt(
     damp: float = 0.01,
     block: int = 128,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """SparseGPT (arXiv 2301.00774), weight [R, C], gram [C, C] -> (new weight, keep), columns solved left to right.
+    """SparseGPT (arXiv 2301.00774), weight [R, C], gram [C, C] -> (new weight, keep), columns solved left to
+    right.
 
-    Every error is spread over all later columns at once; doing so lazily per block is the same sum. The block only says
-    when an unstructured mask is chosen; an N:M mask is chosen when its group's first column is reached.
+    Every error is spread over all later columns at once; doing so lazily per block is the same sum. The block
+    only says when an unstructured mask is chosen; an N:M mask is chosen when its group's first column is
+    reached.
     """
     w, g = _live_and_damped(weight, gram, damp)
     rows, columns = w.shape
@@ -173,10 +186,12 @@ def sparsegpt(
 def sparsegpt_elimination(
     weight: ArrayLike, gram: ArrayLike, keep: ArrayLike, damp: float = 0.01
 ) -> np.ndarray:
-    """Optimal Brain Surgeon for a given mask keep [R, C], columns left to right (SparseGPT, arXiv 2301.00774, section 3).
+    """Optimal Brain Surgeon for a given mask keep [R, C], columns left to right (SparseGPT, arXiv 2301.00774,
+    section 3).
 
-    At column j the inverse of the Gram matrix of columns j.. is recomputed from scratch; removing w_j changes the others by
-    -w_j / inv_00 * inv_0:. Same result as `sparsegpt` with the same mask. weight [R, C], gram [C, C] -> weight [R, C].
+    At column j the inverse of the Gram matrix of columns j.. is recomputed from scratch; removing w_j changes
+    the others by -w_j / inv_00 * inv_0:. Same result as `sparsegpt` with the same mask. weight [R, C], gram
+    [C, C] -> weight [R, C].
     """
     w, g = _live_and_damped(weight, gram, damp)
     mask = np.asarray(keep, dtype=bool)
@@ -189,7 +204,8 @@ def sparsegpt_elimination(
     return w
 
 
-# --- DSnoT ------------------------------------------------------------------------------------------------------------
+# --- DSnoT
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _dsnot_row(
@@ -203,7 +219,10 @@ def _dsnot_row(
     threshold: float,
     walk_on: bool,
 ) -> list[np.ndarray]:
-    """Masks [C] of one row after 0, 1, 2, ... DSnoT cycles (arXiv 2310.08915); contribution = D, ratio = D / var^p."""
+    """Masks [C] of one row after 0, 1, 2, ...
+
+    DSnoT cycles (arXiv 2310.08915); contribution = D, ratio = D / var^p.
+    """
     d, now = contribution, keep.copy()
     masks = [now.copy()]
     pruned = sorted((j for j in range(len(d)) if not keep[j]), key=lambda j: ratio[j])
@@ -254,7 +273,9 @@ def _dsnot_histories(
     power: float,
     walk_on: bool = False,
 ) -> list[list[np.ndarray]]:
-    """For each row its masks after every cycle; D_ij = W_ij * mean_j * sequence_length, arguments as for `dsnot`."""
+    """For each row its masks after every cycle; D_ij = W_ij * mean_j * sequence_length, arguments as for
+    `dsnot`.
+    """
     if sparsity_pattern is not None and initial_score is None:
         raise ValueError("an N:M pattern needs the initial score")
     w, mask, score = _f64(weight), np.asarray(keep, dtype=bool), _f64(prune_score)
@@ -283,11 +304,13 @@ def dsnot(
     power: float = 1.0,
     walk_on: bool = False,
 ) -> np.ndarray:
-    """DSnoT (arXiv 2310.08915): refined keep mask; weight, keep, both scores [R, C]; mean, variance [C]; pattern (n, m).
+    """DSnoT (arXiv 2310.08915): refined keep mask; weight, keep, both scores [R, C]; mean, variance [C];
+    pattern (n, m).
 
-    Only weights whose D has the sign of the row's error grow, each once, all from the initial mask; a row stops when its
-    candidates run out, so counts never change. Variances below TINY_VARIANCE count as that: a constant feature with nonzero
-    mean then ranks at the extreme end, a feature that is always 0 has D = 0 and is never grown.
+    Only weights whose D has the sign of the row's error grow, each once, all from the initial mask; a row
+    stops when its candidates run out, so counts never change. Variances below TINY_VARIANCE count as that: a
+    constant feature with nonzero mean then ranks at the extreme end, a feature that is always 0 has D = 0 and
+    is never grown.
     """
     arguments = (
         prune_score,
@@ -318,10 +341,11 @@ def dsnot_safe(
     power: float = 1.0,
     margin: float = 0.0,
 ) -> np.ndarray:
-    """DSnoT (arXiv 2310.08915) stopped per row at the cycle with the least output error on sample [S, C]; cycle 0 unless below 1 - margin.
+    """DSnoT (arXiv 2310.08915) stopped per row at the cycle with the least output error on sample [S, C];
+    cycle 0 unless below 1 - margin.
 
-    The error e = sample @ (w * pruned) is computed anew for every recorded mask; what counts is the larger of ||e||^2 and
-    ||e - mean(e)||^2, each over its value for the first mask; the first of equals wins.
+    The error e = sample @ (w * pruned) is computed anew for every recorded mask; what counts is the larger of
+    ||e||^2 and ||e - mean(e)||^2, each over its value for the first mask; the first of equals wins.
     """
     w, x = _f64(weight), _f64(sample)
     histories = _dsnot_histories(
@@ -348,25 +372,33 @@ def dsnot_safe(
     return np.stack(best)
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------
+# --- measures
+# ---------------------------------------------------------------------------------------------------------
 
 
 def relative_error(weight: ArrayLike, new_weight: ArrayLike, inputs: ArrayLike) -> float:
-    """||X (W - W')^T||^2 / ||X W^T||^2, the layer-wise error of SparseGPT's problem; weights [R, C], inputs [T, C]."""
+    """||X (W - W')^T||^2 / ||X W^T||^2, the layer-wise error of SparseGPT's problem; weights [R, C], inputs
+    [T, C].
+    """
     w, v, x = _f64(weight), _f64(new_weight), _f64(inputs)
     return float(np.sum((x @ (w - v).T) ** 2) / np.sum((x @ w.T) ** 2))
 
 
 def perplexity(losses_per_window: list[np.ndarray]) -> float:
-    """exp of the mean over windows of each window's mean token loss; each entry [tokens] (the papers' perplexity)."""
+    """exp of the mean over windows of each window's mean token loss; each entry [tokens] (the papers'
+    perplexity).
+    """
     return float(np.exp(np.mean([np.mean(_f64(losses)) for losses in losses_per_window])))
 
 
-# --- tuning a block ---------------------------------------------------------------------------------------------------
+# --- tuning a block
+# ---------------------------------------------------------------------------------------------------
 
 
 def block_tune_batches(rows: list[int], batch: int, steps: int, shuffle: Any) -> list[list[int]]:
-    """The sequences of each step: every pass over `rows` in a fresh order of `shuffle(n)`, a rest shorter than a batch dropped."""
+    """The sequences of each step: every pass over `rows` in a fresh order of `shuffle(n)`, a rest shorter
+    than a batch dropped.
+    """
     batches: list[list[int]] = []
     queue: list[int] = []
     while len(batches) < steps:
@@ -386,9 +418,11 @@ def relative_error_of_rows(weight: ArrayLike, x: ArrayLike, y: ArrayLike) -> flo
 def block_tune(
     weight: ArrayLike, keep: np.ndarray, x: ArrayLike, y: ArrayLike, batches: list[list[int]], rate: float
 ) -> np.ndarray:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101; betas 0.9 and 0.95, no decay) on the kept weights of one linear layer.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101; betas 0.9 and 0.95, no decay) on the kept weights of
+    one linear layer.
 
-    Gradient of `||x W^T - y||^2 / ||y||^2` over each batch by hand; rate warmed up over 10 steps and falling by half a cosine.
+    Gradient of `||x W^T - y||^2 / ||y||^2` over each batch by hand; rate warmed up over 10 steps and falling
+    by half a cosine.
     """
     w, inputs, targets = _f64(weight).copy(), _f64(x), _f64(y)
     first, second = np.zeros(w.shape), np.zeros(w.shape)
@@ -406,7 +440,8 @@ def block_tune(
     return w
 
 
-# --- second-order methods ---------------------------------------------------------------------------------------------
+# --- second-order methods
+# ---------------------------------------------------------------------------------------------
 
 
 def ria_score(weight: ArrayLike, second_moment: ArrayLike, power: float = 0.5) -> np.ndarray:
@@ -420,14 +455,18 @@ def ria_score(weight: ArrayLike, second_moment: ArrayLike, power: float = 0.5) -
 
 
 def sparsegpt_saliency_score(weight: ArrayLike, gram: ArrayLike, damp: float = 0.01) -> np.ndarray:
-    """W_ij^2 / U_jj^2, U the upper Cholesky factor of the inverse damped Gram matrix (SparseGPT, arXiv 2301.00774)."""
+    """W_ij^2 / U_jj^2, U the upper Cholesky factor of the inverse damped Gram matrix (SparseGPT, arXiv
+    2301.00774).
+    """
     w, g = _live_and_damped(weight, gram, damp)
     u = np.linalg.cholesky(np.linalg.inv(g)).T
     return w**2 / np.diag(u) ** 2
 
 
 def least_squares(weight: ArrayLike, keep: ArrayLike, gram: ArrayLike, damp: float = 0.01) -> np.ndarray:
-    """Per row the v on the mask that minimises (w - v)^T A (w - v), A the damped Gram matrix, by the normal equations."""
+    """Per row the v on the mask that minimises (w - v)^T A (w - v), A the damped Gram matrix, by the normal
+    equations.
+    """
     _, a = _live_and_damped(weight, gram, damp)
     w, mask = _f64(weight), np.asarray(keep, dtype=bool)
     out = np.zeros(w.shape)
@@ -451,10 +490,12 @@ def row_loss(weight: ArrayLike, pruned: ArrayLike, gram: ArrayLike) -> np.ndarra
 def swaps(
     weight: ArrayLike, start: ArrayLike, keep: ArrayLike, gram: ArrayLike, width: int = 1, least: float = 1e-5
 ) -> np.ndarray:
-    """Mask [R, C] after exact pair swaps, every loss computed anew from d^T G d; `start` [R, C] are the pruned weights.
+    """Mask [R, C] after exact pair swaps, every loss computed anew from d^T G d; `start` [R, C] are the
+    pruned weights.
 
-    Candidates of a step: the best j to grow alone with the best partner, and the best i to prune alone with the best partner; for
-    groups of `width` the pair comes from the group whose best j and best i are best together.
+    Candidates of a step: the best j to grow alone with the best partner, and the best i to prune alone with
+    the best partner; for groups of `width` the pair comes from the group whose best j and best i are best
+    together.
     """
     w, g = _f64(weight), _f64(gram)
     v, mask = _f64(start).copy(), np.asarray(keep, dtype=bool).copy()
@@ -498,7 +539,8 @@ def swaps(
 def alps(
     weight: ArrayLike, gram: ArrayLike, select: Any, damp: float = 0.01, rho: float = 0.1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ALPS (arXiv 2406.07831): ADMM in coordinates where the Gram matrix has unit diagonal, then the normal equations on the support.
+    """ALPS (arXiv 2406.07831): ADMM in coordinates where the Gram matrix has unit diagonal, then the normal
+    equations on the support.
 
     `select(score)` is the keep mask of the pattern. Returns weight and mask.
     """
@@ -529,11 +571,14 @@ def alps(
     return out * s, keep
 
 
-# --- allocation -------------------------------------------------------------------------------------------------------
+# --- allocation
+# -------------------------------------------------------------------------------------------------------
 
 
 def erk(shapes: dict[str, tuple[int, int]], sparsity: float) -> dict[str, float]:
-    """Sparsity per matrix: density proportional to (R + C) / (R * C), at most 1, found by bisection of the factor."""
+    """Sparsity per matrix: density proportional to (R + C) / (R * C), at most 1, found by bisection of the
+    factor.
+    """
     budget = (1 - sparsity) * sum(r * c for r, c in shapes.values())
     low, high = 0.0, 1e9
     for _ in range(300):
@@ -574,7 +619,9 @@ def dlp(
 
 
 def kept_in_groups(score: ArrayLike, n: int, m: int) -> float:
-    """What N:M pruning keeps of score [R, C]: the n highest of every m columns in a row (channel permutation, RIA, ICLR 2024)."""
+    """What N:M pruning keeps of score [R, C]: the n highest of every m columns in a row (channel permutation,
+    RIA, ICLR 2024).
+    """
     s = _f64(score)
     return float(sum(np.sort(row[a : a + m])[m - n :].sum() for row in s for a in range(0, s.shape[1], m)))
 
@@ -587,7 +634,9 @@ def best_grouping(score: ArrayLike, n: int, m: int) -> float:
 
 
 def atp(blocks: int, sparsity: float, share: float) -> list[float]:
-    """Sparsity per block (ATP, arXiv 2502.14770): an arithmetic progression around S whose step is a share of the steepest in [0, 1]."""
+    """Sparsity per block (ATP, arXiv 2502.14770): an arithmetic progression around S whose step is a share of
+    the steepest in [0, 1].
+    """
     beta = share * 2 * min(sparsity, 1 - sparsity) / (blocks - 1)
     return [sparsity - beta * (blocks - 1) / 2 + beta * (b - 1) for b in range(1, blocks + 1)]
 

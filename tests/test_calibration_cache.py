@@ -1,4 +1,4 @@
-"""The cache of calibration tokens: used where it can be, done without where it cannot, and that is said once."""
+"""The cache of calibration tokens: used where it can be, done without and told once where it cannot."""
 
 import errno
 import json

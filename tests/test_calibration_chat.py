@@ -1,4 +1,6 @@
-"""Chats as calibration text: the tokenizer's template or lines of `role: content`, and rows that are no chats."""
+"""Chats as calibration text: the tokenizer's template or lines of `role: content`, and rows that are no
+chats.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,8 @@ def test_plan_and_record_say_how_chats_were_laid_out(folder, typed, tiny_llama):
 BAD = [
     (
         {"role": "user"},
-        r"no \{role, content\} or \{from, value\} with texts, got \{'role': 'user'\}; mend or remove the row$",
+        r"no \{role, content\} or \{from, value\} with texts, got \{'role': 'user'\}; "
+        r"mend or remove the row$",
     ),
     ({"role": "user", "content": None}, r"got \{'role': 'user', 'content': None\}"),
     ({"role": "user", "content": [{"type": "text", "text": "x"}]}, r"with texts"),

@@ -126,18 +126,13 @@ def test_a_mixture_holds_the_rows_of_its_parts_in_an_order_of_the_seed(folder, b
 
 def test_every_way_to_write_a_mixture_gives_the_same(folder, tiny_llama, typed):
     options = ("--samples", 8, "--seqlen", 16, "--recipe", "magnitude")
-    code, out, err = typed(
-        "prune",
-        tiny_llama,
-        "--calibration",
-        "self=0.25+a.jsonl:body=0.75",
-        *options,
-        "--output",
-        "one",
-        "--json",
-    )
+    mixture = ("--calibration", "self=0.25+a.jsonl:body=0.75")
+    code, out, err = typed("prune", tiny_llama, *mixture, *options, "--output", "one", "--json")
     assert code == 0, err
-    said = "self=0.25+a.jsonl:body=0.75 (2 rows of self, 6 rows of a.jsonl:body, sampled from the model at temperature 1"
+    said = (
+        "self=0.25+a.jsonl:body=0.75 (2 rows of self, 6 rows of a.jsonl:body, sampled from the model at "
+        "temperature 1"
+    )
     assert said in " ".join(err.split())
     first = json.loads(out)["calibration"]
     assert first["parts"] == {"self": 2, "a.jsonl:body": 6} and first["temperature"] == 1.0

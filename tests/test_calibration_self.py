@@ -1,4 +1,6 @@
-"""Text sampled from the model itself: the right tokens, the same for a seed, refused where the model does not fit."""
+"""Text sampled from the model itself: the right tokens, the same for a seed, refused where the model does not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -161,16 +163,7 @@ def test_a_model_without_tokenizer_can_write(make_llama, tmp_path):
 
 def test_the_record_says_how_and_its_recipe_does_it_again(typed, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = (
-        "--calibration",
-        "self",
-        "--samples",
-        4,
-        "--seqlen",
-        16,
-        "--set",
-        "calibration.temperature=0.7",
-    )
+    arguments = "--calibration self --samples 4 --seqlen 16 --set calibration.temperature=0.7".split()
     code, out, err = typed("prune", tiny_llama, "--recipe", "wanda", *arguments, "--output", "one", "--json")
     assert code == 0 and "self (sampled from the model at temperature 0.7, top-p 0.95)" in err
     record = json.loads(out)
@@ -221,7 +214,10 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_llama, tmp_pa
     monkeypatch.setattr(device, "available_memory", lambda: 1_000_000)
     monkeypatch.setattr(calibration.rows, "pack", lambda *a: pytest.fail("text was packed"))
     monkeypatch.setattr(sampling, "fingerprint", lambda *a: pytest.fail("weights were read"))
-    said = r"sampling text needs the whole model in memory, about \d+\.\d MB.*--calibration c4, builtin or a text file$"
+    said = (
+        r"sampling text needs the whole model in memory, about \d+\.\d MB.*--calibration c4, builtin or a "
+        r"text file$"
+    )
     with pytest.raises(ValueError, match=said):
         llmprune.prune(tiny_llama, calibration=source, output=tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()

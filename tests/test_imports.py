@@ -75,6 +75,12 @@ def test_rooms_do_not_import_one_another_in_a_circle():
             del left[room]
 
 
+def test_files_of_tests_are_named_after_rooms():
+    rooms = {*table(), "contract", "imports"}
+    parts = [path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")]
+    assert [part for part in parts if part.partition("_")[0] not in rooms] == []
+
+
 def test_the_hall_stays_empty():
     assert {p.stem for p in PACKAGE.glob("*.py")} == {
         "__init__",
@@ -149,7 +155,9 @@ MAKERS = {"zeros", "ones", "empty", "full", "rand", "randn", "randn_like", "lins
     "path", [p for p in FILES if p.name != "train.py"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_tensors_are_made_in_a_dtype_that_is_named(path):
-    """torch's default dtype belongs to the whole process: another thread, or the user, may have set another one."""
+    """torch's default dtype belongs to the whole process: another thread, or the user, may have set another
+    one.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
             whole_numbers = (

@@ -1,4 +1,6 @@
-"""Hard layers: every method gives finite weights and exact counts, says what damping it took, and refuses what cannot be done."""
+"""Hard layers: every method gives finite weights and exact counts, says what damping it took, and refuses
+what cannot be done.
+"""
 
 import pytest
 import torch

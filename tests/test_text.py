@@ -1,4 +1,6 @@
-"""Text is read and tokenised in pieces: the tokens of the whole, no more read than is needed, what is no text refused."""
+"""Text is read and tokenised in pieces: the tokens of the whole, no more read than is needed, what is no text
+refused.
+"""
 
 import gzip
 import io
@@ -117,7 +119,8 @@ def test_a_stretch_without_a_place_to_cut_is_refused(small):
     for kind in (unigram, word_piece):
         with pytest.raises(
             ValueError,
-            match=r"^the text: the [\d,]+ characters from character 1 on hold no place.*spaces or line breaks",
+            match=r"^the text: the [\d,]+ characters from character 1 on hold no place.*spaces or line "
+            r"breaks",
         ):
             read(["abcdefg" * 3000], wrapped(kind()))
 
@@ -286,7 +289,10 @@ BINARY = {
 def test_binary_content_is_refused_by_its_first_bytes(folder, tiny_llama, kind, name):
     data = BINARY[kind]
     (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    said = rf"^cannot read {re.escape(name)}: it is {re.escape(kind)}.*; calibration and evaluation take UTF-8 text in \.txt"
+    said = (
+        rf"^cannot read {re.escape(name)}: it is {re.escape(kind)}.*; "
+        r"calibration and evaluation take UTF-8 text in \.txt"
+    )
     with pytest.raises(ValueError, match=said):
         llmprune.prune(tiny_llama, calibration=name, recipe="magnitude", output="out")
     with pytest.raises(ValueError, match=said):
@@ -364,7 +370,10 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(folder, tiny_llama,
     }
     for name, written in rows.items():
         (folder / name).write_text(written)
-    said = r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no tokenizer takes; mend or remove the row"
+    said = (
+        r"has half a character, \\u{}, after {} others \(a surrogate without its pair\), which no "
+        r"tokenizer takes; mend or remove the row"
+    )
     options = {"recipe": "magnitude", "samples": 2, "seqlen": 8, "output": "out"}
     for source, where in (
         ("a.jsonl", r"^a\.jsonl, line 2 " + said.format("d800", 1)),
@@ -410,12 +419,14 @@ class Wrong(Slow):
     [
         (
             [],
-            r"^the tokenizer makes no tokens of .*: it is damaged or belongs to another language; use the model's own$",
+            r"^the tokenizer makes no tokens of .*: it is damaged or belongs to another language; "
+            r"use the model's own$",
         ),
         ([0] * 300, r"^the tokenizer makes only special tokens \(0\) of "),
         (
             [5, 9999] * 300,
-            r"^(calibration )?tokens of .* range from 5 to 9999, the model knows 0 to 699; use its own tokenizer$",
+            r"^(calibration )?tokens of .* range from 5 to 9999, the model knows 0 to 699; "
+            r"use its own tokenizer$",
         ),
         ([5, -1] * 300, r"range from -1 to 5, the model knows 0 to 699"),
         ([3, None, 4] * 300, r"^the tokenizer gives no token ids for .*; its files are damaged$"),

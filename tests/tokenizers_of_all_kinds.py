@@ -8,7 +8,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS = [
     "the",
     "of",
@@ -103,7 +106,9 @@ def prose(rng, length):
 
 
 def nasty(rng, length):
-    """Long runs without spaces, of spaces, of line breaks; emoji, half-width, combining and unassigned characters; special tokens."""
+    """Long runs without spaces, of spaces, of line breaks; emoji, half-width, combining and unassigned
+    characters; special tokens.
+    """
     parts, size = [], 0
     while size < length:
         kind = rng.random()

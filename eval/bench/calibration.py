@@ -1,4 +1,6 @@
-"""Perplexity on one text after pruning with calibration rows of several sources and sizes: a table, source x rows, for each recipe."""
+"""Perplexity on one text after pruning with calibration rows of several sources and sizes: a table, source x
+rows, for each recipe.
+"""
 
 import argparse
 import json
@@ -35,7 +37,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     dense = perplexity(arguments, arguments.model)
     print(
-        f"{arguments.model}, sparsity {arguments.sparsity}, seeds {arguments.seeds}: perplexity on {arguments.text}, dense {dense:.4f}"
+        f"{arguments.model}, sparsity {arguments.sparsity}, seeds {arguments.seeds}: "
+        f"perplexity on {arguments.text}, dense {dense:.4f}"
     )
     for recipe in arguments.recipes:
         print(f"\n{f'{recipe}, rows:':<32}" + "".join(f"{samples:>28}" for samples in arguments.samples))

@@ -1,4 +1,5 @@
-"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, for three ways of waiting.
+"""What waiting threads cost: the demo's tuned run alone and beside a program with two threads, for three ways
+of waiting.
 
 `competitor.py [--runs 3]` prints the seconds of the whole command, the median of the runs, in one table.
 """

@@ -1,7 +1,8 @@
-"""The whole run against its bare forward passes: same tokens, same dtype, two passes per block and nothing else.
+"""The whole run against its bare forward passes: same tokens, same dtype, two passes per block and nothing
+else.
 
-`corridor.py MODEL TOKENS.safetensors [--dtype float32 bfloat16]`. The run's seconds are those of its record: reading, forwards, statistics,
-pruning, writing, without imports and plan.
+`corridor.py MODEL TOKENS.safetensors [--dtype float32 bfloat16]`. The run's seconds are those of its record:
+reading, forwards, statistics, pruning, writing, without imports and plan.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def main():
             seconds = min(runs, key=lambda s: s["total"])
             phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "total")
             print(
-                f"  {recipe:<10} {seconds['total']:.2f} s ({phases}): {seconds['total'] / best:.2f} times the bare passes",
+                f"  {recipe:<10} {seconds['total']:.2f} s ({phases}): "
+                f"{seconds['total'] / best:.2f} times the bare passes",
                 flush=True,
             )
 

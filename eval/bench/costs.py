@@ -1,10 +1,15 @@
-"""What every shipped recipe and method costs and gives, as YAML: `costs.py MODEL TEXT TOKENS > eval/results/costs.yaml`.
+"""What every shipped recipe and method costs and gives, as YAML.
+
+`costs.py MODEL TEXT TOKENS > eval/results/costs.yaml`:
 
 - time: processor time of the run at 70 %, with wanda's as 1; a busy machine hardly stretches it.
-- memory: what the plan predicts for a 7B Llama in bfloat16 on a CPU, 128 rows of 2048 tokens, block inputs in RAM; nothing is run.
-- perplexity: on TEXT, first 200 windows of 256 tokens, at 50 and 70 %, calibrated on TOKENS, everything in float32.
+- memory: what the plan predicts for a 7B Llama in bfloat16 on a CPU, 128 rows of 2048 tokens, block inputs in
+  RAM; nothing is run.
+- perplexity: on TEXT, first 200 windows of 256 tokens, at 50 and 70 %, calibrated on TOKENS, everything in
+  float32.
 
-Refiners, updates and allocators are measured on Wanda, pruners alone. `--memory` prints the memory alone, in a second.
+Refiners, updates and allocators are measured on Wanda, pruners alone. `--memory` prints the memory alone, in
+a second.
 """
 
 import argparse
@@ -63,7 +68,9 @@ def memory(name, **overrides):
 
 
 def entries():
-    """(where it belongs, recipe, overrides) of everything there is; `explicit` has nothing to measure without a user's numbers."""
+    """(where it belongs, recipe, overrides) of everything there is; `explicit` has nothing to measure without
+    a user's numbers.
+    """
     for name in shipped_names("recipes"):
         yield ("recipes", name), name, {}
     for room, key in ON_WANDA.items():

@@ -1,4 +1,6 @@
-"""DSnoT on a 4096 x 11008 matrix against a plain version, vectorised over rows, that sorts whole rows three times."""
+"""DSnoT on a 4096 x 11008 matrix against a plain version, vectorised over rows, that sorts whole rows three
+times.
+"""
 
 import torch
 from timing import best
@@ -71,7 +73,8 @@ def main():
         f"dsnot, as published: {ours:.2f} s, three full sorts {sorts:.2f} s: {sorts / ours:.1f} times faster"
     )
     print(
-        f"dsnot, verified on {SAMPLE_TOKENS} tokens: {checked:.2f} s, {sorts / checked:.1f} times faster than the plain published version"
+        f"dsnot, verified on {SAMPLE_TOKENS} tokens: {checked:.2f} s, {sorts / checked:.1f} times "
+        "faster than the plain published version"
     )
 
 

@@ -1,6 +1,8 @@
-"""A checkpoint larger than the memory it is given: peak memory and time of pruning and scoring at 8, 16 and 32 blocks, against the plan.
+"""A checkpoint larger than the memory it is given: peak memory and time of pruning and scoring at 8, 16 and
+32 blocks, against the plan.
 
-`large.py FOLDER [--blocks 8 16 32]` writes 7B-shaped checkpoints of random weights below FOLDER (13.5 GB and as much output at 32 blocks).
+`large.py FOLDER [--blocks 8 16 32]` writes 7B-shaped checkpoints of random weights below FOLDER (13.5 GB and
+as much output at 32 blocks).
 """
 
 import argparse
@@ -57,8 +59,10 @@ def main():
         totals = record["totals"]
         private = totals["peak_private_memory_bytes"]
         print(
-            f"{blocks} blocks, {totals['bytes']['dense'] / 1e9:.2f} GB: {seconds:.0f} s; peak {private / 1e9:.2f} GB private, "
-            f"{totals['peak_memory_bytes'] / 1e9:.2f} GB with file pages; planned {planned['memory_bytes'] / 1e9:.2f} GB "
+            f"{blocks} blocks, {totals['bytes']['dense'] / 1e9:.2f} GB: {seconds:.0f} s; "
+            f"peak {private / 1e9:.2f} GB private, "
+            f"{totals['peak_memory_bytes'] / 1e9:.2f} GB with file pages; "
+            f"planned {planned['memory_bytes'] / 1e9:.2f} GB "
             f"({planned['memory_bytes'] / private - 1:+.0%})",
             flush=True,
         )
@@ -72,8 +76,10 @@ def main():
         scoring, _ = program("run", *options, *text, "--dry-run")
         scores, seconds = program("eval", output, *text)
         print(
-            f"  perplexity of 16 windows of 512: {seconds:.0f} s; peak {scores['peak_private_memory_bytes'] / 1e9:.2f} GB private, "
-            f"{scores['peak_memory_bytes'] / 1e9:.2f} GB with file pages; planned {scoring['scoring_memory_bytes'] / 1e9:.2f} GB",
+            f"  perplexity of 16 windows of 512: {seconds:.0f} s; "
+            f"peak {scores['peak_private_memory_bytes'] / 1e9:.2f} GB private, "
+            f"{scores['peak_memory_bytes'] / 1e9:.2f} GB with file pages; "
+            f"planned {scoring['scoring_memory_bytes'] / 1e9:.2f} GB",
             flush=True,
         )
         if not arguments.keep:

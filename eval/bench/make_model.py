@@ -1,4 +1,6 @@
-"""Writes a Llama checkpoint of any size with random weights, sharded, bfloat16: `make_model.py FOLDER` is 7B-shaped (13.5 GB)."""
+"""Writes a Llama checkpoint of any size with random weights, sharded, bfloat16: `make_model.py FOLDER` is
+7B-shaped (13.5 GB).
+"""
 
 import argparse
 import json

@@ -1,4 +1,6 @@
-"""Seconds and peak memory of `llmprune prune MODEL --sparsity 0.7` for each recipe, each in a process of its own."""
+"""Seconds and peak memory of `llmprune prune MODEL --sparsity 0.7` for each recipe, each in a process of its
+own.
+"""
 
 import argparse
 import json
@@ -16,7 +18,8 @@ def main():
     parser.add_argument("options", nargs="*", help="more options of llmprune prune, after --")
     arguments = parser.parse_args()
     print(
-        f"{arguments.model}: seconds of the whole command / of the run itself (forwards, pruning) / peak resident memory"
+        f"{arguments.model}: seconds of the whole command / of the run itself (forwards, pruning) / "
+        "peak resident memory"
     )
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +45,8 @@ def main():
         totals = json.loads(done.stdout)["totals"]
         seconds = totals["seconds"]
         print(
-            f"{recipe:<10} {whole:5.1f} s / {seconds['total']:5.1f} s (forward {seconds['forward']:.1f}, prune {seconds['prune']:.1f})"
+            f"{recipe:<10} {whole:5.1f} s / {seconds['total']:5.1f} s (forward "
+            f"{seconds['forward']:.1f}, prune {seconds['prune']:.1f})"
             f" / {totals['peak_memory_bytes'] / 1e6:.0f} MB, sparsity {totals['sparsity']:.4f}"
         )
 

@@ -1,8 +1,8 @@
-"""`llmprune prune` end to end against the flow of the papers' code: the whole model in memory, one sample at a time, statistics per matrix,
-two passes per block, masks by full sorts.
+"""`llmprune prune` end to end against the flow of the papers' code: the whole model in memory, one sample at
+a time, statistics per matrix, two passes per block, masks by full sorts.
 
-`published.py MODEL TOKENS.safetensors`. Theirs counts loading, passes and pruning, in float32 as their code does; ours counts all of the
-record's seconds, reading and writing too. Imports count on neither side.
+`published.py MODEL TOKENS.safetensors`. Theirs counts loading, passes and pruning, in float32 as their code
+does; ours counts all of the record's seconds, reading and writing too. Imports count on neither side.
 """
 
 import argparse
@@ -162,7 +162,8 @@ def main():
         for method in ("sparsegpt", "alps")
     }
     print(
-        f"\nsparsegpt {times['sparsegpt']:.2f} s, alps {times['alps']:.2f} s: {times['alps'] / times['sparsegpt']:.1f} times as long"
+        f"\nsparsegpt {times['sparsegpt']:.2f} s, alps {times['alps']:.2f} s: "
+        f"{times['alps'] / times['sparsegpt']:.1f} times as long"
     )
 
 

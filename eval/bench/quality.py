@@ -1,8 +1,10 @@
-"""What pruning costs, by recipe and amount: `quality.py MODEL TEXT --calibration SOURCE --recipes wanda best --amounts 0.5 2:4`.
+"""What pruning costs, by recipe and amount.
 
-The gap of a pruned model is `ln(perplexity pruned) - ln(perplexity dense)` on TEXT; its share is of the gap of the first recipe named
-(or of --reference, a results.json as the reference folder has it). A recipe is a name or a file, with overrides after `?`:
-`best?update=none`, `wanda?refiner=swaps&order=group`.
+`quality.py MODEL TEXT --calibration SOURCE --recipes wanda best --amounts 0.5 2:4`.
+
+The gap of a pruned model is `ln(perplexity pruned) - ln(perplexity dense)` on TEXT; its share is of the gap
+of the first recipe named (or of --reference, a results.json as the reference folder has it). A recipe is a
+name or a file, with overrides after `?`: `best?update=none`, `wanda?refiner=swaps&order=group`.
 """
 
 import argparse
@@ -98,7 +100,8 @@ def main():
             gaps.setdefault(label, gap)
             shares = " | ".join(f"{gap / gaps[m]:.3f}" if m in gaps else "" for m in ("wanda", "sparsegpt"))
             print(
-                f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | {seconds:.0f}{_cell(accuracy)} |",
+                f"| {amount} | {label} | {value:.4f} | {gap:.4f} | {shares} | {sparsity:.6f} | "
+                f"{seconds:.0f}{_cell(accuracy)} |",
                 flush=True,
             )
 

@@ -1,4 +1,6 @@
-"""Every perplexity of the reference folder against ours: `reference.py FOLDER`, the folder that holds models/, data/ and reference/."""
+"""Every perplexity of the reference folder against ours: `reference.py FOLDER`, the folder that holds
+models/, data/ and reference/.
+"""
 
 import argparse
 import json
@@ -54,7 +56,8 @@ def main():
             wanted = results[name]["perplexity"]
             what = f"{name} ({label})" if label else name
             print(
-                f"| {what} | {wanted:.4f} | {ours:.4f} | {ours / wanted - 1:+.2%} | {run.record['totals']['sparsity']:.6f} |",
+                f"| {what} | {wanted:.4f} | {ours:.4f} | {ours / wanted - 1:+.2%} | "
+                f"{run.record['totals']['sparsity']:.6f} |",
                 flush=True,
             )
 

@@ -1,4 +1,6 @@
-"""Mask selection on a 4096 x 11008 matrix: partial selection against a full stable sort, and against reading the matrix."""
+"""Mask selection on a 4096 x 11008 matrix: partial selection against a full stable sort, and against reading
+the matrix.
+"""
 
 import torch
 from timing import best
@@ -31,11 +33,13 @@ def main():
         f"unstructured, per row: {ours:.3f} s, full stable sort {sort:.3f} s: {sort / ours:.1f} times faster"
     )
     print(
-        f"                       reading the matrix four times {reading:.3f} s: selection takes {ours / reading:.1f} times that"
+        f"                       reading the matrix four times {reading:.3f} s: "
+        f"selection takes {ours / reading:.1f} times that"
     )
     ours, sort = best(lambda: pattern.select(score, 0.5), lambda: sort_groups(score))
     print(
-        f"2:4:                   {ours:.3f} s, sorting every group {sort:.3f} s: {sort / ours:.1f} times faster"
+        f"2:4:                   {ours:.3f} s, sorting every group {sort:.3f} s: "
+        f"{sort / ours:.1f} times faster"
     )
 
 

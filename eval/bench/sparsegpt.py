@@ -1,6 +1,8 @@
-"""SparseGPT on a 4096 x 4096 matrix against a plain version with a column loop, and shared statistics against one set per matrix.
+"""SparseGPT on a 4096 x 4096 matrix against a plain version with a column loop, and shared statistics against
+one set per matrix.
 
-The plain version is the paper's algorithm, vectorised over rows as its published code is, blocks of 128 columns. `--size` for another size.
+The plain version is the paper's algorithm, vectorised over rows as its published code is, blocks of 128
+columns. `--size` for another size.
 """
 
 import argparse
@@ -62,11 +64,13 @@ def main():
 
     slow, fast = best(lambda: plain(weight, gram, 0.6), ours, repeats=2)
     print(
-        f"sparsegpt {size} x {size}: {fast:.2f} s, plain column loop {slow:.2f} s: {slow / fast:.1f} times faster"
+        f"sparsegpt {size} x {size}: {fast:.2f} s, plain column loop {slow:.2f} s: "
+        f"{slow / fast:.1f} times faster"
     )
     three, two, one = best(lambda: collect(x, 3), lambda: collect(x, 2), lambda: collect(x, 1))
     print(
-        f"Gram matrix of {size} inputs, 2048 tokens: {one:.3f} s for all who share it, {two:.3f} s for two, {three:.3f} s for three"
+        f"Gram matrix of {size} inputs, 2048 tokens: {one:.3f} s for all who share it, {two:.3f} s for "
+        f"two, {three:.3f} s for three"
     )
     print(f"shared by q, k, v: {three / one:.1f} times faster; by gate, up: {two / one:.1f} times")
 

@@ -1,5 +1,7 @@
 """Peak memory of reading text files, as calibration (the plan of `llmprune prune demo`) and for perplexity
-(`llmprune eval demo --limit 4`), and how soon SIGTERM ends the reading. A process that takes more than --most GB is stopped."""
+(`llmprune eval demo --limit 4`), and how soon SIGTERM ends the reading. A process that takes more than --most
+GB is stopped.
+"""
 
 import argparse
 import gzip
@@ -32,7 +34,9 @@ def write_files(folder):
 
 
 def measured(command, most, stop_after=None):
-    """(peak resident bytes, seconds, exit code or why it was stopped, stdout, last line of stderr) of a command."""
+    """(peak resident bytes, seconds, exit code or why it was stopped, stdout, last line of stderr) of a
+    command.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
@@ -110,7 +114,8 @@ def main():
                     else ""
                 )
                 print(
-                    f"{name:<26} {what:<38} {peak / 1e9:5.2f} GB{planned} in {seconds:5.1f} s, exit {code} {said[:150]}",
+                    f"{name:<26} {what:<38} {peak / 1e9:5.2f} GB{planned} in {seconds:5.1f} s, exit "
+                    f"{code} {said[:150]}",
                     flush=True,
                 )
 

@@ -1,6 +1,8 @@
-"""How far masks depend on the number of threads: `threads.py MODEL TOKENS.safetensors` prunes with one thread and with two and compares.
+"""How far masks depend on the number of threads: `threads.py MODEL TOKENS.safetensors` prunes with one thread
+and with two and compares.
 
-Sums run in another order, nothing else differs; what that moves is the share of mask entries that do not agree.
+Sums run in another order, nothing else differs; what that moves is the share of mask entries that do not
+agree.
 """
 
 import argparse

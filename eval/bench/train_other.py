@@ -1,7 +1,8 @@
-"""Trains a small model of another kind than the demo's, for measurements on a model nothing was tuned on: `train_other.py --output FOLDER`.
+"""Trains a small model of another kind than the demo's, for measurements on a model nothing was tuned on:
+`train_other.py --output FOLDER`.
 
-OPT's architecture (learned positions, LayerNorm, biases, ReLU, no gate), the demo's training text and recipe; 600 steps take two CPU cores
-about a quarter of an hour.
+OPT's architecture (learned positions, LayerNorm, biases, ReLU, no gate), the demo's training text and recipe;
+600 steps take two CPU cores about a quarter of an hour.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Which continuation of a held-out snippet is real: four choices of like length, the wrong ones from elsewhere. Chance is 25 %."""
+"""Which continuation of a held-out snippet is real: four choices of like length, the wrong ones from
+elsewhere. Chance is 25 %.
+"""
 
 import random
 
@@ -7,7 +9,9 @@ QUESTIONS = 200
 
 
 def dataset(**_):
-    """200 questions from the held-out modules of the running interpreter, always the same for one Python version."""
+    """200 questions from the held-out modules of the running interpreter, always the same for one Python
+    version.
+    """
     import datasets
 
     from llmprune.demo.text import held_out_documents

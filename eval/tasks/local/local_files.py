@@ -1,4 +1,6 @@
-"""Tasks on files you already have: `llmprune eval ... --tasks rte_local --task-data DIR`, with DIR/rte and DIR/blimp as below."""
+"""Tasks on files you already have: `llmprune eval ... --tasks rte_local --task-data DIR`, with DIR/rte and
+DIR/blimp as below.
+"""
 
 import gzip
 import json
@@ -15,7 +17,7 @@ def _rows(folder, pattern):
 
 
 def rte(data=".", **_):
-    """RTE-1 to RTE-3 development pairs: `rte/*_dev.jsonl` with premise, hypothesis, label (0 = entailment)."""
+    """RTE-1 to RTE-3 development pairs: `rte/*_dev.jsonl` with premise, hypothesis, label (0: entailment)."""
     import datasets
 
     pairs = [
@@ -27,7 +29,10 @@ def rte(data=".", **_):
 
 
 def blimp(data=".", **_):
-    """BLiMP minimal pairs: `blimp/*.jsonl.gz`. Paradigms take turns, so the first 67 n documents hold n of each."""
+    """BLiMP minimal pairs: `blimp/*.jsonl.gz`.
+
+    Paradigms take turns, so the first 67 n documents hold n of each.
+    """
     import datasets
 
     paradigms = [rows for _, rows in _rows(data, "blimp/*.jsonl.gz")]

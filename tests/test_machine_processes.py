@@ -22,9 +22,46 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
 
 @pytest.fixture
-def launch(tmp_path, calibration_tokens):
-    """The program in so many processes, in the test's folder; `tokens.safetensors` is there."""
+def tokens(tmp_path, calibration_tokens):
+    """`tokens.safetensors` in the test's folder."""
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
+    return tmp_path / "tokens.safetensors"
+
+
+@pytest.fixture
+def ranks(tmp_path, tokens, forked):
+    """The program in so many processes in the test's folder, forked instead of launched: (exit code, what
+    they say).
+    """
+
+    stores = []
+
+    def call(processes, *arguments, wait=True):
+        # As with torchrun the store is not rank 0's, and outlives it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        stores.append(store)
+        world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        world |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        team = [
+            forked.start(arguments, tmp_path, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
+        return together(team) if wait else team
+
+    return call
+
+
+def together(team):
+    """What a launcher would tell of these processes: the first exit code that is not 0, all that they say."""
+    texts = [process.communicate(timeout=240) for process in team]
+    codes = [process.returncode for process in team if process.returncode]
+    return codes[0] if codes else 0, "".join(out for out, _ in texts), "".join(err for _, err in texts)
+
+
+@pytest.fixture
+def launch(tmp_path, tokens):
+    """The program in so many processes that a launcher starts, in the test's folder."""
 
     def call(processes, *arguments, launcher=TORCHRUN, wait=True):
         rendezvous = (
@@ -80,7 +117,7 @@ def comparable(folder):
 
 @pytest.mark.parametrize(("processes", "recipe"), [(2, "dsnot"), (4, "dsnot"), (2, "sparsegpt")])
 def test_several_processes_give_the_masks_and_the_record_of_one(
-    launch, make_llama, tmp_path, calibration_tokens, processes, recipe
+    ranks, make_llama, tmp_path, calibration_tokens, processes, recipe
 ):
     model = make_llama(layers=3)
     llmprune.prune(
@@ -91,7 +128,7 @@ def test_several_processes_give_the_masks_and_the_record_of_one(
         output=tmp_path / "one",
     )
     options = ("--recipe", recipe, "--sparsity", "0.6", "--calibration", "tokens.safetensors")
-    code, out, err = launch(processes, "prune", model, *options, "--output", "many", "--json")
+    code, out, err = ranks(processes, "prune", model, *options, "--output", "many", "--json")
     assert code == 0, err
     assert json.loads(out)["environment"]["processes"] == processes, "rank 0 alone prints the summary"
     assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
@@ -101,7 +138,7 @@ def test_several_processes_give_the_masks_and_the_record_of_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one", "tokens.safetensors"]
 
 
-def test_two_processes_tune_a_block_as_one_does(launch, make_llama, tmp_path):
+def test_two_processes_tune_a_block_as_one_does(ranks, make_llama, tmp_path):
     model = make_llama(layers=3)
     settings = {"update.steps": 12, "update.batch": 3}
     tokens = tmp_path / "tokens.safetensors"
@@ -110,9 +147,10 @@ def test_two_processes_tune_a_block_as_one_does(launch, make_llama, tmp_path):
     ).record
     options = ("--recipe", "best", "--sparsity", "0.6", "--calibration", "tokens.safetensors")
     changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    code, out, err = launch(2, "prune", model, *options, *changes, "--output", "many", "--json")
+    code, out, err = ranks(2, "prune", model, *options, *changes, "--output", "many", "--json")
     assert code == 0, err
-    # The first block sees the same sums; later ones see weights tuned from gradients that differ by rounding, which ADMM carries on.
+    # The first block sees the same sums; later ones see weights tuned from gradients that differ by rounding,
+    # which ADMM carries on.
     first, second = (
         {n: m for n, m in read_masks(tmp_path / f / "masks.safetensors").items() if ".layers.0." in n}
         for f in ("one", "many")
@@ -124,21 +162,12 @@ def test_two_processes_tune_a_block_as_one_does(launch, make_llama, tmp_path):
         assert mine["tune"]["held_out_after"] == pytest.approx(other["tune"]["held_out_after"], rel=0.05)
 
 
-def test_two_processes_measure_as_one_does(launch, make_llama, tmp_path):
+def test_two_processes_measure_as_one_does(ranks, make_llama, tmp_path):
     model, tokens = make_llama(layers=3), tmp_path / "tokens.safetensors"
     options = {"recipe": "wanda", "allocator": "owl", "sparsity": 0.6, "calibration": tokens}
     one = llmprune.prune(model, output=tmp_path / "one", **options).record
-    flags = (
-        "--recipe",
-        "wanda",
-        "--allocator",
-        "owl",
-        "--sparsity",
-        "0.6",
-        "--calibration",
-        "tokens.safetensors",
-    )
-    code, out, err = launch(2, "prune", model, *flags, "--output", "many", "--json")
+    flags = "--recipe wanda --allocator owl --sparsity 0.6 --calibration tokens.safetensors".split()
+    code, out, err = ranks(2, "prune", model, *flags, "--output", "many", "--json")
     assert code == 0, err
     assert [m["target_sparsity"] for m in one["matrices"]] == [
         m["target_sparsity"] for m in json.loads(out)["matrices"]
@@ -151,7 +180,7 @@ import atexit, os, sys
 def threads():
     return [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
 atexit.register(lambda: print("left", *threads()))  # runs after what is registered later
-from llmprune import processes
+from llmprune.machine import processes
 team = processes.current()
 import transformers.modeling_utils
 assert team.tell(team.rank) == 0 and any("gloo" in name for name in threads())
@@ -169,7 +198,8 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
 
 
 def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
-    # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or without.
+    # `--multi_gpu` is how accelerate starts several processes of a program on one machine, with GPUs or
+    # without.
     launcher = (
         sys.executable,
         "-m",
@@ -185,16 +215,7 @@ def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
         "0",
         "--num_processes",
     )
-    options = (
-        "--calibration",
-        "tokens.safetensors",
-        "--perplexity",
-        "builtin",
-        "--eval-seqlen",
-        "32",
-        "--limit",
-        "5",
-    )
+    options = "--calibration tokens.safetensors --perplexity builtin --eval-seqlen 32 --limit 5".split()
     code, out, err = launch(2, "run", tiny_llama, *options, "--output", "out", "--json", launcher=launcher)
     assert code == 0, err
     summary = json.loads(out)
@@ -205,44 +226,46 @@ def test_the_whole_job_under_accelerate_launch(launch, tiny_llama, tmp_path):
     assert summary["evaluation"]["perplexity"]["builtin"]["pruned"] == pytest.approx(alone, rel=1e-6)
 
 
+def killed(team, victim):
+    """One of the processes, or of those that a launcher started, is gone from one moment to the next."""
+    if isinstance(team, list):
+        team[victim].kill()
+        return together(team)
+    started = psutil.Process(team.pid).children(recursive=True)
+    next(p for p in started if p.environ().get("RANK") == str(victim)).send_signal(signal.SIGKILL)
+    out, err = team.communicate(timeout=120)
+    return team.returncode, out, err
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(launch, make_llama, tmp_path, victim):
+@pytest.mark.parametrize("by", ["fork", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
+def test_a_killed_rank_ends_all_with_one_line_and_the_run_goes_on(
+    launch, ranks, make_llama, tmp_path, victim, by
+):
     model = make_llama(layers=60)
     options = ("--recipe", "sparsegpt", "--calibration", "tokens.safetensors", "--output", "out")
-    process = launch(2, "prune", model, *options, wait=False)
+    team = (launch if by == "torchrun" else ranks)(2, "prune", model, *options, wait=False)
     journal, deadline = tmp_path / ".out.partial" / "journal.jsonl", time.monotonic() + 120
     while not (journal.is_file() and journal.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.005)
-    ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}
-    ranks[str(victim)].send_signal(signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    code, _, err = killed(team, victim)
     lines = said(err)
-    assert process.returncode != 0 and len(lines) == 1, err
+    assert code != 0 and len(lines) == 1, err
     assert re.search(r"another process of this run ended|interrupted", lines[0]), lines
     if victim == 1:
         assert re.search(
             r"\d+ of 60 blocks are finished and kept; continue with the same command and --resume$", lines[0]
         )
     assert not (tmp_path / "out").exists()
-    code, out, err = launch(2, "prune", model, *options, "--resume")
+    code, out, err = ranks(2, "prune", model, *options, "--resume")
     assert code == 0, err
     assert re.search(r"\d+ of 60 blocks are finished; their outputs are computed again", out)
     assert llmprune.inspect(tmp_path / "out")["record_agrees"] is True
 
 
-def test_text_sampled_from_the_model_is_that_of_one_process(launch, tiny_llama, tmp_path, monkeypatch):
-    options = (
-        "--recipe",
-        "wanda",
-        "--calibration",
-        "self=0.5+tokens.safetensors=0.5",
-        "--samples",
-        "8",
-        "--output",
-        "many",
-        "--json",
-    )
-    code, out, err = launch(2, "prune", tiny_llama, *options)
+def test_text_sampled_from_the_model_is_that_of_one_process(ranks, tiny_llama, tmp_path, monkeypatch):
+    options = "--recipe wanda --calibration self=0.5+tokens.safetensors=0.5 --samples 8".split()
+    code, out, err = ranks(2, "prune", tiny_llama, *options, "--output", "many", "--json")
     assert code == 0, err
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "empty"))
     source = {"self": 0.5, str(tmp_path / "tokens.safetensors"): 0.5}
@@ -251,15 +274,15 @@ def test_text_sampled_from_the_model_is_that_of_one_process(launch, tiny_llama, 
     assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
 
 
-def test_bad_input_is_told_once(launch, tiny_llama, tmp_path):
+def test_bad_input_is_told_once(ranks, tiny_llama, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
-    code, _, err = launch(2, "prune", tiny_llama, "--calibration", "nowhere.txt", "--output", "out")
+    code, _, err = ranks(2, "prune", tiny_llama, "--calibration", "nowhere.txt", "--output", "out")
     assert code != 0 and len(said(err)) == 1, err
     assert "nowhere.txt" in said(err)[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_more_processes_than_samples_are_refused(launch, tiny_llama, tmp_path):
+def test_more_processes_than_samples_are_refused(ranks, tiny_llama, tmp_path):
     save_file({"tokens": torch.zeros(1, 32, dtype=torch.int64)}, tmp_path / "one.safetensors")
-    code, _, err = launch(2, "prune", tiny_llama, "--calibration", "one.safetensors")
+    code, _, err = ranks(2, "prune", tiny_llama, "--calibration", "one.safetensors")
     assert code != 0 and said(err) == ["llmprune: 2 processes share 1 calibration samples; start at most 1"]

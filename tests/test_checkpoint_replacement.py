@@ -1,4 +1,6 @@
-"""What may be replaced or removed: nothing that a run of this program has not written, by whatever way it came there."""
+"""What may be replaced or removed: nothing that a run of this program has not written, by whatever way it
+came there.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What Python callers may give: paths, mappings, numbers of numpy and torch; every other type is refused in one line."""
+"""What Python callers may give: paths, mappings, numbers of numpy and torch; every other type is refused in
+one line.
+"""
 
 import inspect
 import json
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from outputs import Listening
 
 import llmprune
 from llmprune import api
@@ -116,25 +119,17 @@ def test_single_precision_keeps_the_number_that_was_typed(value):
 
 def test_a_name_alone_is_one_name(tiny_llama, tmp_path):
     (tmp_path / "own.txt").write_text("The text of a file, long enough for one window of some tokens. " * 30)
-    options = {"limit": 1, "eval_seqlen": 32}
-    assert set(llmprune.evaluate(tiny_llama, perplexity="builtin", **options)["perplexity"]) == {"builtin"}
-    assert set(llmprune.evaluate(tiny_llama, perplexity=tmp_path / "own.txt", **options)["perplexity"]) == {
-        "own.txt"
-    }
-    assert set(
-        llmprune.evaluate(tiny_llama, perplexity=["builtin", tmp_path / "own.txt"], **options)["perplexity"]
-    ) == {
-        "builtin",
-        "own.txt",
-    }
-    assert set(llmprune.evaluate(tiny_llama, tasks="demo_continuation", limit=1)["tasks"]) == {
-        "demo_continuation"
-    }
-    assert (
-        arguments.CHECKS["tasks"]("tasks", "boolq, rte")
-        == ("boolq", "rte")
-        == arguments.CHECKS["tasks"]("tasks", ["boolq", "rte"])
-    )
+
+    def scored(**names):
+        scores = llmprune.evaluate(tiny_llama, limit=1, eval_seqlen=32, **names)
+        return {*scores["perplexity"], *scores["tasks"]}
+
+    assert scored(perplexity="builtin") == {"builtin"}
+    assert scored(perplexity=tmp_path / "own.txt") == {"own.txt"}
+    assert scored(perplexity=["builtin", tmp_path / "own.txt"]) == {"builtin", "own.txt"}
+    assert scored(tasks="demo_continuation") == {"demo_continuation"}
+    tasks = arguments.CHECKS["tasks"]
+    assert tasks("tasks", "boolq, rte") == ("boolq", "rte") == tasks("tasks", ["boolq", "rte"])
     with pytest.raises(ValueError, match="unknown task 'boolqq'"):
         llmprune.evaluate(tiny_llama, tasks="boolqq")
 
@@ -336,25 +331,6 @@ def test_what_nobody_is_told_is_a_python_warning(tiny_llama):
         llmprune.prune(tiny_llama, samples=4, seqlen=32, dry_run=True)
     with pytest.warns(UserWarning, match="is scored on program source"):
         llmprune.evaluate(tiny_llama, limit=1)
-
-
-class Listening:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def plan(self, *_):
-        self.told.append("plan")
-
-    def stage(self, title, steps):
-        self.told.append(title)
-
-    def step(self):
-        pass
-
-    def note(self, text):
-        self.told.append(text)
 
 
 def test_a_reporter_is_told_instead(tiny_llama, capfd):

@@ -301,7 +301,9 @@ def test_a_lock_left_by_a_dead_process_does_not_hold(start, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_with_the_command_that_resumes(make_llama, calibration_tokens, tmp_path, number):
+def test_an_interrupt_ends_with_the_command_that_resumes(
+    make_llama, calibration_tokens, tmp_path, forked, number
+):
     save_file({"tokens": calibration_tokens}, tmp_path / "tokens.safetensors")
     model = make_llama(layers=40)
     command = [
@@ -314,13 +316,7 @@ def test_an_interrupt_ends_with_the_command_that_resumes(make_llama, calibration
         "--output",
         "my out",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmprune", *command],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forked.start(command, tmp_path)
     journal = tmp_path / ".my out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.is_file() and journal.read_text().count("\n") > 2) and time.monotonic() < deadline:
@@ -333,22 +329,23 @@ def test_an_interrupt_ends_with_the_command_that_resumes(make_llama, calibration
     assert process.returncode == 130 and line and int(line[1]) >= 2, err
     words = shlex.split(line[2])
     assert words[0] == "llmprune" and words[-1] == "--resume"
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"{line[1]} of 40 blocks are finished; their outputs are computed again", done.stdout)
+    again = forked.start(words[1:], tmp_path)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert re.search(rf"{line[1]} of 40 blocks are finished; their outputs are computed again", out)
     assert llmprune.inspect(tmp_path / "my out")["record_agrees"] is True
 
 
-def test_faults_at_random_moments_lose_nothing():
-    """SIGKILL at 50 seeded random moments, and write errors and full disks; `faults.py` says how."""
+@pytest.mark.parametrize(("kills", "errors"), [(6, 2), pytest.param(50, 15, marks=pytest.mark.exhaustive)])
+def test_faults_at_random_moments_lose_nothing(kills, errors):
+    """SIGKILL at seeded random moments, and write errors and full disks; `faults.py` says how."""
+    script = Path(__file__).parent / "faults.py"
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "faults.py"), "--kills", "50", "--errors", "15"],
+        [sys.executable, str(script), "--kills", str(kills), "--errors", str(errors)],
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     struck = [int(line.split()[0]) for line in done.stdout.splitlines() if "as in an undisturbed run" in line]
-    assert len(struck) == 3 and struck[0] >= 50 and min(struck) >= 15, done.stdout
+    assert len(struck) == 3 and struck[0] >= kills and min(struck) >= errors, done.stdout

@@ -118,8 +118,8 @@ def test_the_card_says_what_it_is_and_how_to_load_it(own_hub, out):
     scores = record["evaluation"]["perplexity"]["builtin"]
     change = f"{scores['pruned'] / scores['dense'] - 1:+.1%}"
     assert (
-        f"| perplexity builtin | {scores['dense']:.2f} | {scores['pruned']:.2f} | {change} | 2 windows of 64 tokens"
-        in card
+        f"| perplexity builtin | {scores['dense']:.2f} | {scores['pruned']:.2f} | {change} | 2 windows "
+        "of 64 tokens" in card
     )
     assert scores["protocol"]["mean"] in card and "neither smaller on disk nor faster" in card
     recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]

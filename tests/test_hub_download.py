@@ -25,9 +25,9 @@ CALLS = """
 import json, time
 import llmprune
 time.sleep = lambda seconds: None  # what is waited for between attempts
-from llmprune import text
+from llmprune.text import sources as text
 from llmprune.calibration.chat import Chats
-from llmprune.hub import locate
+from llmprune.hub.download import locate
 done = {}
 def attempt(name, work):
     start = time.monotonic()
@@ -56,9 +56,10 @@ attempt("chats", lambda: head(text.calibration_text("owner/chats", 0, Chats(None
 attempt("bad chat", lambda: head(text.calibration_text("owner/chats:bad", 3, Chats(None))[0]()))
 attempt("no such column", lambda: head(text.calibration_text("owner/notes:title", 0)[0]()))
 attempt("no such dataset", lambda: head(text.calibration_text("owner/nothing:text", 0)[0]()))
+small |= {"output": "unwritten", "calibration": "builtin"}
 for name in ("missing", "gated", "gated-files", "bad-token", "down", "pickle"):
-    attempt(name, lambda: llmprune.prune(f"owner/{name}", output="unwritten", calibration="builtin", **small).record)
-attempt("no such revision", lambda: llmprune.prune("owner/tiny", revision="v9", output="unwritten", calibration="builtin", **small).record)
+    attempt(name, lambda: llmprune.prune(f"owner/{name}", **small).record)
+attempt("no such revision", lambda: llmprune.prune("owner/tiny", revision="v9", **small).record)
 print(json.dumps(done))
 """
 
@@ -273,19 +274,20 @@ def test_a_downloaded_model_is_found_in_the_cache_when_the_hub_is_down(called):
     assert value(called, "cached") == value(called, "first")
 
 
-def test_quiet_is_quiet_while_downloading(hub, cli, tmp_path):
+def test_quiet_is_quiet_while_downloading(hub, started, tmp_path):
     options = ("--calibration", "builtin", "--samples", 4, "--seqlen", 32, "--quiet")
-    done = cli("prune", "owner/tiny", "--output", "out", *options, env=environment(hub, tmp_path))
+    done = started("prune", "owner/tiny", "--output", "out", *options, env=environment(hub, tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "out" / "llmprune.json").is_file()
 
 
-def test_a_refused_model_is_one_line_and_exit_code_1(hub, cli, tmp_path):
-    done = cli("prune", "owner/gated", "--output", "out", env=environment(hub, tmp_path))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "owner/gated is gated" in done.stderr
+def test_a_refused_model_is_one_line_and_exit_code_1(own_hub, make_llama, typed, tmp_path):
+    own_hub.add("owner/gated", make_llama())
+    own_hub.refused[("models", "owner/gated", "")] = (403, "GatedRepo")
+    code, out, err = typed("prune", "owner/gated", "--output", "out")
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "owner/gated is gated" in err
     assert list(tmp_path.glob("out*")) == []
 
 

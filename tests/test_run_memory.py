@@ -79,7 +79,9 @@ def test_an_unknown_offload_is_refused(prune):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """A device on which more than so many sequences do not fit, failing late in the block: after some hooks have run."""
+    """A device on which more than so many sequences do not fit, failing late in the block: after some hooks
+    have run.
+    """
 
     def limit(sequences, error=torch.cuda.OutOfMemoryError):
         real = LlamaMLP.forward

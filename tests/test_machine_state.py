@@ -1,4 +1,6 @@
-"""What a process keeps once is as it was after a run, and two threads of one program do not disturb one another."""
+"""What a process keeps once is as it was after a run, and two threads of one program do not disturb one
+another.
+"""
 
 import logging
 import os

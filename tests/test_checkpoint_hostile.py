@@ -1,7 +1,11 @@
-"""Whatever a stranger's file holds: it is read, or refused in one clear line. 500 cases here; `LLMPRUNE_FUZZ_CASES=20000` by hand.
+"""Whatever a stranger's file holds: it is read, or refused in one clear line.
 
-Each case starts from a valid file and damages it: bytes flipped, cut, inserted; or its JSON or YAML changed at a random place to something
-nasty. While a case runs the process may not take more than 512 MB more memory than it has, nor 20 seconds.
+Ten cases of a kind in `make test`, 500 in all in
+`make test-all`, `LLMPRUNE_FUZZ_CASES=20000` by hand.
+
+Each case starts from a valid file and damages it: bytes flipped, cut, inserted; or its JSON or YAML changed
+at a random place to something nasty. While a case runs the process may not take more than 512 MB more memory
+than it has, nor 20 seconds.
 """
 
 from __future__ import annotations
@@ -231,7 +235,9 @@ def snapshot(root):
 
 
 def reader_of(kind, root, tokenizer, trial):
-    """(the valid file, how it is damaged, what reads it) of a kind; `trial` is a folder that holds a copy of the pruned model."""
+    """(the valid file, how it is damaged, what reads it) of a kind; `trial` is a folder that holds a copy of
+    the pruned model.
+    """
     shard = "model-00001-of-00003.safetensors"
 
     def calibrate(name):
@@ -310,19 +316,20 @@ def bytes_only(data, todo):
     return data
 
 
+@pytest.mark.parametrize("cases", [10, pytest.param(CASES // len(KINDS), marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_read_or_refused_in_one_line(fuzz, tmp_path, kind):
+def test_it_is_read_or_refused_in_one_line(fuzz, tmp_path, kind, cases):
     root, tokenizer = fuzz
 
     @settings(
-        max_examples=max(1, CASES // len(KINDS)),
+        max_examples=max(1, cases),
         deadline=timedelta(seconds=20),
         derandomize=CASES <= 500,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(todo=damages)
-    def cases(todo):
+    def one(todo):
         trial = tmp_path / "trial"
         shutil.rmtree(trial, ignore_errors=True)
         shutil.copytree(root / "out", trial)
@@ -333,7 +340,7 @@ def test_it_is_read_or_refused_in_one_line(fuzz, tmp_path, kind):
         if before is not None:
             assert snapshot(tmp_path) == before, "something was written"
 
-    cases()
+    one()
 
 
 def test_code_in_a_checkpoint_folder_runs_only_when_asked_for(tmp_path, tiny_llama, monkeypatch):

@@ -1,4 +1,6 @@
-"""Tasks: every number lm-eval gives is told, a task that gives none is refused, and task files run no Python unless asked for."""
+"""Tasks: every number lm-eval gives is told, a task that gives none is refused, and task files run no Python
+unless asked for.
+"""
 
 import json
 import math
@@ -43,7 +45,8 @@ def tasks(tmp_path, monkeypatch):
     (tmp_path / "capitals.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     # Local modules of task files are cached by lm-eval under their path: each test has its own.
     (folder / "marker.py").write_text(
-        f"open({str(tmp_path / 'it-ran')!r}, 'w').close()\n\n\ndef run(*args, **options):\n    return args[0]\n"
+        f"open({str(tmp_path / 'it-ran')!r}, 'w').close()\n\n\ndef run(*args, **options):\n    return "
+        "args[0]\n"
     )
 
     def make(name="capitals", raw="", **changes):
@@ -165,7 +168,8 @@ def test_where_lower_is_better_it_is_said(tasks, typed, tiny_llama, tmp_path):
     [
         (
             {"metric_list": [metric("bleu")]},
-            r"^task 'capitals' would give no score: lm-eval does not compute bleu for output_type multiple_choice; put others into "
+            r"^task 'capitals' would give no score: lm-eval does not compute bleu for output_type "
+            r"multiple_choice; put others into "
             r"metric_list in its file, such as acc, acc_norm$",
         ),
         (
