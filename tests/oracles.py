@@ -53,6 +53,25 @@ def input_statistics(sequences: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
+def published_sums(sequences: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The running means in float32 that the published code of SparseGPT, Wanda and DSnoT keeps, of sequences
+    [T, C] one after the other: the sum of the inputs, their sum of squares, their variance within a sequence,
+    and the Gram matrix times two.
+    """
+    one, columns = np.float32(1), sequences[0].shape[1]
+    total = squares = variance = np.zeros(columns, np.float32)
+    gram = np.zeros((columns, columns), np.float32)
+    for n, sequence in enumerate(sequences):
+        x = np.asarray(sequence, np.float32)
+        before, weight = np.float32(n / (n + 1)), one / np.float32(n + 1)
+        total = total * before + x.sum(axis=0) * weight
+        squares = squares * before + (x**2).sum(axis=0) * weight
+        variance = (variance * np.float32(n) + x.var(axis=0)) / np.float32(n + 1)
+        scaled = x * np.sqrt(np.float32(2 / (n + 1)))
+        gram = gram * before + scaled.T @ scaled
+    return {"sum": total, "squares": squares, "variance": variance, "gram": gram}
+
+
 # --- scores and masks
 # -------------------------------------------------------------------------------------------------
 

@@ -115,11 +115,13 @@ def comparable(folder):
     return record, errors
 
 
-@pytest.mark.parametrize(("processes", "recipe"), [(2, "dsnot"), (4, "dsnot"), (2, "sparsegpt")])
+@pytest.mark.parametrize(
+    ("processes", "recipe"), [(2, "dsnot"), (4, "dsnot"), (2, "sparsegpt"), (2, "sparsegpt-paper")]
+)
 def test_several_processes_give_the_masks_and_the_record_of_one(
     ranks, make_llama, tmp_path, calibration_tokens, processes, recipe
 ):
-    model = make_llama(layers=3)
+    model = make_llama(layers=3, dtype=torch.bfloat16 if recipe == "sparsegpt-paper" else torch.float32)
     llmprune.prune(
         model,
         recipe=recipe,

@@ -8,7 +8,7 @@ from jobs import ALL, array, build, inputs, job, statistics
 
 from llmprune.contracts import InputStats, Need
 from llmprune.patterns import Unstructured
-from llmprune.statistics.sums import StatsSums, relative_error, sample_positions
+from llmprune.statistics.sums import PublishedSums, StatsSums, relative_error, sample_positions
 
 
 def test_statistics_equal_the_oracle_and_do_not_depend_on_batches():
@@ -22,6 +22,37 @@ def test_statistics_equal_the_oracle_and_do_not_depend_on_batches():
     one_by_one = sums.result()
     assert torch.equal(one_by_one.sample, stats.sample)
     assert torch.allclose(one_by_one.gram, stats.gram, rtol=1e-5)
+
+
+def test_published_sums_equal_the_oracle_and_do_not_depend_on_batches():
+    x = inputs(10)
+    wanted = oracles.published_sums([array(sequence) for sequence in x])
+    length = x.shape[1]
+    together, one_by_one = (PublishedSums(ALL, sample_positions(6, 20, 0, 64)) for _ in range(2))
+    together.add(x, 0)
+    for n in range(len(x)):
+        one_by_one.add(x[n : n + 1], n)
+    stats = together.result()
+    expected = {
+        "mean": wanted["sum"] / length,
+        "second_moment": wanted["squares"] / length,
+        "within_variance": wanted["variance"],
+        "gram": wanted["gram"],
+    }
+    for name, value in expected.items():
+        assert np.allclose(array(getattr(stats, name)), value, rtol=1e-5, atol=1e-6), name
+        assert torch.equal(getattr(stats, name), getattr(one_by_one.result(), name)), name
+    assert torch.equal(stats.sample, statistics(x).sample)
+    assert torch.allclose(stats.variance, statistics(x).variance)
+    assert together.finite and not PublishedSums.finite.fget(_with_an_infinity(x))
+
+
+def _with_an_infinity(x):
+    sums = PublishedSums(Need.GRAM, sample_positions(6, 20, 0, 64))
+    x = x.clone()
+    x[0, 0, 0] = float("inf")
+    sums.add(x, 0)
+    return sums
 
 
 def test_a_large_mean_does_not_drown_the_variance():
