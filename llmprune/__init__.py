@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from llmprune.common.version import __version__
 from llmprune.machine.threads import settle
 
 # torch reads both settings when it is imported, so they are made here; a value the user has set stays.
@@ -15,7 +16,6 @@ from llmprune.machine.threads import settle
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 settle(os.environ)
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "inspect", "load", "prune", "push", "run_model"]
 
 if TYPE_CHECKING:

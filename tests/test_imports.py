@@ -49,7 +49,7 @@ def room_of(path):
 def imported_rooms(path):
     """The rooms that a file imports."""
     named = {name.split(".")[1] for name in imports(path) if name.startswith("llmprune.")}
-    return named - {room_of(path), "__version__"}
+    return named - {room_of(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,4 +1,4 @@
-"""Results kept in float32 between blocks: the same bytes after a stop and by two processes, nothing left over."""
+"""Results kept in float32 between blocks: the same bytes after a stop, by two processes, and nothing left."""
 
 import json
 

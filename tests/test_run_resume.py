@@ -210,7 +210,7 @@ def test_a_restart_that_cannot_begin_throws_nothing_away(start, unfinished, tmp_
 
 def test_other_software_does_not_continue_it(start, unfinished, monkeypatch):
     unfinished()
-    monkeypatch.setattr("llmprune.__version__", "99.0")
+    monkeypatch.setattr("llmprune.record.record.__version__", "99.0")
     with pytest.raises(ValueError, match=r"versions.llmprune was .* and is 99.0"):
         start(resume=True)
 

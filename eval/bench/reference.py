@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 
+PAPER = "sparsegpt-paper"  # runs on the checkpoint as it is stored, in bfloat16
+
 
 def variants(name):
     """(label, recipe, options) for a name of the reference such as `dsnot-all-0.6` or `sparsegpt-2:4`."""
@@ -26,6 +28,8 @@ def variants(name):
         yield "published counts", method, {**options, "settings": {"scope": "published"}}
     if method == "wanda":
         yield "verified dsnot", "dsnot", options
+    if method == "sparsegpt":
+        yield PAPER, PAPER, options
 
 
 def main():
@@ -43,16 +47,16 @@ def main():
         for label, recipe, options in variants(name):
             with tempfile.TemporaryDirectory() as out:
                 run = llmprune.prune(
-                    model,
+                    folder / "models/english-8m" if recipe == PAPER else model,
                     tokenizer=tokenizer,
                     recipe=recipe,
                     calibration=tokens,
                     output=f"{out}/m",
                     **options,
                 )
-                ours = llmprune.evaluate(f"{out}/m", perplexity=[text], eval_seqlen=256, limit=200)[
-                    "perplexity"
-                ]["test.txt"]["value"]
+                options = {"eval_seqlen": 256, "limit": 200, "dtype": "float32"}
+                scores = llmprune.evaluate(f"{out}/m", perplexity=[text], **options)
+            ours = scores["perplexity"]["test.txt"]["value"]
             wanted = results[name]["perplexity"]
             what = f"{name} ({label})" if label else name
             print(

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune import __version__
 from llmprune.calibration.cache import Cache, Made
 from llmprune.calibration.chat import Chats
 from llmprune.calibration.packing import drawn_rows, pack
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import read_tokens
+from llmprune.common.version import __version__
 from llmprune.text.files import Document, file_path, is_file, whole_characters
 from llmprune.text.mixture import public_name
 from llmprune.text.sources import calibration_text, check_calibration

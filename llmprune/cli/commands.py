@@ -68,7 +68,7 @@ def _flag(name: str, help: str, **more: Any) -> Any:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from llmprune import __version__
+        from llmprune.common.version import __version__
 
         _write(__version__)
         raise typer.Exit

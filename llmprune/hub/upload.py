@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune import __version__
 from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MADE, RECORD, is_companion
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
+from llmprune.common.version import __version__
 from llmprune.hub.download import offline, one_line, retrying, status_of
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from llmprune.checkpoint.contents import SCHEMA
 from llmprune.checkpoint.journal import Identity
 from llmprune.checkpoint.writer import CheckpointWriter
+from llmprune.common.version import __version__
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
 from llmprune.machine import device as devices
@@ -148,8 +149,6 @@ def complete(
 def environment(device: torch.device, dtype: torch.dtype, processes: int = 1) -> Record:
     """What a run depends on besides its input: versions of packages, device, dtype, number of processes."""
     from importlib.metadata import version
-
-    from llmprune import __version__
 
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors", "lm_eval", "numpy")
     own = {"llmprune": __version__, "python": platform.python_version()}
