@@ -104,3 +104,25 @@ def test_the_record_mentions_them_only_where_they_are_unusual(start, tmp_path):
     recipe = json.loads((tmp_path / "out" / "llmprune.json").read_text())["recipe"]
     assert (recipe["sums"], recipe["precision"]) == ("published", "float32")
     assert not {"sums", "precision"} & set(start(name="usual", recipe="wanda").record["recipe"])
+
+
+def test_a_file_of_that_name_is_foreign_to_a_run_that_keeps_no_float32_results(start, tmp_path, monkeypatch):
+    stop_in_block(monkeypatch, start, 2, recipe="sparsegpt")
+    foreign = tmp_path / ".out.partial" / "exact-00001.safetensors"
+    foreign.write_bytes(b"mine")
+    for choice in ("resume", "restart"):
+        with pytest.raises(
+            ValueError, match=r"holds 'exact-00001.safetensors', which llmprune has not written"
+        ):
+            start(recipe="sparsegpt", **{choice: True})
+    assert foreign.read_bytes() == b"mine"
+
+
+def test_the_plan_counts_the_float32_results(start, half, make_llama):
+    def disk(model, precision):
+        return start(model=model, dry_run=True, settings={"precision": precision}).plan
+
+    stored, exact = disk(half, "stored"), disk(half, "float32")
+    assert exact.disk - stored.disk == 4 * exact.weights and exact.memory > stored.memory
+    single = make_llama(layers=4)
+    assert disk(single, "float32").disk == disk(single, "stored").disk

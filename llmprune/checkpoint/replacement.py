@@ -240,10 +240,10 @@ def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
 
     def ours(entry: os.DirEntry[str]) -> bool:
         name = entry.name.removesuffix(_TEMPORARY)
-        if is_shard(name) or is_exact(name) or name in (JOURNAL, MASKS):
+        if is_shard(name) or name in (JOURNAL, MASKS):
             return True
         if planned is None:  # a model in memory: transformers chooses the names of config and tokenizer files
-            return name in MADE or is_companion(name, code=True)
+            return name in MADE or is_exact(name) or is_companion(name, code=True)
         return isinstance(planned, list) and name in planned
 
     return ours

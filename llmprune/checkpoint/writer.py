@@ -139,6 +139,7 @@ class CheckpointWriter:
         shards: int,
         masks: Mapping[str, tuple[int, int]],
         companions: list[str] | None = None,
+        exact: bool = False,
     ) -> None:
         """Start writing, or continue where the run with this identity stopped.
 
@@ -147,6 +148,7 @@ class CheckpointWriter:
             shards: how many weight files the output will have.
             masks: weight name -> (R, C).
             companions: names of the files that will be copied from the source folder; None if not known yet.
+            exact: whether float32 results of the blocks will be kept until the run is complete.
 
         Raises:
             ValueError: the unfinished run is another one, or a file that it finished was changed.
@@ -160,12 +162,13 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             weights = [shard_name(number, shards) for number in range(1, shards + 1)]
+            weights += [exact_name(number) for number in range(1, shards)] if exact else []
             self.journal.begin(identity, None if companions is None else [*weights, *MADE, *companions])
         self.check_identity(identity)
         for entry in self.journal.blocks:
             self._check_file(entry["file"], entry["sha256"])
             if "exact" in entry and not self._pruned:
-                self._check_file(**entry["exact"])
+                self._check_file(exact_name(entry["block"]), entry["exact"])
         self._begun = True
         self._masks = MaskFile(self.folder / MASKS, masks)
 
@@ -199,7 +202,7 @@ class CheckpointWriter:
     def exact(self) -> list[Path]:
         """The files with float32 results of finished blocks, in order; none once every block is finished."""
         entries = [] if self._pruned else self.journal.blocks
-        return [self.folder / entry["exact"]["file"] for entry in entries if "exact" in entry]
+        return [self.folder / exact_name(entry["block"]) for entry in entries if "exact" in entry]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -252,8 +255,7 @@ class CheckpointWriter:
             "seconds": seconds,
         }
         if exact:
-            _, digest = save_tensors(self.folder / exact_name(number), exact)
-            entry["exact"] = {"file": exact_name(number), "sha256": digest}
+            _, entry["exact"] = save_tensors(self.folder / exact_name(number), exact)
         self.journal.add(entry)
 
     def _wait(self) -> None:
@@ -267,7 +269,8 @@ class CheckpointWriter:
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
         for entry in self.journal.blocks:
-            (self.folder / exact_name(entry["block"])).unlink(missing_ok=True)
+            if "exact" in entry:
+                (self.folder / exact_name(entry["block"])).unlink(missing_ok=True)
         outside = {name: source.load(name) for name in source.tensors if name not in written}
         save_tensors(self.folder / shard_name(self.shards, self.shards), outside)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from llmprune.checkpoint.reader import TensorInfo, WeightSource
 from llmprune.contracts import Need
 from llmprune.evaluation.perplexity import STORE_BYTES
@@ -41,6 +43,14 @@ def predict_disk(source: WeightSource, shapes: Shapes) -> int:
     return sum(t.bytes for t in source.tensors.values()) + masks + 10_000_000
 
 
+def exact_bytes(recipe: Recipe, skeleton: Skeleton, shapes: Shapes) -> int:
+    """Bytes of the float32 results that an unfinished run keeps, of all matrices; 0 for most recipes."""
+    if recipe.precision != "float32":
+        return 0
+    dtypes = {n: skeleton.source.tensors[skeleton.stored[f"{n}.weight"]].dtype for n in shapes}
+    return sum(4 * r * c for n, (r, c) in shapes.items() if dtypes[n] != torch.float32)
+
+
 def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     """Bytes of the block inputs of all samples."""
     return samples * length * _hidden_size(skeleton) * skeleton.dtype.itemsize
@@ -74,6 +84,8 @@ def predict_memory(
     compute = elements * item if kept_twice else 0
     outside = sum(stored[n].elements * item + stored[n].bytes * kept_twice for n in skeleton.outside_blocks())
     originals = elements * item if needs_dense(recipe) else 0  # the dense block, kept while it is pruned
+    # Float32 results of the block before, while they are written.
+    writing = 4 * elements if exact_bytes(recipe, skeleton, shapes) else 0
     work = compute + originals + _statistics_bytes(recipe, shapes)
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     widest = max(columns for _, columns in shapes.values())
@@ -83,8 +95,9 @@ def predict_memory(
     tuning = elements * (9 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
     work += max(_pruning_bytes(recipe, shapes), tuning)
     if on_gpu:
-        return _INTERPRETER + max(3 * block, outside), max(work, outside, compute + passing)
-    return _INTERPRETER + max(2 * block + work, 3 * block + compute + passing, outside), None
+        return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)
+    host = max(2 * block + work, 3 * block + compute + passing, outside)
+    return _INTERPRETER + writing + host, None
 
 
 def _stored(skeleton: Skeleton) -> dict[str, TensorInfo]:

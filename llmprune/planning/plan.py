@@ -145,6 +145,9 @@ def make_plan(
     pausing = halted is not None and halted <= free
     if pausing and halted is not None:
         host, device = (host + halted, None) if device is None else (host, device + halted)
+    disk = needs.predict_disk(skeleton.source, shapes) + needs.exact_bytes(recipe, skeleton, shapes)
+    if offload == "disk":
+        disk += activations
     return Plan(
         matrices=matrices,
         skipped=skipped,
@@ -152,7 +155,7 @@ def make_plan(
         sequence_length=length,
         memory=host + in_ram,
         device_memory=device,
-        disk=needs.predict_disk(skeleton.source, shapes) + (activations if offload == "disk" else 0),
+        disk=disk,
         available=available // processes,
         offload=offload,
         pausing=pausing,

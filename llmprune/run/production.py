@@ -126,7 +126,8 @@ class Production:
         shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
         files = self.model.files
         companions = files.companions(self.options.trust_remote_code) if files else None
-        self.writer.begin(records.identity(before), len(skeleton.blocks) + 1, shapes, companions)
+        exact, shards = before["recipe"].get("precision") == "float32", len(skeleton.blocks) + 1
+        self.writer.begin(records.identity(before), shards, shapes, companions, exact)
         if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
             self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 
