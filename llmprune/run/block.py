@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource, read_ahead
@@ -78,9 +77,8 @@ class Block:
         so.
         """
         name = self._skeleton.stored[target.weight_name]
-        dtype = self.shard[name].dtype
-        self.shard[name] = weight.to(dtype).contiguous()
-        if self._keeps_exact and weight.dtype == torch.float32 != dtype:
+        self.shard[name] = weight.to(self.shard[name].dtype).contiguous()
+        if self._keeps_exact and self.shard[name].dtype != weight.dtype:
             self.exact[name] = weight.contiguous()
         target.assign(self.weight(target))
 

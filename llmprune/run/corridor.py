@@ -46,10 +46,9 @@ def prune_blocks(
         beside: more companions, which pass every block last.
     """
     inputs = BlockInputs(run.skeleton, run.tokens, run.skeleton.device, run.store, run.reporter.note)
-    companions = _companions(run, inputs)
-    dense = next((c.inputs for c in companions if isinstance(c, DenseStream)), None)
-    observer = Observer(run, needs_of(run.recipe), inputs, dense)
-    companions = [*companions, observer, *beside]
+    dense = DenseStream(run) if needs_dense(run.recipe) else None
+    observer = Observer(run, needs_of(run.recipe), inputs, dense.inputs if dense else None)
+    companions = [*_companions(run, inputs, dense), observer, *beside]
     clock.lap("forward")
     for block in blocks_of(run, source, finished, clock):
         block.enter(companions)
@@ -58,16 +57,15 @@ def prune_blocks(
         block.done(block_done)
 
 
-def _companions(run: Run, inputs: BlockInputs) -> list[Companion]:
+def _companions(run: Run, inputs: BlockInputs, dense: DenseStream | None) -> list[Companion]:
     """What the recipe wants to go along, in the order in which it enters and leaves a block."""
     found: list[Companion] = []
     if run.recipe.permute:
         found.append(ChannelPermuter(run, inputs))
-    if needs_dense(run.recipe):
-        dense = DenseStream(run)
+    if dense:
         found.append(dense)
-        if run.recipe.build_block_steps():  # they compare with the dense model's outputs of the same block
-            found.append(BlockTuner(run, inputs, dense.inputs))
+    if dense and run.recipe.build_block_steps():  # which compare with what the dense block puts out
+        found.append(BlockTuner(run, inputs, dense.inputs))
     return found
 
 
@@ -109,6 +107,7 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
         team.from_rank(owner[target.name], weights[stored])
         team.from_rank(owner[target.name], block.masks[stored])
         rows[stored] = team.tell(rows[stored], owner[target.name])
-        block.put(target, weights[stored])
+        if owner[target.name] != team.rank:
+            block.put(target, weights[stored])
     block.rows += rows.values()
     block.stats |= stats

@@ -92,16 +92,16 @@ def planned(
     spec = CalibrationSpec(source=rows.source, samples=samples, sequence_length=length, **sampled)
     recipe = dataclasses.replace(recipe, calibration=spec)
     resources = Resources(options.offload, team.on_first(devices.available_memory), team.size)
-    draft = make_plan(recipe, model.skeleton, samples, length, resources)  # refuses what cannot be planned
+    plan = make_plan(recipe, model.skeleton, samples, length, resources)  # refuses what cannot be planned
     around = options.output.resolve()
     folder = next(parent for parent in around.parents if parent.is_dir())
-    run = Run(recipe, draft, model, rows, team, reporter, folder)
+    run = Run(recipe, plan, model, rows, team, reporter, folder)
     started = time.monotonic()
     findings = known(run) or _findings(run, resources)
-    seconds = time.monotonic() - started if any(findings) else 0.0
-    resources = dataclasses.replace(resources, available=team.on_first(devices.available_memory))
-    plan = make_plan(recipe, model.skeleton, samples, length, resources, findings)
-    plan = dataclasses.replace(plan, seconds=seconds)
+    if any(findings):
+        resources = dataclasses.replace(resources, available=team.on_first(devices.available_memory))
+        plan = make_plan(recipe, model.skeleton, samples, length, resources, findings)
+        plan = dataclasses.replace(plan, seconds=time.monotonic() - started)
     if prepared is not None:
         texts = [(len(windows), windows.shape[1]) for windows in prepared.rows.values()]
         plan = with_scoring(plan, model.skeleton, texts, bool(prepared.tasks))

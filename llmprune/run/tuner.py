@@ -18,8 +18,6 @@ from llmprune.run.block import Block, Companion
 from llmprune.run.matrix import measured, seeded
 from llmprune.run.shared import Run
 
-Tensors = dict[str, Tensor]
-
 
 class BlockTuner(Companion):
     """Runs the block steps of a recipe.
