@@ -7,25 +7,12 @@ import shutil
 import pytest
 import yaml
 from hub_server import READER, TOKEN, Fault
+from outputs import FILES as PUBLISHED
 
 import llmprune
 from llmprune.hub.download import locate
 
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
-PUBLISHED = {
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "llmprune.json",
-    "masks.safetensors",
-    "model-00001-of-00003.safetensors",
-    "model-00002-of-00003.safetensors",
-    "model-00003-of-00003.safetensors",
-    "model.safetensors.index.json",
-    "report.html",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 @pytest.fixture(scope="module")

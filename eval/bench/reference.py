@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
+from llmprune.checkpoint.masks import read_masks, unpack
 
 PAPER = "sparsegpt-paper"  # runs on the checkpoint as it is stored, in bfloat16
 
@@ -32,6 +34,15 @@ def variants(name):
         yield PAPER, PAPER, options
 
 
+def agreement(ours, published):
+    """Share of equal keep mask entries: of the matrix where it is lowest, and of all matrices."""
+    wanted = load_file(published)
+    kept = {n: (keep, unpack(wanted[n], keep.shape[1])) for n, keep in read_masks(ours).items()}
+    equal = {n: int((mine == theirs).sum()) for n, (mine, theirs) in kept.items()}
+    sizes = {n: mine.numel() for n, (mine, _) in kept.items()}
+    return min(equal[n] / sizes[n] for n in sizes), sum(equal.values()) / sum(sizes.values())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -42,6 +53,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder / "models/english-8m", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "models/english-8m")
     text, tokens = str(folder / "data/wikitext-2/test.txt"), str(folder / "reference/calibration.safetensors")
+    agreements = []
     print("| | published | ours | difference | sparsity |\n|---|---|---|---|---|", flush=True)
     for name in arguments.names or (n for n in results if n != "dense"):
         for label, recipe, options in variants(name):
@@ -54,8 +66,10 @@ def main():
                     output=f"{out}/m",
                     **options,
                 )
-                options = {"eval_seqlen": 256, "limit": 200, "dtype": "float32"}
-                scores = llmprune.evaluate(f"{out}/m", perplexity=[text], **options)
+                scoring = {"eval_seqlen": 256, "limit": 200, "dtype": "float32"}
+                scores = llmprune.evaluate(f"{out}/m", perplexity=[text], **scoring)
+                if (masks := folder / f"reference/{name.replace(':', 'to')}.masks.safetensors").exists():
+                    agreements.append((name, label, agreement(Path(out) / "m/masks.safetensors", masks)))
             ours = scores["perplexity"]["test.txt"]["value"]
             wanted = results[name]["perplexity"]
             what = f"{name} ({label})" if label else name
@@ -64,6 +78,9 @@ def main():
                 f"{run.record['totals']['sparsity']:.6f} |",
                 flush=True,
             )
+    for name, label, (least, whole) in agreements:
+        what = f"{name} ({label})" if label else name
+        print(f"masks of {what}: {whole:.4%} of all entries agree, {least:.4%} of the worst matrix")
 
 
 if __name__ == "__main__":
