@@ -101,6 +101,20 @@ def test_a_suite_with_an_unknown_key_or_a_bare_name_is_refused(work):
         scores.read_suite("two.yaml")
 
 
+@pytest.mark.parametrize("limit", ["0", "many", "true", "1.5"])
+def test_a_suite_with_a_bad_limit_is_refused(work, limit):
+    (work / "suite.yaml").write_text(f"perplexity: [builtin]\nlimit: {limit}")
+    with pytest.raises(ValueError, match=r"limit must be an integer of at least 1, got"):
+        scores.read_suite("suite.yaml")
+
+
+def test_a_limit_of_the_user_comes_before_that_of_the_suite(work):
+    (work / "suite.yaml").write_text("perplexity: [builtin]\nlimit: 3")
+    assert scores.evaluation_spec([], [], "suite.yaml").limit == 3
+    assert scores.evaluation_spec([], [], "suite.yaml", limit=5).limit == 5
+    assert scores.evaluation_spec(["builtin"], []).limit is None
+
+
 def test_a_task_without_network_is_refused_with_a_way_out(refused, work, monkeypatch):
     import datasets
 

@@ -38,6 +38,7 @@ def test_tuning_equals_the_oracle():
         "updates", "block-tune", {"steps": 25, "batch": 3, "rates": [0.01], "held_out": 0.25}
     )
     tuned = step.apply(work)
+    kept = array(work.weights["w"])[work.keeps["w"].numpy()]
     generator = torch.Generator().manual_seed(0)  # the same draws as the step's, in the same order
     order = torch.randperm(8, generator=generator).tolist()
     batches_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))
@@ -45,7 +46,12 @@ def test_tuning_equals_the_oracle():
         order[2:], 3, 25, lambda n: torch.randperm(n, generator=batches_generator).tolist()
     )
     wanted = oracles.block_tune(
-        array(work.weights["w"]), work.keeps["w"].numpy(), array(x), array(y), batches, 0.01
+        array(work.weights["w"]),
+        work.keeps["w"].numpy(),
+        array(x),
+        array(y),
+        batches,
+        0.01 * np.sqrt(np.mean(kept**2)),
     )
     assert np.allclose(array(tuned.weights["w"]), wanted, atol=1e-5)
     note = tuned.notes["tune"]
@@ -68,10 +74,13 @@ def test_a_rate_that_only_hurts_is_not_applied():
     assert not tuned.notes["tune"]["applied"] and torch.equal(tuned.weights["w"], work.weights["w"])
 
 
-def test_the_best_rate_is_chosen_by_held_out_error():
-    work, _, _ = block_job()
-    step = registry.build("updates", "block-tune", {"steps": 40, "rates": [1e-6, 0.01, 0.9]})
-    assert step.apply(work).notes["tune"]["rate"] == 0.01
+def test_the_next_rate_is_taken_where_one_does_not_lower_the_held_out_error():
+    tuned, alone = (
+        registry.build("updates", "block-tune", {"steps": 3, "rates": rates}).apply(block_job()[0])
+        for rates in ([0.99, 0.01, 0.02], [0.01])
+    )
+    assert tuned.notes == alone.notes and tuned.notes["tune"]["rate"] == 0.01
+    assert torch.equal(tuned.weights["w"], alone.weights["w"])
 
 
 def test_micro_batches_do_not_change_the_result():

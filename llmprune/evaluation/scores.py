@@ -92,8 +92,10 @@ class EvaluationSpec:
         """
         spec = self
         if not self.perplexity and not self.tasks:
-            texts, tasks = read_suite("quick" if model.remote else "demo")
-            spec = dataclasses.replace(self, perplexity=texts, tasks=tasks)
+            suite = read_suite("quick" if model.remote else "demo")
+            spec = dataclasses.replace(
+                self, perplexity=suite.perplexity, tasks=suite.tasks, limit=self.limit or suite.limit
+            )
         if model.tokenizer is None:
             raise ValueError(
                 "the model has no tokenizer, so it cannot be scored on text; add tokenizer files, or use "
@@ -174,8 +176,8 @@ def evaluation_spec(
         raise ValueError(f"evaluation window must be at least 2 tokens, got {window}")
     texts, names, own_suite = tuple(perplexity), tuple(tasks), None
     if suite is not None:
-        more_texts, more_names = read_suite(suite)
-        texts, names = (*texts, *more_texts), (*names, *more_names)
+        more = read_suite(suite)
+        texts, names, limit = (*texts, *more.perplexity), (*names, *more.tasks), limit or more.limit
         own_suite = Path(suite) if suite.endswith((".yaml", ".yml")) else None
     return EvaluationSpec(
         tuple(dict.fromkeys(texts)),
@@ -187,20 +189,38 @@ def evaluation_spec(
     )
 
 
-def read_suite(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The texts and the tasks of a suite, given by name or YAML file. Raises `ValueError` if malformed."""
+@dataclass(frozen=True)
+class Suite:
+    """A named set of texts and tasks.
+
+    Attributes:
+        perplexity, tasks: as in `EvaluationSpec`.
+        limit: at most so many windows per text and documents per task, where the user gives no limit.
+    """
+
+    perplexity: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+def read_suite(name: str) -> Suite:
+    """A suite by name or YAML file. Raises `ValueError` if malformed."""
     if name.endswith((".yaml", ".yml")):
         values = read_yaml(Path(name))
     elif name in shipped_names("eval", "suites"):
         values = read_yaml(shipped("eval", "suites", f"{name}.yaml"))
     else:
         raise nearest("suite", name, shipped_names("eval", "suites"))
+    limit = values.get("limit")
     for key, value in values.items():
-        if key not in ("description", "perplexity", "tasks"):
-            raise nearest("suite key", key, ("description", "perplexity", "tasks"))
-        if key != "description" and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        if key not in ("description", "perplexity", "tasks", "limit"):
+            raise nearest("suite key", key, ("description", "perplexity", "tasks", "limit"))
+        names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if key in ("perplexity", "tasks") and not names:
             raise ValueError(f"suite {name!r}: {key} must be a list of names, got {value!r}")
-    return tuple(values.get("perplexity", ())), tuple(values.get("tasks", ()))
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"suite {name!r}: limit must be an integer of at least 1, got {limit!r}")
+    return Suite(tuple(values.get("perplexity", ())), tuple(values.get("tasks", ())), limit)
 
 
 def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: Team = ALONE) -> Scores:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
-from llmprune.numerics.gram import finite
 
 
 class BlockTune(BlockStep):
@@ -20,9 +19,9 @@ class BlockTune(BlockStep):
 
     The pruned block gets the outputs of the pruned blocks before it, the dense block
     those of the dense model. The loss is the squared error divided by the squared dense
-    outputs. Some calibration sequences are held out. Each learning rate is tried for an
-    eighth of the steps, and the one with the lowest held-out error does the rest. If
-    that does not lower the held-out error below what it was, the weights stay unchanged.
+    outputs. Some calibration sequences are held out. If the steps do not lower the error on
+    them, they are done anew with the next learning rate; if none does, the weights stay
+    unchanged.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -32,13 +31,15 @@ class BlockTune(BlockStep):
         Attributes:
             steps: of AdamW.
             batch: sequences per step.
-            rates: learning rates to try; each falls by a cosine over the steps.
+            rates: learning rates, tried in this order, relative to the root mean square of a
+                matrix's kept weights, since the steps of AdamW do not follow the size of a
+                weight; each falls by a cosine over the steps.
             held_out: share of the calibration sequences that are not trained on.
         """
 
-        steps: int = 220
-        batch: int = 4
-        rates: tuple[float, ...] = (3e-4, 1e-3)
+        steps: int = 140
+        batch: int = 2
+        rates: tuple[float, ...] = (0.025, 0.008, 0.0025)
         held_out: float = 0.125
 
         def __post_init__(self) -> None:
@@ -52,8 +53,7 @@ class BlockTune(BlockStep):
 
     @property
     def trained(self) -> float:  # type: ignore[override]
-        # Each rate runs an eighth of the steps, the best one also the rest.
-        return self.config.steps * self.config.batch * (1 + (len(self.config.rates) - 1) / 8)  # type: ignore[no-any-return]
+        return self.config.steps * self.config.batch  # type: ignore[no-any-return]
 
     @property
     def visits(self) -> float:  # type: ignore[override]
@@ -68,26 +68,22 @@ class BlockTune(BlockStep):
         held_count = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
         held, training = order[:held_count], order[held_count:]
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
-        best, lowest = None, math.inf
         kept = {name: keep.float() for name, keep in job.keeps.items()}  # products with bool are much slower
+        before = _error(job, job.weights, held)
         for rate in self.config.rates:
-            other = _Descent(self.config, job, kept, training, rate, seed)
-            other.go_on(max(1, self.config.steps // 8))
-            reached = finite(_error(job, other.weights, held)) if len(self.config.rates) > 1 else 0.0
-            if best is None or reached < lowest:
-                best, lowest = other, reached
-            del other  # frees its weights and optimizer state before the next one is made
-        assert best is not None
-        best.go_on(self.config.steps)
-        before, after = _error(job, job.weights, held), _error(job, best.weights, held)
+            descent = _Descent(self.config, job, kept, training, rate, seed)
+            descent.finish()
+            after = _error(job, descent.weights, held)
+            if after < before:  # false for NaN too
+                break
         applied = after < before
-        tuned = {name: weight.detach() for name, weight in best.weights.items()}
-        notes = {"rate": best.rate, "held_out_before": before, "held_out_after": after, "applied": applied}
+        tuned = {name: weight.detach() for name, weight in descent.weights.items()}
+        notes = {"rate": rate, "held_out_before": before, "held_out_after": after, "applied": applied}
         return Tuned(tuned if applied else job.weights, {"tune": notes})
 
 
 class _Descent:
-    """One run of AdamW at one learning rate, which can be stopped after some steps and continued."""
+    """One run of AdamW at one learning rate."""
 
     def __init__(
         self,
@@ -98,29 +94,34 @@ class _Descent:
         rate: float,
         seed: int,
     ) -> None:
-        self._config, self._job, self._kept, self._training, self.rate = config, job, kept, training, rate
+        self._config, self._job, self._kept, self._training, self._rate = config, job, kept, training, rate
         self._generator = torch.Generator().manual_seed(seed)
         self.weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
+        self._sizes = [_root_mean_square(weight, kept[name]) for name, weight in job.weights.items()]
         self._optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=rate, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True
+            [{"params": [weight]} for weight in self.weights.values()],
+            lr=rate,
+            betas=(0.9, 0.95),
+            eps=1e-12,
+            weight_decay=0.0,
+            fused=True,
         )
         self._queue: list[int] = []
-        self._step = 0
 
-    def go_on(self, until: int) -> None:
-        """Continue until `until` steps are done in all."""
-        for step in range(self._step, until):
+    def finish(self) -> None:
+        """Do all steps."""
+        for step in range(self._config.steps):
             # A short warm-up, then a cosine that falls to 0: the
             # small last steps leave no noise in the weights.
             warm_up = min(1.0, (step + 1) / 10)
             decay = 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
-            self._optimizer.param_groups[0]["lr"] = self.rate * warm_up * decay
+            for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
+                group["lr"] = self._rate * size * warm_up * decay
             self._gradients(self._next())
             self._optimizer.step()
             with torch.no_grad():
                 for name, weight in self.weights.items():
                     weight.mul_(self._kept[name])
-        self._step = until
         for weight in self.weights.values():
             weight.grad = None
 
@@ -151,6 +152,12 @@ class _Descent:
         for weight in weights.values():
             assert weight.grad is not None
             weight.grad.div_(float(size))
+
+
+def _root_mean_square(weight: Tensor, keep: Tensor) -> float:
+    """The root mean square of the kept weights; 1 where none differs from 0."""
+    size = float(weight.double().square().sum() / keep.sum().clamp(min=1))
+    return math.sqrt(size) or 1.0
 
 
 @torch.no_grad()
