@@ -23,7 +23,7 @@ from llmprune.machine import processes
 from llmprune.machine.state import libraries
 from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
-from llmprune.model.targets import find_targets
+from llmprune.model.targets import all_targets
 from llmprune.planning import advice
 from llmprune.record.card import card_text
 from llmprune.record.record import environment
@@ -138,9 +138,7 @@ def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bo
     source = Checkpoint(located.folder)
     config = read_config(located.folder, trust_remote_code)
     skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code)
-    targets = [t for name, block in skeleton.blocks.items() for t in find_targets(name, block)]
-    stored = {skeleton.stored[t.weight_name]: t for t in targets}
-    counts = audit.recount(source, frozenset(n for n, t in stored.items() if t.transposed), list(stored))
+    counts = audit.recount(source, all_targets(skeleton))
     source.check()
     weights, zeros = sum(count.weights for count in counts), sum(count.zeros for count in counts)
     recorded = (located.folder / RECORD).is_file()

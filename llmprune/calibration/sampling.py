@@ -123,8 +123,7 @@ class Sampler:
             ValueError: not even one row does.
         """
         skeleton = self.model.skeleton
-        elements = sum(self.model.source.tensors[name].elements for name in set(skeleton.stored.values()))
-        weights = elements * skeleton.dtype.itemsize
+        weights = skeleton.elements * skeleton.dtype.itemsize
         row = self._row_bytes(length)
         host = devices.available_memory()
         # Also for a GPU the model is first assembled in the memory of the host.

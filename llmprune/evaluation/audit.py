@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource
+from llmprune.model.targets import Target
 from llmprune.numerics.counts import true_per_row, zeros_of
 
 _WIDTHS = (4, 8, 16)  # the M of the N:M patterns that are looked for
@@ -57,11 +59,13 @@ def _most(weight: Tensor) -> dict[int, int]:
     return {m: int(true_per_row(nonzero.view(-1, m)).max()) for m in _WIDTHS if weight.shape[1] % m == 0}
 
 
-def recount(source: WeightSource, transposed: frozenset[str], names: list[str]) -> list[Count]:
-    """Count the named matrices, with one in memory at a time; those in `transposed` are stored as [C, R]."""
-    counts = []
-    for name in names:
-        weight = source.load(name)
-        weight = weight.T.contiguous() if name in transposed else weight
-        counts.append(Count(name, tuple(weight.shape), zeros_of(weight), _most(weight)))
+def recount(source: WeightSource, targets: Iterable[Target]) -> list[Count]:
+    """Count some matrices, with one tensor in memory at a time."""
+    counts: list[Count] = []
+    name, tensor = "", torch.empty(0)
+    for target in targets:
+        if target.tensor != name:
+            name, tensor = target.tensor, source.load(target.tensor)
+        weight = target.oriented(target.part(tensor)).contiguous()
+        counts.append(Count(target.key, tuple(weight.shape), zeros_of(weight), _most(weight)))
     return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.common.messages import first_line, shown
+from llmprune.model.conversion import Group, dtypes_of, groups_of, tied_names
 from llmprune.model.empty import build_empty
 
 _COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
@@ -76,10 +77,11 @@ class Skeleton:
         dtype: of the weights when they are loaded.
         device: where they are loaded to.
         model: the transformers model.
-        blocks: name -> module of its repeated blocks. They are the list of modules of one class with the most
-            weights.
-        stored: parameter name -> name in the checkpoint.
+        blocks: name -> module of its repeated blocks.
+        group_of: parameter (or stored buffer) -> how it is made from the checkpoint.
         unused: names of tensors in the checkpoint that no parameter uses.
+        turned: stacked parameter that enters matrix products -> whether as [C, R]; see `model.targets`.
+        targets: the prunable matrices of each block, once `model.targets` has found them.
 
     Raises:
         ValueError: config and checkpoint do not match, are damaged, or of an architecture that is not
@@ -104,54 +106,80 @@ class Skeleton:
                 f"({type(error).__name__}: {first_line(error, 300)}); is it damaged?"
             ) from error
         self.model.eval()
+        if hasattr(self.model, "set_experts_implementation"):
+            # One product per expert, in which the tokens routed to it can be seen.
+            self.model.set_experts_implementation("eager")
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
+        self._dtypes = dtypes_of(self.model, dtype)
         self.blocks = self._find_blocks()
-        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        self.stored = self._match_names()
-        self.unused = sorted(set(source.tensors) - set(self.stored.values()))
+        self.group_of = self._match_names()
+        used = {name for group in self.group_of.values() for name in group.tensors}
+        self.unused = sorted(set(source.tensors) - used)
+        self.turned: dict[str, bool] = {}
+        self.targets: dict[str, list[Any]] = {}
 
     def _find_blocks(self) -> dict[str, nn.Module]:
-        """The repeated blocks by name: the list of modules of one class that has the most weights."""
-        module_lists = ((n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList))
-        lists = [(name, modules) for name, modules in module_lists if len({type(m) for m in modules}) == 1]
-        if not lists:
+        """The repeated blocks by name: of the lists of modules beside the input embeddings the heaviest."""
+        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        where = self._embeddings()
+        while True:
+            inside = {n: m for n, m in lists.items() if not where or n.startswith(f"{where}.")}
+            if inside or not where:
+                break
+            where = where.rpartition(".")[0]
+        # Lists inside of a block, such as those of experts, are no candidates.
+        outer = {n: m for n, m in inside.items() if not any(n.startswith(f"{o}.") for o in inside)}
+        if not outer:
             raise ValueError(
-                f"{type(self.model).__name__} has no list of equal blocks; this architecture is not supported"
+                f"{type(self.model).__name__} has no list of blocks; this architecture is not supported"
             )
-        name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-        return {f"{name}.{i}": block for i, block in enumerate(blocks)}
+        name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+        return {f"{name}.{i}": block for i, block in enumerate(outer[name])}
 
-    def _match_names(self) -> dict[str, str]:
-        """Parameter name -> name in the checkpoint.
+    def _embeddings(self) -> str:
+        """The name of the module that has the input embeddings; empty where the model does not tell."""
+        try:
+            embeddings = self.model.get_input_embeddings()
+        except NotImplementedError:
+            return ""
+        names = (n for n, m in self.model.named_modules() if m is embeddings)
+        return next(names, "").rpartition(".")[0]
 
-        The checkpoint may have the base model's prefix where the model has not or the other way round, and
-        need not have a weight that is tied to another one.
+    def _match_names(self) -> dict[str, Group]:
+        """How every parameter, and every stored buffer, is made from the checkpoint.
+
+        The checkpoint need not have a weight that is tied to another one.
         """
-        prefix = f"{self.model.base_model_prefix}."
-        tied = getattr(self.model, "_tied_weights_keys", None) or {}
-        buffers = {name for name, _ in self.model.named_buffers() if name in self.source.tensors}
-        stored, missing = {}, []
-        for name in sorted(self._parameters | buffers):
-            candidates = (name, name.removeprefix(prefix), prefix + name, self._tied_to(name, tied))
-            found = next((c for c in candidates if c in self.source.tensors), None)
-            if found is None:
-                missing.append(name)
-            else:
-                stored[name] = found
+        groups = groups_of(self.model, self.source.tensors)
+        found = {name: group for group in groups for name in group.parameters}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        for name, other in tied_names(self.model).items():
+            for one, two in ((name, other), (other, name)):
+                if one not in found and two in found and found[two].converter is None:
+                    found[one] = Group((one,), found[two].tensors)
+        same: dict[int, str] = {}  # a parameter that several modules share is stored once
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = same.setdefault(id(parameter), name)
+            if name not in found and first in found and found[first].converter is None:
+                found[name] = Group((name,), found[first].tensors)
+        missing = sorted(parameters - set(found))
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} weights of {type(self.model).__name__}, "
                 f"the first is {missing[0]!r}; it is incomplete or of another architecture"
             )
-        self._check_shapes(stored)
-        return stored
+        self._check_shapes(found)
+        return found
 
-    def _check_shapes(self, stored: Mapping[str, str]) -> None:
+    def _check_shapes(self, groups: Mapping[str, Group]) -> None:
         """Raise `ValueError` if a tensor of the checkpoint has another shape than its parameter."""
-        for name, where in stored.items():
+        for name, group in groups.items():
+            if group.converter is not None:
+                continue
+            where = group.tensors[0]
             wanted = tuple(self.model.get_parameter_or_buffer(name).shape)
             have = self.source.tensors[where].shape
             if wanted != have:
@@ -174,55 +202,62 @@ class Skeleton:
             f"of the model and pass unchanged, the first is {self.unused[0]!r}",
         )
 
-    def _tied_to(self, name: str, tied: Any) -> str | None:
-        """The parameter that shares its weight with this one; None if there is none."""
-        if not getattr(self.model.config, "tie_word_embeddings", False) or name not in tied:
-            return None
-        return tied[name] if isinstance(tied, dict) else None
-
     def parameters_of(self, module_name: str) -> list[str]:
         """Names of the parameters of a module and of the modules in it."""
-        return [n for n in sorted(self.stored) if n.startswith(f"{module_name}.")]
+        return [n for n in sorted(self.group_of) if n.startswith(f"{module_name}.")]
 
     def outside_blocks(self) -> list[str]:
         """Names of the parameters that are in no block: embeddings, last norm, output head."""
         in_blocks = tuple(f"{block}." for block in self.blocks)
-        return [name for name in sorted(self.stored) if not name.startswith(in_blocks)]
+        return [name for name in sorted(self.group_of) if not name.startswith(in_blocks)]
+
+    def tensors_of(self, names: Iterable[str]) -> list[str]:
+        """The tensors of the checkpoint from which some parameters are made."""
+        return list(dict.fromkeys(t for name in names for t in self.group_of[name].tensors))
+
+    @property
+    def elements(self) -> int:
+        """How many weights the model has in the checkpoint; tied ones count once."""
+        return sum(self.source.tensors[name].elements for name in self.tensors_of(self.group_of))
 
     def load(self, names: list[str]) -> None:
         """Load parameters, or stored buffers, from the checkpoint to the device, in the compute dtype."""
-        for name in names:
-            self.fill([name], {self.stored[name]: self.source.load(self.stored[name])})
+        for group in self._groups(names):
+            self.fill(list(group.parameters), {name: self.source.load(name) for name in group.tensors})
+
+    def _groups(self, names: Iterable[str]) -> list[Group]:
+        return list(dict.fromkeys(self.group_of[name] for name in names))
 
     def fill(self, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
         """As `load`, from tensors already read, by their names in the checkpoint.
 
-        They are not copied if they have the right dtype and device.
+        They are not copied if they have the right dtype and device and nothing is converted.
         """
-        for name in names:
-            owner, leaf = self._owner(name)
-            tensor, buffer = tensors[self.stored[name]], owner._buffers.get(leaf)
-            if buffer is not None:
-                # A buffer keeps its own dtype: the compute dtype might round it.
-                owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)
-            else:
-                loaded = tensor.to(self.device, self.dtype)
-                owner._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
+        for group in self._groups(names):
+            for name, tensor in group.make(self.model, tensors).items():
+                owner, leaf = self.owner(name)
+                buffer = owner._buffers.get(leaf)
+                if buffer is not None:
+                    # A buffer keeps its own dtype: the compute dtype might round it.
+                    owner._buffers[leaf] = tensor.to(self.device, buffer.dtype)
+                else:
+                    loaded = tensor.to(self.device, self._dtypes[name])
+                    owner._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
 
     def block_tensors(self) -> list[list[str]]:
         """For each block, the names of its tensors in the checkpoint."""
-        return [list(dict.fromkeys(self.stored[n] for n in self.parameters_of(b))) for b in self.blocks]
+        return [self.tensors_of(self.parameters_of(b)) for b in self.blocks]
 
     def free(self, names: list[str]) -> None:
         """Free the memory of parameters, by putting them back on the meta device."""
         for name in names:
-            owner, leaf = self._owner(name)
+            owner, leaf = self.owner(name)
             loaded = owner._parameters.get(leaf)
             if loaded is not None:
                 empty = torch.empty_like(loaded, device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
+    def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that has a parameter or buffer, and its name in that module."""
         parent, _, leaf = name.rpartition(".")
         return self.model.get_submodule(parent), leaf

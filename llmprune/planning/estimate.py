@@ -16,7 +16,7 @@ from llmprune.contracts import Need
 from llmprune.evaluation.requests import requests_of
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import find_targets
+from llmprune.model.targets import targets_of
 from llmprune.planning.needs import needs_dense, needs_of
 from llmprune.recipe.types import Recipe
 from llmprune.statistics.sums import SAMPLE_TOKENS
@@ -61,8 +61,8 @@ def seconds_of(recipe: Recipe, model: Model, samples: int, length: int, allocate
     """
     skeleton = model.skeleton
     total = sum(t.bytes for t in model.source.tensors.values()) / _STORAGE
-    for name, block in skeleton.blocks.items():
-        shapes = [t.shape for t in find_targets(name, block)]
+    for name in skeleton.blocks:
+        shapes = [t.shape for t in targets_of(skeleton, name)]
         total += _passes(recipe, skeleton, shapes, samples, length, allocated) + _pruning(
             recipe, skeleton, shapes
         )
@@ -136,7 +136,7 @@ def _per_token(skeleton: Skeleton, shapes: Sequence[Shape], length: int) -> floa
 def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) -> float:
     """Estimated seconds of one forward pass of a whole model over so many sequences of so many tokens."""
     rates, config = rates_of(skeleton.device, skeleton.dtype), skeleton.model.config.get_text_config()
-    blocks = [[t.shape for t in find_targets(name, block)] for name, block in skeleton.blocks.items()]
+    blocks = [[t.shape for t in targets_of(skeleton, name)] for name in skeleton.blocks]
     total = 0.0
     for count, length in sequences:
         operations = (

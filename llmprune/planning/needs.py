@@ -12,6 +12,7 @@ from llmprune.evaluation.perplexity import STORE_BYTES
 from llmprune.evaluation.zeroshot import BATCH
 from llmprune.model.activations import micro_batch
 from llmprune.model.skeleton import Skeleton
+from llmprune.model.targets import all_targets
 from llmprune.recipe.types import Recipe
 from llmprune.statistics.sums import SAMPLE_TOKENS
 
@@ -47,7 +48,7 @@ def exact_bytes(recipe: Recipe, skeleton: Skeleton, shapes: Shapes) -> int:
     """Bytes of the float32 results that an unfinished run keeps, of all matrices; 0 for most recipes."""
     if recipe.precision != "float32":
         return 0
-    dtypes = {n: skeleton.source.tensors[skeleton.stored[f"{n}.weight"]].dtype for n in shapes}
+    dtypes = {t.name: skeleton.source.tensors[t.tensor].dtype for t in all_targets(skeleton)}
     return sum(4 * r * c for n, (r, c) in shapes.items() if dtypes[n] != torch.float32)
 
 
@@ -76,13 +77,15 @@ def predict_memory(
     embeddings and one micro-batch.
     """
     item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
-    stored = _stored(skeleton)
-    blocks = [[stored[n] for n in skeleton.parameters_of(b)] for b in skeleton.blocks]
+    blocks = [_infos(skeleton, skeleton.parameters_of(b)) for b in skeleton.blocks]
     block = max(sum(t.bytes for t in tensors) for tensors in blocks)
     elements = max(sum(t.elements for t in tensors) for tensors in blocks)
-    kept_twice = on_gpu or any(t.dtype != skeleton.dtype for tensors in blocks for t in tensors)
+    converted = any(group.converter is not None for group in skeleton.group_of.values())
+    other = any(t.dtype != skeleton.dtype for tensors in blocks for t in tensors)
+    kept_twice = on_gpu or converted or other
     compute = elements * item if kept_twice else 0
-    outside = sum(stored[n].elements * item + stored[n].bytes * kept_twice for n in skeleton.outside_blocks())
+    rest = _infos(skeleton, skeleton.outside_blocks())
+    outside = sum(t.elements * item + t.bytes * kept_twice for t in rest)
     originals = elements * item if needs_dense(recipe) else 0  # the dense block, kept while it is pruned
     # Float32 results of the block before, while they are written.
     writing = 4 * elements if exact_bytes(recipe, skeleton, shapes) else 0
@@ -100,9 +103,9 @@ def predict_memory(
     return _INTERPRETER + writing + host, None
 
 
-def _stored(skeleton: Skeleton) -> dict[str, TensorInfo]:
-    """What the checkpoint holds for every parameter."""
-    return {name: skeleton.source.tensors[where] for name, where in skeleton.stored.items()}
+def _infos(skeleton: Skeleton, names: Iterable[str]) -> list[TensorInfo]:
+    """What the checkpoint holds for some parameters."""
+    return [skeleton.source.tensors[name] for name in skeleton.tensors_of(names)]
 
 
 def _hidden_size(skeleton: Skeleton) -> int:
@@ -146,9 +149,8 @@ def predict_scoring(
     """
     item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
     vocabulary = skeleton.model.config.get_text_config().vocab_size
-    stored = _stored(skeleton)
-    block = max(sum(stored[n].bytes for n in skeleton.parameters_of(b)) for b in skeleton.blocks)
-    outside = sum(stored[n].elements * item for n in skeleton.outside_blocks())
+    block = max(sum(t.bytes for t in _infos(skeleton, skeleton.parameters_of(b))) for b in skeleton.blocks)
+    outside = sum(t.elements * item for t in _infos(skeleton, skeleton.outside_blocks()))
     host = compute = 0
     for windows, tokens in texts:
         inputs = min(STORE_BYTES, activation_bytes(skeleton, windows, tokens))
@@ -157,7 +159,7 @@ def predict_scoring(
         host = max(host, 3 * block + inputs, (outside if on_gpu else logits) + inputs)
         compute = max(compute, 2 * block, logits)
     if tasks:
-        whole = sum(t.elements * item for t in stored.values())
+        whole = skeleton.elements * item
         logits = BATCH * _REQUEST * vocabulary * (item + 2 * 4)  # as computed, in float32, as logarithms
         host = LM_EVAL + max(host, whole if on_gpu else whole + logits)
         compute = max(compute, whole + logits)

@@ -10,7 +10,7 @@ from llmprune import registry
 from llmprune.contracts import Pattern
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import Target, find_targets
+from llmprune.model.targets import Target, all_targets, targets_of
 from llmprune.patterns import NM
 from llmprune.planning import needs
 from llmprune.planning.allocation import balanced, rounded
@@ -182,7 +182,7 @@ def _matrices(
 
     The second value: the names of the matrices that rules skip.
     """
-    targets = [target for name, block in skeleton.blocks.items() for target in find_targets(name, block)]
+    targets = all_targets(skeleton)
     rules = {t.name: recipe.rule_for(t.name) for t in targets}
     for unused in set(recipe.rules) - set(rules.values()):
         raise ValueError(
@@ -220,14 +220,14 @@ def _matrices(
 
 def _block_numbers(skeleton: Skeleton) -> dict[str, int]:
     """The number of the block of every matrix, by the matrix's name."""
-    blocks = enumerate(skeleton.blocks.items())
-    return {t.name: number for number, (name, block) in blocks for t in find_targets(name, block)}
+    blocks = enumerate(skeleton.blocks)
+    return {t.name: number for number, name in blocks for t in targets_of(skeleton, name)}
 
 
 def _check_stored_dtype(target: Target, skeleton: Skeleton) -> None:
-    if skeleton.source.tensors[skeleton.stored[target.weight_name]].dtype is None:
+    if skeleton.source.tensors[target.tensor].dtype is None:
         raise ValueError(
-            f"{target.weight_name} is stored in an integer or 8-bit type; prune the original checkpoint, "
+            f"{target.tensor} is stored in an integer or 8-bit type; prune the original checkpoint, "
             "not a quantised one"
         )
 

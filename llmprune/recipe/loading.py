@@ -19,6 +19,7 @@ from llmprune.recipe.types import (
     AlgorithmSpec,
     CalibrationSpec,
     Case,
+    ExpertsSpec,
     Recipe,
     Rule,
     resolve_sparsity,
@@ -30,6 +31,7 @@ DEFAULT = "dsnot"
 # When statistics are collected: for all matrices of a block before it is pruned; or for each group of
 # matrices with the same input, once the groups before it are pruned.
 ORDERS = ("block", "group")
+EXPERT_TOKENS, EXPERT_FEWER = ("routed", "all"), ("magnitude", "all-tokens", "error")
 
 
 def load(recipe: str | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -166,6 +168,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     if any(not isinstance(rule.match, str) for rule in fields["rules"]):
         raise ValueError("every rule needs 'match', a glob pattern on matrix names such as '*.down_proj'")
     fields["calibration"] = _calibration(fields.get("calibration", {}))
+    fields["experts"] = _experts(fields.get("experts", {}))
     for key in ("name", "description", "pattern", "scope", "order", "chosen", "sums", "precision"):
         if key in fields:
             _typed(key, fields[key], str)
@@ -207,6 +210,18 @@ def _calibration(value: Any) -> CalibrationSpec:
         number = isinstance(given, (int, float)) and not isinstance(given, bool)
         if given is not None and not (number and least <= given <= most):
             raise ValueError(f"calibration.{key} must be a number from {least} to {most}, got {shown(given)}")
+    return spec
+
+
+def _experts(value: Any) -> ExpertsSpec:
+    spec: ExpertsSpec = _part(ExpertsSpec, "experts", value)
+    for key, known in (("tokens", EXPERT_TOKENS), ("fewer", EXPERT_FEWER)):
+        if getattr(spec, key) not in known:
+            raise ValueError(
+                f"experts.{key} must be one of {', '.join(known)}, got {shown(getattr(spec, key))}"
+            )
+    if isinstance(spec.least, bool) or not isinstance(spec.least, int) or spec.least < 0:
+        raise ValueError(f"experts.least must be a whole number from 0, got {shown(spec.least)}")
     return spec
 
 

@@ -20,7 +20,12 @@ DEFAULT_SPARSITY = 0.5
 SUMS = ("exact", "published")
 # What the next block sees of a pruned weight: what the checkpoint will store, or the float32 result.
 PRECISIONS = ("stored", "float32")
-UNMENTIONED = {"sums": "exact", "precision": "stored"}  # absent from records where they are as usual
+# Absent from records where they are as usual.
+UNMENTIONED = {
+    "sums": "exact",
+    "precision": "stored",
+    "experts": {"tokens": "routed", "least": 64, "fewer": "magnitude"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,22 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """How the matrices of experts are pruned, which see only the tokens routed to their expert.
+
+    Attributes:
+        tokens: `routed`, or `all`: statistics as if every token were routed to every expert.
+        least: fewer tokens than that are too few for statistics.
+        fewer: what then: `magnitude` prunes by magnitude, `all-tokens` takes statistics of all tokens,
+            `error` ends the run.
+    """
+
+    tokens: str = "routed"
+    least: int = 64
+    fewer: str = "magnitude"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the masks. Build one with `loading.load`, which checks every value.
 
@@ -109,6 +130,7 @@ class Recipe:
         order: when statistics of a block are collected, see `loading.ORDERS`.
         permute: reorder input channels so that an N:M pattern costs less.
         calibration: where calibration rows come from.
+        experts: how the matrices of experts are pruned.
         seed: seed of everything random.
         chosen: why, where the program chose the recipe or a case of it.
     """
@@ -128,6 +150,7 @@ class Recipe:
     sums: str = "exact"
     precision: str = "stored"
     calibration: CalibrationSpec = CalibrationSpec()
+    experts: ExpertsSpec = ExpertsSpec()
     seed: int = 0
     chosen: str = ""
 

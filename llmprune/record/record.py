@@ -37,7 +37,7 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             "revision": model.located.revision if model.located else None,
             **read_licence(model.located.folder if model.located else None),
             "architecture": type(model.skeleton.model).__name__,
-            "parameters": sum(model.source.tensors[s].elements for s in set(model.skeleton.stored.values())),
+            "parameters": model.skeleton.elements,
             "digest": digest,
             **({"unused_tensors": model.skeleton.unused} if model.skeleton.unused else {}),
         },

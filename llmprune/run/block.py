@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource, read_ahead
 from llmprune.contracts import InputStats
-from llmprune.model.targets import Target, find_targets
+from llmprune.model.targets import Target, targets_of
 from llmprune.run.clock import Clock
 from llmprune.run.matrix import Row
 from llmprune.run.shared import Run
@@ -63,12 +63,11 @@ class Block:
         self._skeleton, self._parameters = run.skeleton, run.skeleton.parameters_of(self.name)
 
     def _find_targets(self, run: Run) -> list[Target]:
-        return [t for t in find_targets(self.name, self.module) if t.name in run.plan.matrices]
+        return [t for t in targets_of(run.skeleton, self.name) if t.name in run.plan.matrices]
 
     def weight(self, target: Target) -> Tensor:
         """The present weight of a matrix in the checkpoint's layout: the exact one where there is one."""
-        name = self._skeleton.stored[target.weight_name]
-        return self.exact.get(name, self.shard[name])
+        return target.part(self.exact.get(target.tensor, self.shard[target.tensor]))
 
     def put(self, target: Target, weight: Tensor) -> None:
         """Take a new weight of a matrix, in the checkpoint's layout, into the module and into what is stored.
@@ -76,11 +75,30 @@ class Block:
         Its cast to the checkpoint's dtype is stored; the module gets the exact weight where the recipe says
         so.
         """
-        name = self._skeleton.stored[target.weight_name]
-        self.shard[name] = weight.to(self.shard[name].dtype).contiguous()
-        if self._keeps_exact and self.shard[name].dtype != weight.dtype:
-            self.exact[name] = weight.contiguous()
+        name, dtype = target.tensor, self.shard[target.tensor].dtype
+        exact = self._keeps_exact and dtype != weight.dtype
+        if target.index is None:
+            self.shard[name] = weight.to(dtype).contiguous()
+            if exact:
+                self.exact[name] = weight.contiguous()
+        else:
+            target.part(self.shard[name]).copy_(weight)
+            if exact:
+                target.part(self.exact.setdefault(name, self.shard[name].float())).copy_(weight)
         target.assign(self.weight(target))
+
+    def dense(self) -> Tensors:
+        """The tensors of the block as they are; they stay so when matrices are put in place."""
+        written = {target.tensor for target in self.targets if target.index is not None}
+        return {name: t.clone() if name in written else t for name, t in self.shard.items()}
+
+    def parameters(self) -> Tensors:
+        """The parameters of the module, by name in it; they too stay as they are."""
+        written = {name for target in self.targets if target.module is None for name in target.owners}
+        return {
+            name: parameter.detach().clone() if f"{self.name}.{name}" in written else parameter
+            for name, parameter in self.module.named_parameters()
+        }
 
     def enter(self, companions: Sequence[Companion]) -> None:
         """Load the block and let every companion enter it."""

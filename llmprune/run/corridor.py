@@ -82,32 +82,30 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
 
     On every process module and shard end with the same weights, and the block with the same masks and rows.
     """
-    methods, team, stored_names = Methods.of(run.recipe), run.team, run.skeleton.stored
+    methods, team = Methods.of(run.recipe), run.team
     owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
     rows: dict[str, Row] = {}
     weights: dict[str, Tensor] = {}
     for target in targets:
-        stored = stored_names[target.weight_name]
+        key, stored = target.key, block.shard[target.tensor]
         if owner[target.name] == team.rank:
             matrix = run.plan.matrices[target.name]
             with exact_matmul():
-                weight, keep, row = prune_matrix(
-                    target, matrix, stats[target.name], methods, block.shard[stored]
-                )
-            weights[stored], block.masks[stored] = target.stored(weight), pack(keep)
-            rows[stored] = {"name": stored, **row, **block.notes.get(target.name, {})}
-            block.put(target, weights[stored])
+                weight, keep, row = prune_matrix(target, matrix, stats.get(target.name), methods, stored)
+            weights[key], block.masks[key] = target.stored(weight), pack(keep)
+            rows[key] = {"name": key, **row, **block.notes.get(target.name, {})}
+            block.put(target, weights[key])
         else:
-            weights[stored] = torch.empty_like(block.shard[stored], dtype=methods.dtype)
+            weights[key] = torch.empty_like(target.part(stored), dtype=methods.dtype)
             packed = target.shape[0], -(-target.shape[1] // 8)
-            block.masks[stored] = torch.empty(packed, dtype=torch.uint8)
-            rows[stored] = {}
+            block.masks[key] = torch.empty(packed, dtype=torch.uint8)
+            rows[key] = {}
     for target in targets if not team.alone else ():
-        stored = stored_names[target.weight_name]
-        team.from_rank(owner[target.name], weights[stored])
-        team.from_rank(owner[target.name], block.masks[stored])
-        rows[stored] = team.tell(rows[stored], owner[target.name])
+        key = target.key
+        team.from_rank(owner[target.name], weights[key])
+        team.from_rank(owner[target.name], block.masks[key])
+        rows[key] = team.tell(rows[key], owner[target.name])
         if owner[target.name] != team.rank:
-            block.put(target, weights[stored])
+            block.put(target, weights[key])
     block.rows += rows.values()
     block.stats |= stats

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune import registry
 from llmprune.contracts import InputStats, Job, Pruned, Pruner, Step
 from llmprune.model.targets import Target
 from llmprune.numerics.counts import all_finite, zeros_of
@@ -19,6 +20,7 @@ from llmprune.recipe.types import AlgorithmSpec, Recipe
 from llmprune.statistics.sums import relative_error
 
 Row = dict[str, Any]
+NO_TOKENS = InputStats(0, 0, {})  # statistics of the inputs of a matrix that nothing has reached
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,35 @@ class Methods:
     steps: Sequence[tuple[AlgorithmSpec, Step]]
     seed: int
     dtype: torch.dtype | None  # of results; None for the dtype of the checkpoint
+    least: int = 0  # tokens that the matrix of an expert must have seen
 
     @staticmethod
     def of(recipe: Recipe) -> Methods:
         """Built with the options of the recipe."""
-        dtype = torch.float32 if recipe.precision == "float32" else None
-        return Methods(recipe.build_pruner(), recipe.pruner.name, recipe.build_steps(), recipe.seed, dtype)
+        return Methods(
+            recipe.build_pruner(),
+            recipe.pruner.name,
+            recipe.build_steps(),
+            recipe.seed,
+            torch.float32 if recipe.precision == "float32" else None,
+            recipe.experts.least,
+        )
+
+    def for_tokens(self, target: Target, tokens: int) -> Methods:
+        """The methods for a matrix that has seen so many tokens: magnitude where they are too few."""
+        if tokens >= (self.least if target.routed else 1):
+            return self
+        magnitude: Pruner = registry.build("pruners", "magnitude", {})
+        return replace(self, pruner=magnitude, pruner_name="magnitude", steps=())
 
 
 def prune_matrix(
-    target: Target, plan: MatrixPlan, stats: InputStats, methods: Methods, stored: Tensor
+    target: Target, plan: MatrixPlan, stats: InputStats | None, methods: Methods, stored: Tensor
 ) -> tuple[Tensor, Tensor, Row]:
     """Prune one matrix and run the steps that follow.
 
     Args:
+        stats: of its inputs; None if no token has reached it.
         stored: its dense weight as the checkpoint stores it.
 
     Returns:
@@ -55,10 +72,12 @@ def prune_matrix(
             that it may not move.
     """
     started = time.monotonic()
+    tokens = stats.count if stats is not None else 0
+    methods = methods.for_tokens(target, tokens)
     job = Job(
         target.name,
         target.read(stored),
-        stats,
+        stats or NO_TOKENS,
         plan.pattern,
         plan.sparsity,
         seeded(methods.seed, target.weight_name),
@@ -78,6 +97,7 @@ def prune_matrix(
         "pruner": methods.pruner_name,
         "steps": [spec.name for spec, _ in steps],
         **pruned.notes,
+        **({"tokens": tokens} if target.routed or not tokens else {}),
         "seconds": round(time.monotonic() - started, 4),
     }
     return pruned.weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, row
@@ -90,13 +110,16 @@ def seeded(seed: int, name: str) -> torch.Generator:
     )
 
 
-def measured(dense: Tensor, final: Tensor, stats: InputStats) -> Row:
-    """What a row of the record says of a weight as stored, [R, C] in float32: its zeros and its error."""
+def measured(dense: Tensor, final: Tensor, stats: InputStats | None) -> Row:
+    """What a row of the record says of a weight as stored, [R, C] in float32: its zeros and its error.
+
+    Without inputs there is no error: it is None.
+    """
     zeros = zeros_of(final)
     return {
         "sparsity": zeros / final.numel(),
         "zeros": zeros,
-        "relative_error": relative_error(dense, final, stats),
+        "relative_error": relative_error(dense, final, stats) if stats is not None else None,
     }
 
 

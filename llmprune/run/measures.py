@@ -11,7 +11,7 @@ from llmprune import patterns
 from llmprune.checkpoint.reader import read_ahead
 from llmprune.contracts import InputStats, Job
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target, find_targets
+from llmprune.model.targets import Target, targets_of
 from llmprune.run.matrix import seeded
 from llmprune.run.observer import Observer
 from llmprune.run.shared import Run
@@ -44,12 +44,12 @@ def measure(run: Run) -> dict[int, float]:
     observer = Observer(run, allocator.needs, inputs)
     shards = read_ahead(skeleton.source, skeleton.block_tensors())
     measures: dict[int, float] = {}
-    for number, ((name, block), shard) in enumerate(zip(skeleton.blocks.items(), shards, strict=True)):
+    for number, (name, shard) in enumerate(zip(skeleton.blocks, shards, strict=True)):
         parameters = skeleton.parameters_of(name)
         skeleton.fill(parameters, shard)
-        targets = find_targets(name, block)
+        targets = targets_of(skeleton, name)
         stats = observer.collect(number, targets, {})
-        weights = {t.name: shard[skeleton.stored[t.weight_name]] for t in targets}
+        weights = {t.name: shard[t.tensor] for t in targets}
         measures[number] = allocator.measure(_Jobs(targets, weights, stats, run.recipe.seed))
         inputs.forward(number)
         skeleton.free(parameters)

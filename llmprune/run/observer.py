@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from llmprune.contracts import InputStats, Need
 from llmprune.machine.device import Stopwatch, exact_matmul, free_cached_memory, out_of_memory
 from llmprune.model.activations import BlockInputs
+from llmprune.model.products import Products, Seen
 from llmprune.model.targets import Target
 from llmprune.run.block import Block, Companion
 from llmprune.run.shared import Run
@@ -54,9 +56,28 @@ class Observer(Companion):
                 collector.batch(first, shape, dense=True)
                 self._pass(self._dense, number, part, originals)
 
-        with exact_matmul(), collector.attached({t.name: t.module for t in targets}):
+        with exact_matmul(), self._watching(collector, targets):
             self._inputs.each(observe, collector.restart)
-        return collector.results(self._run.team)
+        return collector.results(self._run.team, {t.name: t.shape[1] for t in targets})
+
+    @contextmanager
+    def _watching(self, collector: Collector, targets: Sequence[Target]) -> Iterator[None]:
+        """Collect from some matrices inside the `with`: at their layers, or at the products with a stack."""
+        layers = {t.name: t.layer for t in targets if t.layer is not None}
+        stacked: dict[tuple[str, int | None], list[str]] = {}
+        for target in targets:
+            if target.layer is None:
+                stacked.setdefault(target.place, []).append(target.name)
+        parameters = {t.parameter: t.loaded() for t in targets if t.layer is None}
+
+        def seen(product: Seen) -> None:
+            names = stacked.get((product.parameter, product.expert))
+            if names:
+                collector.take_some(names, product.inputs)
+
+        routed = frozenset(t.name for t in targets if t.routed)
+        with collector.attached(layers, routed), Products(parameters, seen) if parameters else nullcontext():
+            yield
 
     def groups_of(self, block: Block) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:
         """The matrices of a block that are to be pruned, with their statistics.
@@ -75,8 +96,10 @@ class Observer(Companion):
             return
         groups = self.groups(block.number, block.targets)
         self._groups = len(groups)
-        if self._run.plan.pausing and not self._no_pausing:
-            modules = [[target.module for target in group] for group in groups]
+        # Experts run one after the other, each through all its matrices.
+        plain = all(target.module is not None and not target.routed for target in block.targets)
+        if self._run.plan.pausing and plain and not self._no_pausing:
+            modules = [[t.module for t in group if t.module is not None] for group in groups]
             for part in self._inputs.slices():
                 forward = functools.partial(self._inputs.run, block.number, part, {})
                 self._halted.append((part, Halted(forward, modules)))
@@ -131,11 +154,12 @@ class Observer(Companion):
     def groups(self, number: int, targets: list[Target]) -> list[list[Target]]:
         """The matrices by the input they share, in the order in which the block computes them."""
         collector = self._collector(Need.NONE)
-        with collector.attached({t.name: t.module for t in targets}):
+        with self._watching(collector, targets):
             collector.batch(0, (1, self._inputs.length))
             self._pass(self._inputs, number, slice(0, 1), {})
         by_name = {t.name: t for t in targets}
-        return [[by_name[name] for name in group] for group in collector.groups()]
+        found = [[by_name[name] for name in group] for group in collector.groups()]
+        return _with_experts(found, targets)
 
     @staticmethod
     def _pass(stream: BlockInputs, number: int, part: slice, weights: Mapping[str, Tensor]) -> None:
@@ -143,3 +167,22 @@ class Observer(Companion):
             stream.run(number, part, weights)
         except Enough:
             pass
+
+
+def _with_experts(groups: list[list[Target]], targets: Sequence[Target]) -> list[list[Target]]:
+    """The groups with the matrices of experts that play the same part in one group, seen or not.
+
+    Experts work beside one another, so pruning one does not change what another one sees. Matrices that
+    nothing has reached, and that are of no expert, come last, all together.
+    """
+    part = {t: t.parameter if t.layer is None else t.name.rpartition(".")[2] for t in targets if t.routed}
+    found: list[list[Target]] = []
+    placed: set[Target] = set()
+    for group in groups:
+        parts = {part[t] for t in group if t in part}
+        whole = [t for t in targets if (t in group or part.get(t) in parts) and t not in placed]
+        placed.update(whole)
+        if whole:
+            found.append(whole)
+    rest = [t for t in targets if t not in placed]
+    return [*found, rest] if rest else found

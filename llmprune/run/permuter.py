@@ -19,7 +19,7 @@ from torch import Tensor
 from llmprune import registry
 from llmprune.contracts import InputStats, Need
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target, find_targets
+from llmprune.model.targets import Target, targets_of
 from llmprune.numerics.permutation import column_order, kept_score
 from llmprune.patterns import NM
 from llmprune.run.block import Block, Companion
@@ -111,7 +111,7 @@ class ChannelPermuter(Companion):
 
     def _targets(self, number: int) -> Targets:
         block = list(self._skeleton.blocks)[number]
-        found = find_targets(block, self._skeleton.blocks[block])
+        found = (t for t in targets_of(self._skeleton, block) if t.module is not None and not t.routed)
         return {target.name.removeprefix(f"{block}."): target for target in found}
 
     def _wanted(self, link: Link, targets: Targets) -> bool:
@@ -132,7 +132,7 @@ class ChannelPermuter(Companion):
         pattern = self._plan.matrices[reader.name].pattern
         assert isinstance(pattern, NM)
         generator = seeded(self._seed, f"{reader.name} channels")
-        weight = reader.view(shard[self._skeleton.stored[reader.weight_name]])
+        weight = reader.view(shard[reader.tensor])
         score = self._score.score(weight, stats, generator)
         # A stretch and its repeats are reordered alike: their scores count below one another.
         stretches = score.view(len(score), -1, link.repeats, link.width).permute(1, 0, 2, 3).flatten(1, 2)
@@ -144,17 +144,18 @@ class ChannelPermuter(Companion):
         return orders.cpu(), before, after
 
     def _reorder(self, link: Link, targets: Targets, orders: Tensor, shard: dict[str, Tensor]) -> None:
-        stored, reader = self._skeleton.stored, targets[link.reader]
-        where = stored[reader.weight_name]
+        reader = targets[link.reader]
+        where = reader.tensor
         shard[where] = reader.stored(reader.oriented(shard[where])[:, link.columns(orders)])
         changed = [reader.weight_name]
         for name in link.makers:
             maker, bias = targets[name], f"{targets[name].name}.bias"
-            rows, where = link.rows(orders, maker.shape[0]), stored[maker.weight_name]
+            rows, where = link.rows(orders, maker.shape[0]), maker.tensor
             shard[where] = maker.stored(maker.oriented(shard[where])[rows])
             changed.append(maker.weight_name)
-            if bias in stored:
-                shard[stored[bias]] = shard[stored[bias]][rows]
+            if bias in self._skeleton.group_of:
+                (where,) = self._skeleton.group_of[bias].tensors
+                shard[where] = shard[where][rows]
                 changed.append(bias)
         self._skeleton.fill(changed, shard)
 
@@ -204,17 +205,17 @@ class ChannelPermuter(Companion):
         weights: dict[str, Tensor] = {}
         for name in link.makers:
             module, rows = targets[name].module, link.rows(orders, targets[name].shape[0])
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight: Tensor = module.weight  # type: ignore[assignment, union-attr]
             weights[f"{name}.weight"] = targets[name].stored(targets[name].oriented(weight)[rows])
             if getattr(module, "bias", None) is not None:
-                weights[f"{name}.bias"] = module.bias[rows]  # type: ignore[index]
+                weights[f"{name}.bias"] = module.bias[rows]  # type: ignore[index, union-attr]
         reader, columns = targets[link.reader], link.columns(orders)
         before, after = self._inputs_of(reader, number, {}), self._inputs_of(reader, number, weights)
         exact = self._skeleton.dtype.itemsize > 2
         size = _INPUTS[exact] * before.square().sum()
         if (after - before[..., columns]).square().sum() > size or (after - before).square().sum() <= size:
             return False
-        own: Tensor = reader.module.weight  # type: ignore[assignment]
+        own: Tensor = reader.module.weight  # type: ignore[assignment, union-attr]
         weights[f"{link.reader}.weight"] = reader.stored(reader.oriented(own)[:, columns])
         hidden, first = self._inputs.hidden(slice(0, 1)), slice(0, 1)
         with torch.no_grad():
@@ -227,6 +228,7 @@ class ChannelPermuter(Companion):
     @torch.no_grad()
     def _inputs_of(self, target: Target, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """What a matrix of block `number` reads of the first sequence, [1, T, C] in float32."""
+        assert target.module is not None
         return input_of(target.module, lambda: self._inputs.run(number, slice(0, 1), weights))
 
 

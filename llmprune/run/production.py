@@ -14,6 +14,7 @@ from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
+from llmprune.model.targets import all_targets
 from llmprune.planning.plan import Findings, Plan
 from llmprune.record import record as records
 from llmprune.record import report
@@ -123,7 +124,8 @@ class Production:
     def _begin(self, before: Record, plan: Plan) -> None:
         assert self.writer is not None
         skeleton = self.model.skeleton
-        shapes = {skeleton.stored[f"{n}.weight"]: m.shape for n, m in plan.matrices.items()}
+        targets = all_targets(skeleton)
+        shapes = {t.key: t.shape for t in targets if t.name in plan.matrices}
         files = self.model.files
         companions = files.companions(self.options.trust_remote_code) if files else None
         exact, shards = before["recipe"].get("precision") == "float32", len(skeleton.blocks) + 1

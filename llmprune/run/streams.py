@@ -19,7 +19,7 @@ class DenseStream(Companion):
 
     def enter(self, block: Block) -> None:
         """Keep the dense weights: those in the module are replaced one after the other."""
-        block.originals = dict(block.module.named_parameters())
+        block.originals = block.parameters()
 
     def leave(self, block: Block) -> None:
         """Move on through the dense block."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.checkpoint.masks import unpack
 from llmprune.contracts import BlockJob, BlockStep, Tuned
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target
+from llmprune.model.targets import Target, targets_of
 from llmprune.numerics.counts import all_finite
 from llmprune.recipe.types import AlgorithmSpec
 from llmprune.run.block import Block, Companion
@@ -36,23 +36,41 @@ class BlockTuner(Companion):
 
     def enter(self, block: Block) -> None:
         """Keep the dense weights: the error of the tuned ones is measured against them."""
-        self._unpruned = dict(block.shard)
+        self._unpruned = block.dense()
 
     def leave(self, block: Block) -> None:
         """Tune the block; weights, module and rows of the record change in place, on every process alike."""
         for spec, step in self._steps:
-            in_block = {t.weight_name.removeprefix(f"{block.name}."): t for t in block.targets}
-            chosen = {name: target for name, target in in_block.items() if spec.applies(target.name)}
+            chosen = self._chosen(spec, block)
             if not chosen:
                 continue
             tuned = self._apply(step, self._job(block, chosen))
-            for name, target in chosen.items():
-                self._put(tuned.weights[name], target, step, block)
+            for target in dict.fromkeys(target for targets in chosen.values() for target in targets):
+                of_block = {f"{block.name}.{name}": weight for name, weight in tuned.weights.items()}
+                self._put(target.gather(of_block), target, step, block)
                 self._describe(spec, target, block, tuned)
         self._unpruned = {}
 
-    def _job(self, block: Block, chosen: Mapping[str, Target]) -> BlockJob:
-        stored, dtype, device = self._skeleton.stored, self._skeleton.dtype, self._skeleton.device
+    def _chosen(self, spec: AlgorithmSpec, block: Block) -> dict[str, list[Target]]:
+        """The parameters to be tuned, by name in the block, with the pruned matrices they hold.
+
+        Parameters of which a part is not to be tuned are left out.
+        """
+        found: dict[str, list[Target]] = {}
+        partly = {
+            parameter
+            for target in targets_of(self._skeleton, block.name)
+            if target not in block.targets or not spec.applies(target.name)
+            for parameter in target.owners
+        }
+        for target in block.targets:
+            if not partly & set(target.owners):
+                for parameter in target.owners:
+                    found.setdefault(parameter.removeprefix(f"{block.name}."), []).append(target)
+        return found
+
+    def _job(self, block: Block, chosen: Mapping[str, list[Target]]) -> BlockJob:
+        dtype, device = self._skeleton.dtype, self._skeleton.device
         share, number = self._run.share, block.number
 
         def outputs(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
@@ -63,10 +81,15 @@ class BlockTuner(Companion):
             return self._dense.hidden([r - share.start for r in rows])
 
         weights, keeps = {}, {}
-        for name, target in chosen.items():
-            where = stored[target.weight_name]
-            weights[name] = block.weight(target).to(device, torch.float32)
-            keeps[name] = target.stored(unpack(block.masks[where], target.shape[1])).to(device)
+        shapes = {name: parameter.shape for name, parameter in block.module.named_parameters()}
+        for name in chosen:
+            weights[name] = torch.empty(shapes[name], device=device)
+            keeps[name] = torch.ones(shapes[name], dtype=torch.bool, device=device)
+        inside_weights = {f"{block.name}.{name}": weight for name, weight in weights.items()}
+        inside_keeps = {f"{block.name}.{name}": keep for name, keep in keeps.items()}
+        for target in dict.fromkeys(target for targets in chosen.values() for target in targets):
+            target.scatter(target.oriented(block.weight(target)), inside_weights)
+            target.scatter(unpack(block.masks[target.key], target.shape[1]), inside_keeps)
         return BlockJob(
             name=block.name,
             weights=weights,
@@ -90,8 +113,7 @@ class BlockTuner(Companion):
 
     def _put(self, weight: Tensor, target: Target, step: BlockStep, block: Block) -> None:
         """Put a tuned weight into module and shard. Raises `RuntimeError` where the step broke its mask."""
-        stored = self._skeleton.stored[target.weight_name]
-        keep = target.stored(unpack(block.masks[stored], target.shape[1]))
+        keep = unpack(block.masks[target.key], target.shape[1])
         if not all_finite(weight):
             raise RuntimeError(
                 f"{type(step).__name__} on {target.name} made NaN or Inf weights; "
@@ -102,13 +124,12 @@ class BlockTuner(Companion):
             raise RuntimeError(
                 f"{type(step).__name__} on {target.name} left weights where its mask says zero"
             )
-        block.put(target, weight)
+        block.put(target, target.stored(weight))
 
     def _describe(self, spec: AlgorithmSpec, target: Target, block: Block, tuned: Tuned) -> None:
         """Bring the matrix's row of the record up to date."""
-        stored = self._skeleton.stored[target.weight_name]
-        row = next(r for r in block.rows if r["name"] == stored)
-        dense, final = target.view(self._unpruned[stored]), target.view(block.shard[stored])
-        row.update(measured(dense, final, block.stats[target.name]))
+        row = next(r for r in block.rows if r["name"] == target.key)
+        dense, final = target.view(self._unpruned[target.tensor]), target.view(block.shard[target.tensor])
+        row.update(measured(dense, final, block.stats.get(target.name)))
         row.update(steps=[*row["steps"], spec.name])
         row.update(tuned.notes)

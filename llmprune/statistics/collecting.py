@@ -98,6 +98,7 @@ class Collector:
     ) -> None:
         self.needs, self._positions, self._watch, self._kind = needs, positions, watch, sums
         self.restart()
+        self._routed: frozenset[str] = frozenset()
         # id of an input -> the input and the leader of its group.
         # Holding the tensor keeps its id from being reused.
         self._inputs: dict[int, tuple[Tensor, str]] = {}
@@ -110,12 +111,15 @@ class Collector:
         self._leader: dict[str, str] = {}
 
     @contextmanager
-    def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    def attached(
+        self, modules: Mapping[str, nn.Module], routed: frozenset[str] = frozenset()
+    ) -> Iterator[None]:
         """Collect from every forward pass inside the `with`.
 
-        Each pass ends with `Enough` when all the modules have had their input.
+        Each pass ends with `Enough` when all the modules have had their input, unless some matrices are
+        `routed`: those of experts, which get some of the tokens, or none.
         """
-        self._modules = len(modules)
+        self._modules, self._routed = 0 if routed else len(modules), routed
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
         try:
             yield
@@ -138,6 +142,9 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name in self._routed:
+                self.take_some([name], inputs[0])
+                return
             self.take(name, inputs[0])
             self._seen += 1
             if self._seen == self._modules:
@@ -172,6 +179,21 @@ class Collector:
             else:
                 self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
 
+    def take_some(self, names: Sequence[str], x: Tensor) -> None:
+        """Add what an expert sees of the micro-batch announced last: [n, C], the inputs of some matrices."""
+        _, leader = self._inputs.setdefault(id(x), (x, names[0]))
+        for name in names:
+            leader = self._leader.setdefault(name, leader)
+        if leader not in names:
+            return
+        if leader not in self._sums:
+            self._sums[leader] = StatsSums(self.needs & ~Need.CROSS, self._positions)
+        sequences = self._positions[:, 0]
+        here = (sequences >= self._first) & (sequences < self._first + self._shape[0])
+        with self._watch.running():
+            rows = x.reshape(-1, x.shape[-1])
+            self._sums[leader].add_some(rows, int(here.sum()), self._shape[1])
+
     def groups(self) -> list[list[str]]:
         """Names of the modules of each group, in the order of the forward pass."""
         groups: dict[str, list[str]] = {}
@@ -179,20 +201,20 @@ class Collector:
             groups.setdefault(leader, []).append(name)
         return list(groups.values())
 
-    def results(self, team: Team) -> dict[str, InputStats]:
+    def results(self, team: Team, widths: Mapping[str, int] | None = None) -> dict[str, InputStats]:
         """Statistics over all processes, by module name; the modules of a group share one object.
+
+        Matrices that no token has reached are not among them. `widths`: C of matrices that may be so.
 
         Raises:
             ValueError: inputs are not finite; the message names the first such module in the order of the
                 pass.
         """
         self._inputs.clear()
-        sampled = self._positions[:, 0]  # the sequence of each sampled token
-        sequences = int(sampled.max()) + 1
-        shares = [Team(rank, team.size).share(sequences) for rank in range(team.size)]
-        counts = [int(((sampled >= share.start) & (sampled < share.stop)).sum()) for share in shares]
+        if widths and not team.alone:
+            self._agree(team, widths)
         for name in sorted(self._sums):
-            self._sums[name].merge(team, counts)
+            self._sums[name].merge(team)
         broken = next((name for name, sums in self._sums.items() if not sums.finite), None)
         if broken is not None:
             raise ValueError(
@@ -200,6 +222,14 @@ class Collector:
                 "try --dtype float32, else the checkpoint is broken in this block "
                 "(huge weights, a norm's epsilon in config.json)"
             )
-        finished = {name: sums.result() for name, sums in self._sums.items()}
+        finished = {name: sums.result() for name, sums in self._sums.items() if sums.count}
         self._sums.clear()
-        return {name: finished[leader] for name, leader in self._leader.items()}
+        return {name: finished[leader] for name, leader in self._leader.items() if leader in finished}
+
+    def _agree(self, team: Team, widths: Mapping[str, int]) -> None:
+        """Take part in the sums of matrices that only other processes have seen."""
+        for rank in range(team.size):
+            self._leader = {**team.tell(self._leader, rank), **self._leader}
+        for leader in set(self._leader.values()) - set(self._sums):
+            self._sums[leader] = StatsSums(self.needs & ~Need.CROSS, self._positions)
+            self._sums[leader].add_none(widths[leader])

@@ -69,6 +69,28 @@ class StatsSums:
             places = self._positions[here].to(x.device)
             self._samples.append(x[places[:, 0] - first, places[:, 1]])
 
+    def add_some(self, inputs: Tensor, sampled: int, length: int) -> None:
+        """Add the inputs [n, C] of some tokens, as an expert sees them: `sampled` of them for the sample.
+
+        `length`: tokens of a sequence.
+
+        Which sequences they belong to is not known: variances within a sequence are those within the tokens
+        added together.
+        """
+        if not len(inputs):
+            return
+        needs, self.needs = self.needs, self.needs & ~(Need.SAMPLE | Need.CROSS)
+        self.add(inputs[None], 0)
+        self.tokens, self.needs = length, needs
+        if self.needs & Need.SAMPLE:
+            places = torch.linspace(0, len(inputs) - 1, min(sampled, len(inputs)), device=inputs.device)
+            self._samples.append(inputs.detach().float()[places.long()])
+
+    def add_none(self, columns: int) -> None:
+        """Take part in a merge without having seen a token; the inputs have so many columns."""
+        self.add(torch.zeros(1, 1, columns), 0)
+        self.count, self._samples = 0, [torch.zeros(0, columns)] if self.needs & Need.SAMPLE else []
+
     def add_dense(self, inputs: Tensor) -> None:
         """Add the inputs [N, T, C] of the same matrix in the dense model, for the sequences last added."""
         assert self._pruned_inputs is not None
@@ -90,15 +112,18 @@ class StatsSums:
         else:
             self._sums[name] = value
 
-    def merge(self, team: Team, counts: list[int]) -> None:
-        """Replace the sums by those over all processes; process r has counts[r] of the sampled tokens."""
+    def merge(self, team: Team) -> None:
+        """Replace the sums by those over all processes."""
         if team.alone:
             return
+        counts = torch.zeros(team.size, dtype=torch.float64)
+        counts[team.rank] = sum(map(len, self._samples))
         total = torch.tensor(float(self.count), dtype=torch.float64)
+        team.add(counts)
         team.add(total, *(self._sums[name] for name in sorted(self._sums)))
         self.count = int(total)
         if self._samples:
-            self._samples = [team.join_rows(torch.cat(self._samples), counts)]
+            self._samples = [team.join_rows(torch.cat(self._samples), counts.long().tolist())]
 
     @property
     def finite(self) -> bool:
@@ -177,8 +202,8 @@ class PublishedSums(StatsSums):
         zero = torch.zeros(len(columns), dtype=torch.float32, device=columns.device)
         return self._means.get(name, zero)
 
-    def merge(self, team: Team, counts: list[int]) -> None:
-        super().merge(team, counts)
+    def merge(self, team: Team) -> None:
+        super().merge(team)
         if team.alone:
             return
         total = torch.tensor(float(self._sequences), dtype=torch.float64)
