@@ -1,0 +1,43 @@
+"""The summary and the table of `families.py`."""
+
+from __future__ import annotations
+
+KINDS = ("works", "refused", "fails", "not built", "same as")
+INTRO = """# Model families
+
+Written by `.venv/bin/python eval/bench/families.py --markdown docs/families.md`, with transformers {version}. A tiny random model of
+every class that transformers maps for causal language models, and for images and text to text, is built, saved, pruned to 50 % (Wanda)
+and to 2:4 (SparseGPT) in float32, loaded by plain transformers and recounted. Logits block by block must be those of the whole model.
+
+{summary}
+
+"Targets" is the share of all weights, embeddings and towers for images included, that is in prunable matrices.
+
+| model type | class | result | targets |
+|---|---|---|---|
+"""
+
+
+def kind(found):
+    """The first word or two of a result."""
+    return next(k for k in KINDS if found["result"].startswith(k))
+
+
+def summary(results):
+    counts = {k: sum(kind(r) == k for r in results) for k in KINDS}
+    different = len(results) - counts["same as"]
+    return (
+        f"{different} families: {different - counts['not built']} built, {counts['works']} work, "
+        f"{counts['refused']} refused, {counts['fails']} fail, {counts['not built']} not built"
+    )
+
+
+def markdown(results):
+    import transformers
+
+    rows = []
+    for found in results:
+        share = f"{found['share']:.0%}" if "share" in found else ""
+        said = found["result"].replace("|", "\\|")
+        rows.append(f"| {found['model_type']} | {found['class']} | {said} | {share} |")
+    return INTRO.format(version=transformers.__version__, summary=summary(results)) + "\n".join(rows) + "\n"
