@@ -212,6 +212,7 @@ def main():
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     results = {}
     if arguments.json and arguments.json.exists() and arguments.only:

@@ -55,7 +55,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(index|indexer)_(n_heads)", 4),
     (r"index_topk|indexer_budget", 8),
     (r"hc_mult|hc_count|altup_num_inputs", 2),
-    (r"(.*_)?hidden_size|d_model|n_embd|(.*_)?emb(ed)?_dim|embedding_(dim|size)|word_embed_proj_dim", 64),
+    (r"(.*_)?hidden_size(_global)?|d_model|n_embd|(.*_)?emb(ed)?_dim|embedding_(dim|size)|word_embed_proj_dim", 64),
     (r".*_embedding_size|dim_model_base|lru_width|projection_dim|text_hidden_size|input_size|output_dim", 64),
     (r"adapter_(in|out)_dim|projector_(in|out)put_dim|adapter_input_size|prompt_mid_dim", 64),
     (r"image_size|crop_size|resolution", 32),
@@ -128,7 +128,7 @@ def small(config_class: Any, given: dict[str, Any]) -> Any:
 
 def _read(config: Any, name: str) -> Any:
     """A field of a config, as it is for the layers in general."""
-    return vars(config).get(name)
+    return vars(config).get((config.attribute_map or {}).get(name, name))
 
 
 def _small(name: str, value: Any, number: int) -> Any:
@@ -184,35 +184,78 @@ def _layer_kinds(default: Any, names: set[str]) -> dict[str, Any]:
     for layer, kind in enumerate(zip(*lists.values(), strict=True)):
         kinds.setdefault(kind, layer)
     chosen = list(kinds.values())[:6]
-    chosen += [layer for layer in range(len(next(iter(lists.values())))) if layer not in chosen][: 2 - len(chosen)]
+    chosen += [layer for layer in range(len(next(iter(lists.values())))) if layer not in chosen][: max(0, 2 - len(chosen))]
     chosen.sort()
     short = {n: type(v)([v[layer] for layer in chosen]) for n, v in lists.items()}
-    short = {n: _small(n, v, 0) or v for n, v in short.items()}
+    sizes = {n: v[:1] * len(chosen) for n in short if (v := _small(n, short[n], 0)) and len(v) == len(chosen)}
+    short |= {n: v for n, v in sizes.items() if n.endswith("_size")}
     return short | {n: len(chosen) for n in counted if n in names}
 
 
-# Model type -> what the rules do not get right.
+def _mrope(*sections: int) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+_BOTH_KINDS = {"full_attention": _PLAIN, "sliding_attention": _PLAIN}
+_IMAGE_WORD = {"vocabulary_map": {"<image>": 200, "<|extra_200|>": 201}}
+_SHARED = {  # the last layers use the keys and values of earlier layers of their kind
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 32,
+}
+_TWICE = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}  # a block used twice
+
+# Model type -> what the rules do not get right. A value may also be of one of its parts (dict).
 SPECIAL: dict[str, dict[str, Any]] = {
-    "gemma4_text": {"global_head_dim": 32},
-    "gemma4_unified_text": {"global_head_dim": 32},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0}
-            for kind in ("full_attention", "sliding_attention")
-        }
+    "chameleon": _IMAGE_WORD,
+    "cohere_compass_text": {"rope_parameters": _BOTH_KINDS},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"global_head_dim": 32, "num_experts": 8, "top_k_experts": 2},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 32,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "emu3": _IMAGE_WORD,
+    "ernie4_5_vl_moe_text": {"rope_parameters": _mrope(3, 3, 2)},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
+    "glm46v_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "glm4v_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "glm4v_moe_text": {"rope_parameters": _mrope(2, 1, 1) | {"partial_rotary_factor": 0.5}},
+    "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0, "qk_head_dim": 16},
+    "glm_ocr_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"no_rope_layers": [1, 0], "moe_layers": [1], "num_hidden_layers": 2, "layer_types": None},
     "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
+    "muse_spark_audio": {"hidden_sizes": (32, 32, 64, 64), "depths": (1, 1, 1, 1)},
+    "paddleocr_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "qwen2_5_omni_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "qwen2_5_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "qwen2_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
+    "step3p7_text": {"sliding_window": 16, "share_expert_dim": 48},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _TWICE,
+    "zamba2": _TWICE,
+    "zaya": {"num_experts_per_tok": 1},
 }
