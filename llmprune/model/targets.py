@@ -20,7 +20,7 @@ from llmprune.model.skeleton import Skeleton
 _PROBE = 8  # tokens that pass a block to see how it uses its stacked parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """One prunable matrix: where it is stored, and where the model has it.
 
@@ -45,9 +45,9 @@ class Target:
     transposed: bool
     shape: tuple[int, int]
     pieces: tuple[Piece, ...]
-    owners: Mapping[str, tuple[nn.Module, str]] = field(repr=False, hash=False, compare=False)
+    owners: Mapping[str, tuple[nn.Module, str]] = field(repr=False)
     turned: frozenset[str] = frozenset()
-    module: nn.Module | None = field(default=None, repr=False, hash=False, compare=False)
+    module: nn.Module | None = field(default=None, repr=False)
     routed: bool = False
 
     @property
