@@ -136,7 +136,7 @@ def html_report(record: Record, name: str) -> str:
         *(f"<p>{html.escape(line)}</p>" for line in protocol_lines(record)),
         f"<p>{html.escape(HONEST)}</p>",
         "<h2>Load</h2>",
-        f"<pre>{html.escape(load_snippet(name))}</pre>",
+        f"<pre>{html.escape(load_snippet(name, record))}</pre>",
         f"<details><summary>The recipe with every default</summary><pre>{recipe}</pre></details>",
         "<h2>Matrices</h2>",
         f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{plot}">',
