@@ -346,20 +346,20 @@ def _target_of(skeleton: Skeleton, stored: Stored, used: Mapping[str, bool]) -> 
 
 
 def left_dense(skeleton: Skeleton) -> tuple[str, ...]:
-    """What the user should know of matrices that are no targets: parts beside the language model, matrices
-    around its blocks, and within them convolutions, routers and the like.
+    """What is never a target: parts beside the language model, matrices around its blocks, and within them
+    convolutions, routers and the like.
     """
     notes = []
     for name, tower in skeleton.towers().items():
         count = sum(p.numel() for p in tower.parameters())
-        notes.append(f"note: {name} ({type(tower).__name__}, {count:,} weights) passes unchanged")
+        notes.append(f"{name} ({type(tower).__name__}, {count:,} weights), beside the language model")
     matrices = {n for n, p in skeleton.model.named_parameters() if p.ndim > 1 and min(p.shape) > 1}
     ends = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
     known = {id(p) for module in ends if module is not None for p in module.parameters()}
     around = [n for n in skeleton.outside_blocks() if n in matrices]
     around = [n for n in around if id(skeleton.model.get_parameter(n)) not in known]
     if around:
-        notes.append(f"note: around the blocks stay dense: {_listed(around)}")
+        notes.append(f"around the blocks: {_listed(around)}")
     pruned = {name for target in all_targets(skeleton) for name in target.owners}
     inside = dict.fromkeys(
         name.removeprefix(f"{block}.")
@@ -368,7 +368,7 @@ def left_dense(skeleton: Skeleton) -> tuple[str, ...]:
         if name in matrices and name not in pruned
     )
     if inside:
-        notes.append(f"note: in the blocks stay dense: {_listed(list(inside))}")
+        notes.append(f"in the blocks: {_listed(list(inside))}")
     return tuple(notes)
 
 

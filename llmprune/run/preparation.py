@@ -18,7 +18,6 @@ from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
-from llmprune.model.targets import left_dense
 from llmprune.planning.advice import on_texts
 from llmprune.planning.estimate import with_times
 from llmprune.planning.plan import Findings, Resources, make_plan, with_scoring
@@ -108,9 +107,7 @@ def planned(
         plan = with_scoring(plan, model.skeleton, texts, bool(prepared.tasks))
     unnamed = request.calibration is None and request.recipe.calibration.source == "auto"
     remarks = on_texts(model, unnamed and not model.remote, evaluation)
-    plan = dataclasses.replace(
-        plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks(), *left_dense(model.skeleton))
-    )
+    plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
     plan = team.on_first(lambda: with_times(plan, recipe, model, prepared, team.size))
     reporter.plan(model, recipe, plan, rows, options.output)
     return dataclasses.replace(run, plan=plan), prepared

@@ -86,6 +86,7 @@ def _plan_rows(
         ("recipe", recipe.chosen),
         ("method", f"{method}, target sparsity {plan.sparsity:.4g}"),
         ("matrices", f"{pruned}; embeddings and head stay"),
+        *[("stays dense", line) for line in plan.dense],
         ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
         ("device", f"{describe(skeleton.device)}, {str(skeleton.dtype).removeprefix('torch.')}"),
         ("time", _times(plan)),
