@@ -147,7 +147,11 @@ class Pattern(ABC):
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix to prune. `weight` is the dense matrix, float32 [R, C], and must not be written to."""
+    """One matrix to prune. `weight` is the dense matrix, float32 [R, C], and must not be written to.
+
+    `routed`: it belongs to an expert, whose statistics are those of the tokens routed to it. The dense model
+    routes others to it, so there is no `Need.CROSS` among them.
+    """
 
     name: str
     weight: Tensor
@@ -155,6 +159,7 @@ class Job:
     pattern: Pattern
     sparsity: float
     generator: torch.Generator
+    routed: bool = False
 
 
 @dataclass(frozen=True)

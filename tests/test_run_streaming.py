@@ -27,7 +27,7 @@ from llmprune.evaluation.perplexity import perplexity
 from llmprune.model import activations
 from llmprune.model.activations import BlockInputs, micro_batch
 from llmprune.model.opening import open_model
-from llmprune.model.targets import find_targets
+from llmprune.model.targets import targets_of
 from llmprune.planning import needs
 
 SIZES = {
@@ -216,19 +216,18 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
 
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
-    from runs import ready
-
     from llmprune.contracts import Need
     from llmprune.recipe.loading import load
     from llmprune.run.observer import Observer
+    from runs import ready
 
     opened = open_model(save(llama(), tmp_path))
     skeleton = opened.skeleton
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
-    name, block = next(iter(skeleton.blocks.items()))
+    name = next(iter(skeleton.blocks))
     skeleton.load(skeleton.parameters_of(name))
     observer = Observer(ready(opened, load("wanda", {}), TOKENS), Need.SECOND_MOMENT, inputs)
-    targets = find_targets(name, block)
+    targets = targets_of(skeleton, name)
     stats = {n.rpartition(".")[2]: s for n, s in observer.collect(0, targets, {}).items()}
     assert stats["q_proj"] is stats["k_proj"] is stats["v_proj"] and stats["gate_proj"] is stats["up_proj"]
     assert len({id(s) for s in stats.values()}) == 4

@@ -21,6 +21,7 @@ from llmprune.hub.download import locate
 from llmprune.machine import device as devices
 from llmprune.machine import processes
 from llmprune.machine.state import libraries
+from llmprune.model.classes import class_of
 from llmprune.model.opening import Model, open_model
 from llmprune.model.skeleton import Skeleton, read_config
 from llmprune.model.targets import all_targets
@@ -244,17 +245,18 @@ def load(
         path: `demo`, an alias, a hub id or a folder.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         trust_remote_code: run Python code of the checkpoint.
-        options: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map` or `dtype`.
+        options: passed on to the `from_pretrained` of transformers, such as `device_map` or `dtype`.
 
     Raises:
         ValueError: no such model, a damaged checkpoint, or one without safetensors.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     located = locate(os.fspath(path), revision, trust_remote_code)
+    name, _ = class_of(read_config(located.folder, trust_remote_code), trust_remote_code)
     source = Checkpoint(located.folder)  # raises for damaged files, and for other formats than safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     with libraries():
-        model = AutoModelForCausalLM.from_pretrained(located.folder, **chosen)
+        model = getattr(transformers, name).from_pretrained(located.folder, **chosen)
     source.check()
     return model

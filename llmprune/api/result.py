@@ -93,6 +93,7 @@ def plan_summary(dry: DryRun) -> dict[str, Any]:
         "recipe": dry.recipe.as_dict(),
         "matrices": matrices,
         "skipped": list(plan.skipped),
+        "dense": list(plan.dense),
         "weights": plan.weights,
         "sparsity": plan.sparsity,
         "memory_bytes": plan.memory,

@@ -1,8 +1,7 @@
 """The inputs of the blocks (hidden states), computed block by block, with the weights of one block in memory.
 
-N sequences, n sequences of a micro-batch, T tokens, D model width, V vocabulary. Blocks take further
-arguments beside the hidden states (attention masks, rotary tables, ...). To get them exactly as the model
-makes them, the model itself is run once with functions that record the arguments in place of its blocks.
+N sequences, n sequences of a micro-batch, T tokens, D model width, V vocabulary. What blocks get beside the
+hidden states is recorded and replayed (`model.arguments`).
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from torch.func import functional_call
 
 from llmprune.common.messages import size_text
 from llmprune.machine import device as devices
+from llmprune.model.arguments import Arguments, Call, Rows, Store
 from llmprune.model.skeleton import Skeleton
 from llmprune.numerics.counts import all_finite
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the hidden states: args, kwargs
-Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
 # Tokens of a micro-batch: enough to keep the processor busy, few enough to stay in its cache.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -118,10 +116,14 @@ class BlockInputs:
         self._store, self._note = store, note
         self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
         self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
-        self._calls: dict[int, list[_Call]] = {}  # size of a micro-batch -> arguments of each block
         self._hidden: Tensor | None = None
         self._as_tuple = False  # whether the model expects its blocks to return a tuple
-        self._embed()
+        self._axis = 0  # of the sequences in the hidden states
+        self._loaded = False  # whether the weights outside of the blocks are loaded
+        self._shapes: dict[int, torch.Size] = {}  # of the hidden states, by the size of a micro-batch
+        with self._outer():
+            self._arguments = Arguments(self._record, tokens, store, device)
+            self._embed()
 
     def slices(self, start: int = 0) -> Iterator[slice]:
         """The micro-batches, from sequence `start` on."""
@@ -130,49 +132,74 @@ class BlockInputs:
 
     @torch.no_grad()
     def _embed(self) -> None:
-        """Compute and store the inputs of the first block, and record the arguments of all blocks."""
-        with self._outer():
-            for part in self.slices():
-                calls = self._record(part, store=True)
-                # The arguments must depend only on the shape of
-                # a batch, so that one record per size is enough.
-                known = self._calls.setdefault(part.stop - part.start, calls)
-                if not _same(known[0], calls[0]):
-                    raise ValueError(
-                        "the blocks of this model get arguments that depend on the tokens; "
-                        "this architecture is not supported"
-                    )
+        """Compute and store the inputs of the first block, and what else the blocks get."""
+        self._find_axis()
+        for part in self.slices():
+            # Without arguments that depend on the tokens only the first block is needed.
+            calls = self._record(part, store=True)
+            if self._arguments.varies:
+                self._arguments.keep(part, calls)
+
+    def _find_axis(self) -> None:
+        """Find the axis of the sequences: some models pass several streams of hidden states stacked."""
+        size = min(self.batch, len(self._tokens))
+        self._record(slice(0, size))
+        shape = self._shapes[size]
+        if len(shape) == 3 and shape[0] == size:
+            return
+        if len(self._tokens) > 1:
+            for few in (1, 2):
+                self._record(slice(0, few))
+            pairs = zip(self._shapes[1], self._shapes[2], strict=True)
+            axes = [axis for axis, sizes in enumerate(pairs) if sizes == (1, 2)]
+        else:
+            axes = [len(shape) - 3] if len(shape) > 2 else []
+        if len(axes) != 1 or len(shape) < 3:
+            raise ValueError(
+                f"the blocks of {type(self._skeleton.model).__name__} get hidden states of shape "
+                f"{list(shape)}, not one row per token; this architecture is not supported"
+            )
+        self._axis = axes[0]
 
     @contextmanager
     def _outer(self) -> Iterator[None]:
         """Load the weights that the model uses before its blocks, such as embeddings, inside the `with`."""
+        if self._loaded:
+            yield
+            return
         head = _head_name(self._skeleton)
         names = [n for n in self._skeleton.outside_blocks() if not n.startswith(head)]
         self._skeleton.load(names)
+        self._loaded = True
         yield
+        self._loaded = False
         self._skeleton.free(names)
 
-    def _record(self, part: slice, store: bool) -> list[_Call]:
+    @torch.no_grad()
+    def _record(self, part: slice, store: bool = False) -> list[Call]:
         """The arguments of every block for one micro-batch.
 
         With `store` the first block's inputs are stored.
         """
-        calls = self._recorded(part, store)
-        if calls is None:  # then the model takes the first item of what a block returns
-            self._as_tuple = True
+        with self._outer():
             calls = self._recorded(part, store)
+            if calls is None:  # then the model takes the first item of what a block returns
+                self._as_tuple = True
+                calls = self._recorded(part, store)
         assert calls is not None
         return calls
 
-    def _recorded(self, part: slice, store: bool) -> list[_Call] | None:
+    def _recorded(self, part: slice, store: bool) -> list[Call] | None:
         """As `_record`, or None if the model expects its blocks to return something else (`_as_tuple`)."""
-        calls: list[_Call] = []
+        calls: list[Call] = []
         shapes = set()
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
-            if number == 0 and store:
-                self.put(part, hidden, None)
+            if number == 0:
+                self._shapes[part.stop - part.start] = hidden.shape
+                if store:
+                    self.put(part, hidden, None)
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
@@ -183,7 +210,14 @@ class BlockInputs:
                 self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)
             except _Stop:
                 pass
-        return calls if len(shapes) == 1 else None
+        if len(shapes) > 1:
+            return None
+        if len(calls) != len(self._blocks):
+            raise ValueError(
+                f"{type(self._skeleton.model).__name__} runs {len(calls)} of its {len(self._blocks)} blocks; "
+                "this architecture is not supported"
+            )
+        return calls
 
     def put(self, part: slice, hidden: Tensor, block: int | None) -> None:
         """Store hidden states [n, T, D] of some sequences: outputs of a block, or of the embeddings (None).
@@ -191,6 +225,7 @@ class BlockInputs:
         Raises:
             ValueError: NaN or Inf; the message names the block.
         """
+        hidden = hidden.movedim(self._axis, 0)
         if self._hidden is None:
             self._hidden = self._store((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
         self._hidden[part] = hidden
@@ -242,28 +277,26 @@ class BlockInputs:
 
     def run(self, number: int, part: slice, weights: Mapping[str, Tensor]) -> Tensor:
         """Outputs of block `number` for one micro-batch, [n, T, D]; see `outputs`."""
-        return self.outputs(number, self.hidden(part), weights)
+        return self.outputs(number, part, weights)
 
-    def hidden(self, rows: slice | list[int]) -> Tensor:
+    def hidden(self, rows: Rows) -> Tensor:
         """The stored hidden states of some sequences, [n, T, D], on the device."""
         assert self._hidden is not None
-        return self._hidden[rows].to(self.device)
+        return self._hidden[rows].to(self.device).movedim(0, self._axis)
 
-    def outputs(self, number: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The outputs of block `number` for hidden states [n, T, D].
+    def outputs(self, number: int, rows: Rows, weights: Mapping[str, Tensor]) -> Tensor:
+        """The outputs of block `number` for some sequences, [n, T, D].
 
         `weights`, by name in the block, are used in place of its own.
         """
-        if len(hidden) not in self._calls:
-            with self._outer(), torch.no_grad():
-                self._calls[len(hidden)] = self._record(slice(0, len(hidden)), store=False)
-        args, kwargs = self._calls[len(hidden)][number]
-        block = self._blocks[number]
+        args, kwargs = self._arguments.of(number, rows)
+        block, hidden = self._blocks[number], self.hidden(rows)
         result: Tensor | tuple[Tensor, ...]
         if weights:
             result = functional_call(block, dict(weights), (hidden, *args), kwargs)
         else:
             result = block(hidden, *args, **kwargs)
+        self._arguments.keep_states(kwargs, rows, hidden.shape[self._axis])
         return result[0] if isinstance(result, tuple) else result
 
     def halve(self, error: BaseException) -> None:
@@ -285,32 +318,13 @@ class BlockInputs:
         for part in self.slices():
 
             def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
-                assert self._hidden is not None
-                hidden = self._hidden[part].to(self.device) if number == len(self._blocks) - 1 else hidden
+                hidden = self.hidden(part) if number == len(self._blocks) - 1 else hidden
                 return (hidden,) if self._as_tuple else hidden
 
             with _replaced(self._blocks, finish):
                 output = self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)
             yield part, output.logits
         self._skeleton.free(outer)
-
-
-def _same(a: _Call, b: _Call) -> bool:
-    """Whether two calls have the same tensors as arguments, up to rounding.
-
-    Rotary tables may differ in the last bit when they are made twice.
-    """
-    from torch.utils._pytree import tree_leaves
-
-    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return all(_near(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
-
-
-def _near(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding."""
-    if x.shape != y.shape or x.dtype != y.dtype or not x.is_floating_point():
-        return torch.equal(x, y)
-    return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2)
 
 
 def _head_name(skeleton: Skeleton) -> str:

@@ -19,12 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from llmprune.machine.state import libraries
+from llmprune.model.classes import class_of
 
 _building = threading.local()
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The causal language model of a config, for weights in `dtype`. The config is not changed.
+    """The model of a config, for weights in `dtype`. The config is not changed.
 
     Buffers have their values: rotary tables are not in the
     checkpoint, and casting the whole model would round them.
@@ -32,7 +33,7 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)  # transformers writes the dtype into it
-    model_class = _transformers_class(config, trust_remote_code)
+    _, model_class = class_of(config, trust_remote_code)
     # `from_config` changes torch's default dtype for the whole process while it runs, hence `libraries`.
     with libraries(), _empty_parameters():
         if model_class is None:
@@ -41,21 +42,6 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
         _set_dtype(config, dtype)
         with _DefaultDtype(dtype):
             return model_class(config)
-
-
-def _transformers_class(config: Any, trust_remote_code: bool) -> Any:
-    """The class that transformers itself has for a config.
-
-    None if there is none, or if the checkpoint's own code is to be used.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.auto_factory import _get_model_class
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return None
-    if trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        return None
-    return _get_model_class(config, AutoModelForCausalLM._model_mapping)
 
 
 def _config_of(model_class: Any, config: Any) -> Any:

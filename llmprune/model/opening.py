@@ -98,7 +98,9 @@ def open_model(
         check_dense(model.config.to_dict(), "the model in memory")
         source: WeightSource = MemoryCheckpoint(model)
         compute = devices.choose_dtype(dtype, chosen, model.dtype)
-        skeleton = Skeleton(model.config, source, compute, chosen)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        skeleton = Skeleton(config, source, compute, chosen)
         label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
         return Model(None, None, label, source, skeleton, tokenizer, model)
     located = locate(str(model), revision, trust_remote_code)
@@ -118,11 +120,12 @@ def whole(model: Model) -> Any:
     """The whole model with its weights, on its device: for work that cannot be done block by block."""
     if model.instance is not None:  # a copy, since the user's model must not be changed
         return copy.deepcopy(model.instance).to(model.skeleton.device, model.skeleton.dtype).eval()
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     assert model.located is not None
+    auto = getattr(transformers, model.skeleton.auto_class)
     with libraries():
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto.from_pretrained(
             model.located.folder,
             dtype=model.skeleton.dtype,
             use_safetensors=True,

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     Attributes:
         parameter: its name.
         expert: which matrix of the parameter; None where that cannot be told.
-        inputs: [n, C].
+        inputs: [..., C].
         transposed: whether the parameter holds the matrix as [C, R].
     """
 
@@ -44,7 +44,7 @@ class Products(TorchFunctionMode):
     """Calls `seen` for every product with a matrix of some parameters, inside the `with`.
 
     Args:
-        parameters: each stacks matrices, [E, R, C] or [E, C, R].
+        parameters: matrices, [R, C] or [C, R], or stacks of such.
         seen: called before the product.
     """
 
@@ -64,22 +64,24 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         place = _PRODUCTS.get(getattr(func, "__name__", ""))
         if place is not None and len(args) > place[1]:
-            inputs, weight = args[place[0]], args[place[1]]
-            if isinstance(weight, Tensor) and isinstance(inputs, Tensor):
-                self._look(inputs, weight, place[2])
+            one, two = args[place[0]], args[place[1]]
+            if isinstance(one, Tensor) and isinstance(two, Tensor):
+                self._look(one, two, place[2])
+                if not place[2] and one.ndim == 2 and two.ndim > 1:  # W @ x^T
+                    self._look(two.mT, one, True)
         return func(*args, **kwargs)
 
     def _look(self, inputs: Tensor, weight: Tensor, linear: bool) -> None:
-        name = self._name(weight)
-        if name is None or weight.ndim not in (2, 3):
+        name = self._name(weight) if weight.ndim in (2, 3) else None
+        if name is None:
             return
         stack = self._parameters[name]
         direct = _lies_as(weight, stack)
         transposed = direct != linear
         if weight.ndim == 2:
-            step = stack.stride(0) * stack.element_size()
+            step = stack.stride(0) * stack.element_size() if stack.ndim == 3 else 0
             expert = (weight.data_ptr() - stack.data_ptr()) // step if step else None
-            self._seen(Seen(name, expert, inputs.reshape(-1, inputs.shape[-1]), transposed))
+            self._seen(Seen(name, expert, inputs, transposed))
         else:
             for expert, rows in enumerate(inputs.reshape(len(weight), -1, inputs.shape[-1])):
                 # Experts that get all tokens in one product get zeros for those of other experts.

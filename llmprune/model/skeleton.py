@@ -12,6 +12,7 @@ from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.common.messages import first_line, shown
+from llmprune.model.classes import class_of
 from llmprune.model.conversion import Group, dtypes_of, groups_of, tied_names
 from llmprune.model.empty import build_empty
 
@@ -77,6 +78,7 @@ class Skeleton:
         dtype: of the weights when they are loaded.
         device: where they are loaded to.
         model: the transformers model.
+        auto_class: name of the class of transformers that loads the checkpoint.
         blocks: name -> module of its repeated blocks.
         group_of: parameter (or stored buffer) -> how it is made from the checkpoint.
         unused: names of tensors in the checkpoint that no parameter uses.
@@ -97,6 +99,7 @@ class Skeleton:
         trust_remote_code: bool = False,
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
+        self.auto_class, _ = class_of(config, trust_remote_code)
         _check_sizes(config, source)
         try:
             self.model = build_empty(config, dtype, trust_remote_code)
@@ -207,9 +210,25 @@ class Skeleton:
         return [n for n in sorted(self.group_of) if n.startswith(f"{module_name}.")]
 
     def outside_blocks(self) -> list[str]:
-        """Names of the parameters that are in no block: embeddings, last norm, output head."""
-        in_blocks = tuple(f"{block}." for block in self.blocks)
-        return [name for name in sorted(self.group_of) if not name.startswith(in_blocks)]
+        """Names of the parameters of the language model that are in no block: embeddings, last norm, head."""
+        others = tuple(f"{name}." for name in (*self.blocks, *self.towers()))
+        return [name for name in sorted(self.group_of) if not name.startswith(others)]
+
+    def towers(self) -> dict[str, nn.Module]:
+        """The parts beside the language model, such as those for images and sound, by name.
+
+        Text does not pass through them.
+        """
+        from transformers import PreTrainedModel
+
+        found: dict[str, nn.Module] = {}
+        first = next(iter(self.blocks))
+        for name, module in self.model.named_modules():
+            inside = any(name.startswith(f"{other}.") for other in found)
+            beside = name and not inside and not first.startswith(f"{name}.")
+            if beside and isinstance(module, PreTrainedModel):
+                found[name] = module
+        return found
 
     def tensors_of(self, names: Iterable[str]) -> list[str]:
         """The tensors of the checkpoint from which some parameters are made."""

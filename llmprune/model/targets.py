@@ -20,7 +20,7 @@ from llmprune.model.skeleton import Skeleton
 _PROBE = 8  # tokens that pass a block to see how it uses its stacked parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """One prunable matrix: where it is stored, and where the model has it.
 
@@ -45,9 +45,9 @@ class Target:
     transposed: bool
     shape: tuple[int, int]
     pieces: tuple[Piece, ...]
-    owners: Mapping[str, tuple[nn.Module, str]] = field(repr=False, hash=False, compare=False)
+    owners: Mapping[str, tuple[nn.Module, str]] = field(repr=False)
     turned: frozenset[str] = frozenset()
-    module: nn.Module | None = field(default=None, repr=False, hash=False, compare=False)
+    module: nn.Module | None = field(default=None, repr=False)
     routed: bool = False
 
     @property
@@ -220,7 +220,7 @@ def _probed(skeleton: Skeleton, inputs: BlockInputs, number: int, block: str) ->
         seen[product.parameter] = product.transposed
 
     with Products({n: w for n, w in weights.items() if w.ndim == 3}, note):
-        inputs.outputs(number, inputs.hidden([0]), weights)
+        inputs.outputs(number, [0], weights)
     return seen
 
 
@@ -343,3 +343,35 @@ def _target_of(skeleton: Skeleton, stored: Stored, used: Mapping[str, bool]) -> 
         frozenset(name for name in parameters if used[name]),
         owners[first.parameter][0] if same else None,
     )
+
+
+def left_dense(skeleton: Skeleton) -> tuple[str, ...]:
+    """What is never a target: parts beside the language model, matrices around its blocks, and within them
+    convolutions, routers and the like.
+    """
+    notes = []
+    for name, tower in skeleton.towers().items():
+        count = sum(p.numel() for p in tower.parameters())
+        notes.append(f"{name} ({type(tower).__name__}, {count:,} weights), beside the language model")
+    matrices = {n for n, p in skeleton.model.named_parameters() if p.ndim > 1 and min(p.shape) > 1}
+    ends = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
+    known = {id(p) for module in ends if module is not None for p in module.parameters()}
+    around = [n for n in skeleton.outside_blocks() if n in matrices]
+    around = [n for n in around if id(skeleton.model.get_parameter(n)) not in known]
+    if around:
+        notes.append(f"around the blocks: {_listed(around)}")
+    pruned = {name for target in all_targets(skeleton) for name in target.owners}
+    inside = dict.fromkeys(
+        name.removeprefix(f"{block}.")
+        for block in skeleton.blocks
+        for name in skeleton.parameters_of(block)
+        if name in matrices and name not in pruned
+    )
+    if inside:
+        notes.append(f"in the blocks: {_listed(list(inside))}")
+    return tuple(notes)
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(name.removesuffix(".weight") for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

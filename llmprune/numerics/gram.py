@@ -93,9 +93,12 @@ def aim(job: Job, correction: float) -> Tensor:
     inputs X; with 1, those of W on the dense model's inputs X_dense, so that the
     matrix also makes up for what the matrices before it lost; values in between mix
     the two inputs. A high c overfits the calibration text when there is little of it.
+    For the matrix of an expert c is 0.
     """
     gram = job.stats.gram
-    return job.weight @ (torch.lerp(gram, job.stats.cross, correction) if correction else gram)
+    if not correction or job.routed:
+        return job.weight @ gram
+    return job.weight @ torch.lerp(gram, job.stats.cross, correction)
 
 
 def reconstruct(product: Tensor, keep: Tensor, matrix: Tensor, iterations: int, start: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from llmprune import registry
 from llmprune.contracts import Pattern
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import Target, all_targets, targets_of
+from llmprune.model.targets import Target, all_targets, left_dense, targets_of
 from llmprune.patterns import NM
 from llmprune.planning import needs
 from llmprune.planning.allocation import balanced, rounded
@@ -60,6 +60,7 @@ class Plan:
     """The whole run before it starts. Memory and disk in bytes; memory per process.
 
     Attributes:
+        skipped: matrices that rules leave out. dense: what else stays dense, beside embeddings and head.
         memory: peak of private resident memory while pruning.
         device_memory: the same on the GPU, None on a CPU.
         available: free memory of the machine, per process.
@@ -76,6 +77,7 @@ class Plan:
 
     matrices: Mapping[str, MatrixPlan]
     skipped: tuple[str, ...]
+    dense: tuple[str, ...]
     samples: int
     sequence_length: int
     memory: int
@@ -151,6 +153,7 @@ def make_plan(
     return Plan(
         matrices=matrices,
         skipped=skipped,
+        dense=left_dense(skeleton),
         samples=samples,
         sequence_length=length,
         memory=host + in_ram,

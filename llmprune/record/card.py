@@ -11,6 +11,7 @@ import yaml
 
 from llmprune.checkpoint.contents import CARD, RECORD
 from llmprune.checkpoint.reader import read_record
+from llmprune.model.classes import CAUSAL
 from llmprune.record.figures import HONEST, Record, ScoreRow, method_of, score_rows, share_of_all
 from llmprune.record.record import calibrated_on
 from llmprune.text.mixture import is_file, plain_sources
@@ -71,7 +72,7 @@ seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
 ## Load
 
 ```python
-{load_snippet(name)}
+{load_snippet(name, record)}
 ```
 
 `masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, \
@@ -84,12 +85,12 @@ every matrix, versions).
 """
 
 
-def load_snippet(name: str) -> str:
-    """Python code that loads a folder or repository with transformers."""
-    quoted = json.dumps(name, ensure_ascii=False)
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_snippet(name: str, record: Record) -> str:
+    """Python code that loads a folder or repository with a class of transformers."""
+    quoted, auto_class = json.dumps(name, ensure_ascii=False), record["model"].get("auto_class", CAUSAL)
+    return f"""from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")
+model = {auto_class}.from_pretrained({quoted}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({quoted})"""
 
 

@@ -15,6 +15,7 @@ from llmprune.common.version import __version__
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import Scores
 from llmprune.machine import device as devices
+from llmprune.model.classes import CAUSAL
 from llmprune.model.opening import Model
 from llmprune.recipe.types import Recipe
 from llmprune.record.figures import Record
@@ -37,6 +38,7 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             "revision": model.located.revision if model.located else None,
             **read_licence(model.located.folder if model.located else None),
             "architecture": type(model.skeleton.model).__name__,
+            **({} if model.skeleton.auto_class == CAUSAL else {"auto_class": model.skeleton.auto_class}),
             "parameters": model.skeleton.elements,
             "digest": digest,
             **({"unused_tensors": model.skeleton.unused} if model.skeleton.unused else {}),

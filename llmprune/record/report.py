@@ -98,9 +98,14 @@ def _summary(record: Record) -> list[tuple[str, str]]:
     ]
 
 
+def _error_text(error: float | None) -> str:
+    """A relative error; a matrix that no token has reached has none."""
+    return "-" if error is None else f"{error:.4f}"
+
+
 def _matrix_row(matrix: Record) -> tuple[str, ...]:
     shape = " x ".join(map(str, matrix["shape"]))
-    sparsity, error = f"{matrix['sparsity']:.4f}", f"{matrix['relative_error']:.4f}"
+    sparsity, error = f"{matrix['sparsity']:.4f}", _error_text(matrix["relative_error"])
     return matrix["name"], shape, matrix["pattern"], sparsity, error, _steps_of(matrix)
 
 
@@ -131,7 +136,7 @@ def html_report(record: Record, name: str) -> str:
         *(f"<p>{html.escape(line)}</p>" for line in protocol_lines(record)),
         f"<p>{html.escape(HONEST)}</p>",
         "<h2>Load</h2>",
-        f"<pre>{html.escape(load_snippet(name))}</pre>",
+        f"<pre>{html.escape(load_snippet(name, record))}</pre>",
         f"<details><summary>The recipe with every default</summary><pre>{recipe}</pre></details>",
         "<h2>Matrices</h2>",
         f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{plot}">',
@@ -164,13 +169,18 @@ def _plot(matrices: list[dict[str, Any]]) -> str:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     errors, sparsities = figure.subplots(1, 2)
-    kinds: dict[str, list[tuple[float, float]]] = {}
+    kinds: dict[str, dict[int, list[Record]]] = {}
     for matrix in matrices:
-        kind = matrix["name"].removesuffix(".weight").rpartition(".")[2]
-        kinds.setdefault(kind, []).append((matrix["relative_error"], matrix["sparsity"]))
-    for kind, values in kinds.items():
-        errors.plot([v[0] for v in values], marker=".", label=kind)
-        sparsities.plot([v[1] for v in values], marker=".", label=kind)
+        parts = matrix["name"].removesuffix(".weight").split(".")
+        kind = next((part for part in reversed(parts) if not part.isdigit()), "")
+        block = next((int(part) for part in parts if part.isdigit()), 0)
+        kinds.setdefault(kind, {}).setdefault(block, []).append(matrix)
+    for kind, blocks in kinds.items():  # of experts the mean
+        known = {b: [e for m in rows if (e := m["relative_error"]) is not None] for b, rows in blocks.items()}
+        means = {b: sum(found) / len(found) for b, found in known.items() if found}
+        errors.plot(list(means), list(means.values()), marker=".", label=kind)
+        zeros = [sum(m["sparsity"] for m in rows) / len(rows) for rows in blocks.values()]
+        sparsities.plot(list(blocks), zeros, marker=".", label=kind)
     errors.set(title="relative output error", xlabel="block", ylim=(0, None))
     sparsities.set(title="sparsity", xlabel="block", ylim=(0, 1))
     for axes in (errors, sparsities):

@@ -81,6 +81,7 @@ def prune_matrix(
         plan.pattern,
         plan.sparsity,
         seeded(methods.seed, target.weight_name),
+        target.routed,
     )
     pruned = methods.pruner.prune(job)
     check_promises(job, pruned, methods.pruner, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -64,19 +64,20 @@ class Observer(Companion):
     def _watching(self, collector: Collector, targets: Sequence[Target]) -> Iterator[None]:
         """Collect from some matrices inside the `with`: at their layers, or at the products with a stack."""
         layers = {t.name: t.layer for t in targets if t.layer is not None}
-        stacked: dict[tuple[str, int | None], list[str]] = {}
+        names: dict[tuple[str, int | None], list[str]] = {}
         for target in targets:
-            if target.layer is None:
-                stacked.setdefault(target.place, []).append(target.name)
-        parameters = {t.parameter: t.loaded() for t in targets if t.layer is None}
+            names.setdefault(target.place, []).append(target.name)
+        routed = frozenset(t.name for t in targets if t.routed)
 
         def seen(product: Seen) -> None:
-            names = stacked.get((product.parameter, product.expert))
-            if names:
-                collector.take_some(names, product.inputs)
+            found = names.get((product.parameter, product.expert), [])
+            if found and found[0] in routed and found[0] not in layers:
+                collector.take_some(found, product.inputs)
+            elif found and found[0] not in routed and not collector.has(found[0]):
+                # The block reads the layer's weight instead of calling the layer.
+                collector.take(found[0], product.inputs)
 
-        routed = frozenset(t.name for t in targets if t.routed)
-        with collector.attached(layers, routed), Products(parameters, seen) if parameters else nullcontext():
+        with collector.attached(layers, routed), Products({t.parameter: t.loaded() for t in targets}, seen):
             yield
 
     def groups_of(self, block: Block) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llmprune.contracts import CalibrationSet
 from llmprune.machine.processes import Team
-from llmprune.model.activations import Store, in_memory, on_disk
+from llmprune.model.activations import in_memory, on_disk
+from llmprune.model.arguments import Store
 from llmprune.model.opening import Model
 from llmprune.model.skeleton import Skeleton
 from llmprune.planning.plan import Plan

@@ -74,8 +74,8 @@ class BlockTuner(Companion):
         share, number = self._run.share, block.number
 
         def outputs(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
-            hidden = self._inputs.hidden([r - share.start for r in rows])
-            return self._inputs.outputs(number, hidden, {n: w.to(dtype) for n, w in weights.items()})
+            own = [r - share.start for r in rows]
+            return self._inputs.outputs(number, own, {n: w.to(dtype) for n, w in weights.items()})
 
         def targets(rows: list[int]) -> Tensor:
             return self._dense.hidden([r - share.start for r in rows])

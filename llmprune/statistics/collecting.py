@@ -99,6 +99,7 @@ class Collector:
         self.needs, self._positions, self._watch, self._kind = needs, positions, watch, sums
         self.restart()
         self._routed: frozenset[str] = frozenset()
+        self._taken: set[str] = set()  # matrices that have had their input of this micro-batch
         # id of an input -> the input and the leader of its group.
         # Holding the tensor keeps its id from being reused.
         self._inputs: dict[int, tuple[Tensor, str]] = {}
@@ -137,6 +138,7 @@ class Collector:
                 pruned one just before.
         """
         self._inputs.clear()
+        self._taken.clear()
         self._seen = 0
         self._first, self._shape, self._dense = first, shape, dense
 
@@ -159,6 +161,7 @@ class Collector:
             ValueError: the architecture is not supported: groups change, or a module does not get every token
                 once.
         """
+        self._taken.add(name)
         _, leader = self._inputs.setdefault(id(x), (x, name))
         if self._leader.setdefault(name, leader) != leader:
             raise ValueError(
@@ -178,6 +181,10 @@ class Collector:
                 self._sums[name].add_dense(x)
             else:
                 self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+
+    def has(self, name: str) -> bool:
+        """Whether a matrix has had its input of the micro-batch announced last."""
+        return name in self._taken
 
     def take_some(self, names: Sequence[str], x: Tensor) -> None:
         """Add what an expert sees of the micro-batch announced last: [n, C], the inputs of some matrices."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.common.messages import size_text
 from llmprune.machine.interrupts import INTERRUPTS
+from llmprune.model.classes import CAUSAL
 from llmprune.record.figures import direction, duration, score_rows, seconds_by_phase, sparsity_reached
 from llmprune.terminal.console import Bars, Lines, Screen
 from llmprune.terminal.layout import GAP
@@ -85,6 +86,7 @@ def _plan_rows(
         ("recipe", recipe.chosen),
         ("method", f"{method}, target sparsity {plan.sparsity:.4g}"),
         ("matrices", f"{pruned}; embeddings and head stay"),
+        *[("stays dense", line) for line in plan.dense],
         ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
         ("device", f"{describe(skeleton.device)}, {str(skeleton.dtype).removeprefix('torch.')}"),
         ("time", _times(plan)),
@@ -141,8 +143,9 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
     console.say(HONEST)
     console.verbatim()
     folder = shlex.quote(str(output))
+    auto_class = record["model"].get("auto_class", CAUSAL)
     steps = [
-        ("load it", f'AutoModelForCausalLM.from_pretrained({json.dumps(str(output))}, dtype="auto")'),
+        ("load it", f'{auto_class}.from_pretrained({json.dumps(str(output))}, dtype="auto")'),
         ("recount it", f"llmprune inspect {folder}"),
         ("score it", f"llmprune eval {folder} --perplexity FILE"),
         ("share it", f"llmprune push {folder} YOUR-NAME/{shlex.quote(output.resolve().name)}"),

@@ -1,0 +1,150 @@
+"""What the blocks of a model get beside the hidden states: masks, rotary tables, per-layer embeddings, ...
+
+To get it exactly as the model makes it, the model itself is run with functions in place of its blocks that
+record their arguments. Most arguments depend on the shape of a micro-batch alone and are recorded once for
+every size. Those that depend on the tokens are kept for every sequence. N sequences, n of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the hidden states: args, kwargs
+Rows = slice | list[int]
+Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
+Record = Callable[[slice], list[Call]]  # records the arguments of every block for some sequences
+
+
+class Arguments:
+    """The arguments of every block for any of the N sequences.
+
+    Args:
+        record: records them for a slice of the sequences.
+        tokens: int64 [N, T].
+        store: allocates what is kept for every sequence.
+        device: of the arguments.
+
+    Raises:
+        ValueError: they depend on the tokens in a way that cannot be kept sequence by sequence.
+    """
+
+    def __init__(self, record: Record, tokens: Tensor, store: Store, device: torch.device) -> None:
+        self._record, self._count, self._store, self._device = record, len(tokens), store, device
+        self._of_size: dict[int, list[Call]] = {}
+        # Which leaves of a block's arguments depend on the tokens: (block, leaf) -> the kept tensor; and the
+        # axis of the sequences in it. Blocks that get the same tensor share what is kept.
+        self._varying: dict[tuple[int, int], int] = {}
+        self._kept: dict[int, tuple[Tensor | None, int]] = {}
+        # What blocks hand to later blocks in a dict among the arguments, by key and place in its value.
+        self._states: dict[tuple[str, Any], list[tuple[Tensor, int]]] = {}
+        others = (tokens != tokens[0]).any(dim=1).nonzero()
+        if len(others):
+            self._compare(int(others[0]))
+
+    def _compare(self, sequence: int) -> None:
+        """Find out what differs between the first sequence and another one."""
+        one, other = self._record(slice(0, 1)), self._record(slice(sequence, sequence + 1))
+        self._of_size[1] = one
+        shared: dict[int, int] = {}
+        both: list[Call] = []
+        for block, (a, b) in enumerate(zip(one, other, strict=True)):
+            leaves, others = tree_flatten(a)[0], tree_flatten(b)[0]
+            for leaf, (x, y) in enumerate(zip(leaves, others, strict=True)):
+                if not isinstance(x, Tensor) or not isinstance(y, Tensor) or _near(x, y):
+                    continue
+                both = both or self._record(slice(0, 2))
+                axis = _axis(x, tree_flatten(both[block])[0][leaf])
+                number = shared.setdefault(id(x), len(shared))
+                self._varying[block, leaf] = number
+                self._kept[number] = (None, axis)
+        if both:
+            self._of_size[2] = both
+
+    @property
+    def varies(self) -> bool:
+        """Whether some arguments depend on the tokens."""
+        return bool(self._varying)
+
+    def keep(self, part: slice, calls: list[Call]) -> None:
+        """Keep what depends on the tokens, from the arguments recorded for some sequences."""
+        done = set()
+        for (block, leaf), number in self._varying.items():
+            if number in done:
+                continue
+            done.add(number)
+            kept, axis = self._kept[number]
+            value = tree_flatten(calls[block])[0][leaf].detach().movedim(axis, 0)
+            if kept is None:
+                kept = self._store((self._count, *value.shape[1:]), value.dtype)
+                self._kept[number] = (kept, axis)
+            kept[part] = value
+
+    def of(self, block: int, rows: Rows) -> Call:
+        """The arguments of a block for some sequences."""
+        size = len(range(*rows.indices(self._count))) if isinstance(rows, slice) else len(rows)
+        if size not in self._of_size:
+            self._of_size[size] = self._record(slice(0, size))
+        call = self._of_size[size][block]
+        args, kwargs = call
+        if self.varies:
+            leaves, form = tree_flatten(call)
+            for (number, leaf), kept in self._varying.items():
+                if number == block:
+                    stored, axis = self._kept[kept]
+                    assert stored is not None
+                    leaves[leaf] = stored[rows].to(self._device).movedim(0, axis)
+            args, kwargs = tree_unflatten(leaves, form)
+        return args, {name: self._filled(name, value, rows) for name, value in kwargs.items()}
+
+    def _filled(self, name: str, value: Any, rows: Rows) -> Any:
+        """A dict among the arguments with what earlier blocks have put into it; anything else as it is."""
+        if not isinstance(value, (dict, UserDict)):
+            return value
+        fresh: MutableMapping[Any, Any] = type(value)(value)
+        for (argument, key), tensors in self._states.items():
+            if argument == name:
+                read = tuple(t[rows].to(self._device).movedim(0, axis) for t, axis in tensors)
+                fresh[key] = read if len(read) > 1 else read[0]
+        return fresh
+
+    def keep_states(self, kwargs: dict[str, Any], rows: Rows, size: int) -> None:
+        """Keep what a block has put into a dict among its arguments, for later blocks."""
+        for name, value in kwargs.items():
+            if isinstance(value, (dict, UserDict)):
+                for key, put in value.items():
+                    self._keep_state((name, key), put, rows, size)
+
+    def _keep_state(self, where: tuple[str, Any], put: Any, rows: Rows, size: int) -> None:
+        tensors = [t for t in (put if isinstance(put, (tuple, list)) else (put,)) if isinstance(t, Tensor)]
+        if where not in self._states:
+            self._states[where] = []
+            for tensor in tensors:
+                axis = 0 if tensor.shape[0] == size else list(tensor.shape).index(size)
+                shape = list(tensor.movedim(axis, 0).shape)
+                self._states[where].append((self._store((self._count, *shape[1:]), tensor.dtype), axis))
+        for (kept, axis), tensor in zip(self._states[where], tensors, strict=True):
+            kept[rows] = tensor.detach().movedim(axis, 0).to(kept.device)
+
+
+def _axis(one: Tensor, two: Tensor) -> int:
+    """The axis of the sequences, from an argument for one sequence and the same for two."""
+    changed = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if (a, b) == (1, 2)]
+    if len(changed) != 1:
+        raise ValueError(
+            "the blocks of this model get arguments that depend on the tokens of all sequences together; "
+            "this architecture is not supported"
+        )
+    return changed[0]
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding: rotary tables may differ in the last bit."""
+    if x.shape != y.shape or x.dtype != y.dtype or not x.is_floating_point():
+        return torch.equal(x, y)
+    return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2)

@@ -1,0 +1,29 @@
+"""Which class of transformers a checkpoint is, and which `Auto` class loads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CAUSAL, IMAGE_TEXT = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+
+
+def class_of(config: Any, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """The name of the `Auto` class that loads a model of a config, and the class it loads.
+
+    The class is None where it is the checkpoint's own, or unknown. Of a causal language model and a wrapper
+    with image or audio parts the one that the config names is taken: the folder is loaded again as what it
+    came as.
+    """
+    import transformers
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if trust_remote_code and CAUSAL in (getattr(config, "auto_map", None) or {}):
+        return CAUSAL, None
+    found = []
+    for name in (CAUSAL, IMAGE_TEXT):
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            found.append((name, _get_model_class(config, mapping)))
+    wanted = getattr(config, "architectures", None) or []
+    named = (pair for pair in found if pair[1].__name__ in wanted)
+    return next(named, found[0] if found else (CAUSAL, None))
