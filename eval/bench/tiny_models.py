@@ -235,6 +235,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": _mrope(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
+    "hunyuan_vl_text": {"rope_parameters": _mrope(2, 2, 2, 2)},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"no_rope_layers": [1, 0], "moe_layers": [1], "num_hidden_layers": 2, "layer_types": None},
     "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32},
@@ -255,7 +256,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
     "step3p7_text": {"sliding_window": 16, "share_expert_dim": 48},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _TWICE,
+    "zamba": _TWICE | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": _TWICE,
     "zaya": {"num_experts_per_tok": 1},
 }
