@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmprune.common.messages import size_text
+from llmprune.common.messages import first_line, size_text
 from llmprune.machine import device as devices
 from llmprune.model.arguments import Arguments, Call, Rows, Store
 from llmprune.model.skeleton import Skeleton
@@ -25,6 +25,9 @@ from llmprune.numerics.counts import all_finite
 
 # Tokens of a micro-batch: enough to keep the processor busy, few enough to stay in its cache.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+_MOST_ITEMS = 4  # of what a block returns
 
 
 class _Stop(Exception):
@@ -117,7 +120,7 @@ class BlockInputs:
         self._blocks, self.length = list(skeleton.blocks.values()), tokens.shape[1]
         self.batch = min(micro_batch(tokens.shape[1], device), len(tokens))
         self._hidden: Tensor | None = None
-        self._as_tuple = False  # whether the model expects its blocks to return a tuple
+        self._items = 0  # of the tuple that the model expects its blocks to return; 0 for the tensor alone
         self._axis = 0  # of the sequences in the hidden states
         self._loaded = False  # whether the weights outside of the blocks are loaded
         self._shapes: dict[int, torch.Size] = {}  # of the hidden states, by the size of a micro-batch
@@ -136,8 +139,8 @@ class BlockInputs:
         self._find_axis()
         for part in self.slices():
             # Without arguments that depend on the tokens only the first block is needed.
-            calls = self._record(part, store=True)
-            if self._arguments.varies:
+            calls = self._recorded(part, store=True)
+            if self._arguments.varies and calls is not None:
                 self._arguments.keep(part, calls)
 
     def _find_axis(self) -> None:
@@ -176,21 +179,34 @@ class BlockInputs:
         self._skeleton.free(names)
 
     @torch.no_grad()
-    def _record(self, part: slice, store: bool = False) -> list[Call]:
+    def _record(self, part: slice) -> list[Call]:
         """The arguments of every block for one micro-batch.
+
+        Finds out what the model expects its blocks to return.
+        """
+        failed: Exception | None = None
+        with self._outer():
+            for items in range(self._items, _MOST_ITEMS + 1):
+                self._items = items
+                try:
+                    calls = self._recorded(part, store=False)
+                except (TypeError, ValueError, IndexError, AttributeError) as error:
+                    failed = failed or error
+                    continue
+                if calls is not None:
+                    return calls
+        self._items = 0
+        why = f" ({type(failed).__name__}: {first_line(failed)})" if failed else ""
+        raise ValueError(
+            f"the blocks of {type(self._skeleton.model).__name__} cannot be run one after the other{why}; "
+            "this architecture is not supported"
+        ) from failed
+
+    def _recorded(self, part: slice, store: bool) -> list[Call] | None:
+        """As `_record`, or None if the model expects its blocks to return something else (`_items`).
 
         With `store` the first block's inputs are stored.
         """
-        with self._outer():
-            calls = self._recorded(part, store)
-            if calls is None:  # then the model takes the first item of what a block returns
-                self._as_tuple = True
-                calls = self._recorded(part, store)
-        assert calls is not None
-        return calls
-
-    def _recorded(self, part: slice, store: bool) -> list[Call] | None:
-        """As `_record`, or None if the model expects its blocks to return something else (`_as_tuple`)."""
         calls: list[Call] = []
         shapes = set()
 
@@ -203,7 +219,7 @@ class BlockInputs:
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
-            return (hidden,) if self._as_tuple else hidden
+            return self._returned(hidden)
 
         with _replaced(self._blocks, record):
             try:
@@ -218,6 +234,10 @@ class BlockInputs:
                 "this architecture is not supported"
             )
         return calls
+
+    def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """Hidden states in the form in which the model expects them from a block."""
+        return (hidden, *[None] * (self._items - 1)) if self._items else hidden
 
     def put(self, part: slice, hidden: Tensor, block: int | None) -> None:
         """Store hidden states [n, T, D] of some sequences: outputs of a block, or of the embeddings (None).
@@ -319,7 +339,7 @@ class BlockInputs:
 
             def finish(number: int, hidden: Tensor, *args: Any, part: slice = part, **kwargs: Any) -> Any:
                 hidden = self.hidden(part) if number == len(self._blocks) - 1 else hidden
-                return (hidden,) if self._as_tuple else hidden
+                return self._returned(hidden)
 
             with _replaced(self._blocks, finish):
                 output = self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)

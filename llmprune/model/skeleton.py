@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class Skeleton:
         blocks: name -> module of its repeated blocks.
         group_of: parameter (or stored buffer) -> how it is made from the checkpoint.
         unused: names of tensors in the checkpoint that no parameter uses.
+        shared: names of tensors that several blocks use. They stay dense: what one block makes of them would
+            not fit the others.
         turned: stacked parameter that enters matrix products -> whether as [C, R]; see `model.targets`.
         targets: the prunable matrices of each block, once `model.targets` has found them.
 
@@ -121,6 +124,8 @@ class Skeleton:
         self.group_of = self._match_names()
         used = {name for group in self.group_of.values() for name in group.tensors}
         self.unused = sorted(set(source.tensors) - used)
+        counts = Counter(name for tensors in self.block_tensors() for name in tensors)
+        self.shared = frozenset(name for name, count in counts.items() if count > 1)
         self.turned: dict[str, bool] = {}
         self.targets: dict[str, list[Any]] = {}
 

@@ -162,15 +162,11 @@ def all_targets(skeleton: Skeleton) -> list[Target]:
 def _all_targets(skeleton: Skeleton) -> dict[str, list[Target]]:
     stacks = {name: _stacks(name, block) for name, block in skeleton.blocks.items()}
     turned = skeleton.turned = _turned(skeleton, stacks)
-    tracer, taken = Tracer(skeleton.model), set[str]()
+    tracer = Tracer(skeleton.model)
     found: dict[str, list[Target]] = {}
     for name, block in skeleton.blocks.items():
-        targets: list[Target] = []
-        for target in _of_block(skeleton, name, block, turned, tracer):
-            if target.key not in taken:  # blocks may share modules
-                taken.add(target.key)
-                targets.append(target)
-        found[name] = targets
+        targets = {t.key: t for t in _of_block(skeleton, name, block, turned, tracer)}
+        found[name] = [t for t in targets.values() if t.tensor not in skeleton.shared]
     return found
 
 

@@ -116,6 +116,7 @@ class Block:
 
     def done(self, block_done: BlockDone) -> None:
         """Hand the block over, and forget its tensors: the next block is read while this object exists."""
+        self.shard = {name: t for name, t in self.shard.items() if name not in self._skeleton.shared}
         block_done(self)
         self.lap("write")
         self.shard, self.exact = {}, {}

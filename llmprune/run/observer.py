@@ -181,7 +181,9 @@ def _with_experts(groups: list[list[Target]], targets: Sequence[Target]) -> list
     placed: set[Target] = set()
     for group in groups:
         parts = {part[t] for t in group if t in part}
-        whole = [t for t in targets if (t in group or part.get(t) in parts) and t not in placed]
+        # In the order of the pass: it halts before the first matrix of a group.
+        whole = [*group, *(t for t in targets if part.get(t) in parts and t not in group)]
+        whole = [t for t in whole if t not in placed]
         placed.update(whole)
         if whole:
             found.append(whole)
