@@ -5,13 +5,16 @@ from __future__ import annotations
 KINDS = ("works", "refused", "fails", "not built", "same as")
 INTRO = """# Model families
 
-Written by `.venv/bin/python eval/bench/families.py --markdown docs/families.md`, with transformers {version}. A tiny random model of
-every class that transformers maps for causal language models, and for images and text to text, is built, saved, pruned to 50 % (Wanda)
-and to 2:4 (SparseGPT) in float32, loaded by plain transformers and recounted. Logits block by block must be those of the whole model.
+Written by `.venv/bin/python eval/bench/families.py --markdown docs/families.md`, with transformers {version}.
+A tiny random model of every class that transformers maps for causal language models, and for images and text
+to text, is built, saved, pruned to 50 % (Wanda) and to 2:4 (SparseGPT) in float32, loaded by plain
+transformers and recounted. Logits block by block must be those of the whole model.
 
 {summary}
 
-"Targets" is the share of all weights, embeddings and towers for images included, that is in prunable matrices.
+"Not built" are models that transformers itself cannot run here on tokens alone: most need an image; what
+llmprune says of them follows. "Targets" is the share of all weights, embeddings and towers for images
+included, that is in prunable matrices.
 
 | model type | class | result | targets |
 |---|---|---|---|
@@ -32,12 +35,18 @@ def summary(results):
     )
 
 
+def _short(text, width=160):
+    """A text for a table cell, cut off at the end of a word."""
+    text = text.replace("|", "\\|").replace("<", "\\<")
+    return text if len(text) <= width else f"{text[:width].rpartition(' ')[0]} …"
+
+
 def markdown(results):
     import transformers
 
     rows = []
     for found in results:
         share = f"{found['share']:.0%}" if "share" in found else ""
-        said = found["result"].replace("|", "\\|")
+        said = _short(found["result"]) + (f"; llmprune {_short(found['told'])}" if "told" in found else "")
         rows.append(f"| {found['model_type']} | {found['class']} | {said} | {share} |")
     return INTRO.format(version=transformers.__version__, summary=summary(results)) + "\n".join(rows) + "\n"

@@ -55,7 +55,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(index|indexer)_(n_heads)", 4),
     (r"index_topk|indexer_budget", 8),
     (r"hc_mult|hc_count|altup_num_inputs", 2),
-    (r"(.*_)?hidden_size(_global)?|d_model|n_embd|(.*_)?emb(ed)?_dim|embedding_(dim|size)|word_embed_proj_dim", 64),
+    (
+        r"(.*_)?hidden_size(_global)?|d_model|n_embd|(.*_)?emb(ed)?_dim|embedding_(dim|size)|word_embed_proj_dim",
+        64,
+    ),
     (r".*_embedding_size|dim_model_base|lru_width|projection_dim|text_hidden_size|input_size|output_dim", 64),
     (r"adapter_(in|out)_dim|projector_(in|out)put_dim|adapter_input_size|prompt_mid_dim", 64),
     (r"image_size|crop_size|resolution", 32),
@@ -110,7 +113,9 @@ def small(config_class: Any, given: dict[str, Any]) -> Any:
     parts = {k for k in (config_class.sub_configs or {}) if getattr(default, k, None) is not None}
     values: dict[str, Any] = dict(given)
     for number, name in enumerate(sorted(names - parts - {"dtype", "transformers_version"})):
-        value = UNSET.get(name) if _read(default, name) is None else _small(name, _read(default, name), number)
+        value = (
+            UNSET.get(name) if _read(default, name) is None else _small(name, _read(default, name), number)
+        )
         if value is not None:
             values[name] = value
     if "kv_lora_rank" in names and "num_key_value_heads" in names:  # attention with latent keys and values
@@ -184,7 +189,9 @@ def _layer_kinds(default: Any, names: set[str]) -> dict[str, Any]:
     for layer, kind in enumerate(zip(*lists.values(), strict=True)):
         kinds.setdefault(kind, layer)
     chosen = list(kinds.values())[:6]
-    chosen += [layer for layer in range(len(next(iter(lists.values())))) if layer not in chosen][: max(0, 2 - len(chosen))]
+    chosen += [layer for layer in range(len(next(iter(lists.values())))) if layer not in chosen][
+        : max(0, 2 - len(chosen))
+    ]
     chosen.sort()
     short = {n: type(v)([v[layer] for layer in chosen]) for n, v in lists.items()}
     sizes = {n: v[:1] * len(chosen) for n in short if (v := _small(n, short[n], 0)) and len(v) == len(chosen)}
@@ -205,11 +212,16 @@ _SHARED = {  # the last layers use the keys and values of earlier layers of thei
     "num_kv_shared_layers": 2,
     "global_head_dim": 32,
 }
-_TWICE = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}  # a block used twice
+_TWICE = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+}  # a block used twice
 
 # Model type -> what the rules do not get right. A value may also be of one of its parts (dict).
 SPECIAL: dict[str, dict[str, Any]] = {
     "chameleon": _IMAGE_WORD,
+    # Towers for images or sound must weigh less than the language model, as they do in the real models.
+    "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
     "cohere_compass_text": {"rope_parameters": _BOTH_KINDS},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
@@ -243,6 +255,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "muse_spark_audio": {"hidden_sizes": (32, 32, 64, 64), "depths": (1, 1, 1, 1)},
     "paddleocr_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
+    "phi4_multimodal_audio": {"num_blocks": 1, "intermediate_size": 16, "kernel_size": 3},
     "qwen2_5_omni_text": {"rope_parameters": _mrope(2, 3, 3)},
     "qwen2_5_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
     "qwen2_vl_text": {"rope_parameters": _mrope(2, 3, 3)},
