@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from llmprune.common.messages import first_line, size_text
 from llmprune.machine import device as devices
-from llmprune.model.arguments import Arguments, Call, Rows, Store
+from llmprune.model.arguments import Arguments, Call, Rows, Store, dicts_in
 from llmprune.model.skeleton import Skeleton
 from llmprune.numerics.counts import all_finite
 
@@ -28,10 +28,16 @@ _TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 _MOST_ITEMS = 4  # of what a block returns
+# What a model raises that cannot be run block by block.
+_UNFIT = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, RuntimeError)
 
 
 class _Stop(Exception):
     """Ends a forward pass when the last block is reached."""
+
+
+class _Broken(Exception):
+    """A block does not get what the block before it put out."""
 
 
 @contextmanager
@@ -123,7 +129,7 @@ class BlockInputs:
         self._items = 0  # of the tuple that the model expects its blocks to return; 0 for the tensor alone
         self._axis = 0  # of the sequences in the hidden states
         self._loaded = False  # whether the weights outside of the blocks are loaded
-        self._shapes: dict[int, torch.Size] = {}  # of the hidden states, by the size of a micro-batch
+        self._shape = torch.Size()  # of the hidden states last recorded
         with self._outer():
             self._arguments = Arguments(self._record, tokens, store, device)
             self._embed()
@@ -145,24 +151,42 @@ class BlockInputs:
 
     def _find_axis(self) -> None:
         """Find the axis of the sequences: some models pass several streams of hidden states stacked."""
-        size = min(self.batch, len(self._tokens))
-        self._record(slice(0, size))
-        shape = self._shapes[size]
-        if len(shape) == 3 and shape[0] == size:
-            return
-        if len(self._tokens) > 1:
-            for few in (1, 2):
-                self._record(slice(0, few))
-            pairs = zip(self._shapes[1], self._shapes[2], strict=True)
-            axes = [axis for axis, sizes in enumerate(pairs) if sizes == (1, 2)]
-        else:
-            axes = [len(shape) - 3] if len(shape) > 2 else []
+        shapes = []
+        for rows in ([0], [0, 0]):
+            self._record(rows)
+            shapes.append(self._shape)
+        self._check_chain()
+        shape = shapes[1]
+        axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if sizes == (1, 2)]
         if len(axes) != 1 or len(shape) < 3:
             raise ValueError(
                 f"the blocks of {type(self._skeleton.model).__name__} get hidden states of shape "
                 f"{list(shape)}, not one row per token; this architecture is not supported"
             )
         self._axis = axes[0]
+
+    def _check_chain(self) -> None:
+        """Raise `ValueError` unless every block runs once, on what the block before it put out."""
+        given: list[Tensor] = []
+
+        def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            broken = len(given) >= len(self._blocks) or number != len(given)
+            if broken or (given and not torch.equal(hidden, given[-1])):
+                raise _Broken(number)
+            # Another tensor for every block: one that the model keeps for later would be noticed.
+            given.append(hidden + 0.5)
+            return self._returned(given[-1])
+
+        with _replaced(self._blocks, record):
+            try:
+                self._skeleton.model(input_ids=self._tokens[[0]].to(self.device), use_cache=False)
+            except _Broken as error:
+                raise ValueError(
+                    f"{type(self._skeleton.model).__name__} does more between its blocks than hand on what "
+                    f"they put out (at block {error.args[0] + 1}); this architecture is not supported"
+                ) from None
+            except Exception:  # after the last block: the head is not loaded
+                pass
 
     @contextmanager
     def _outer(self) -> Iterator[None]:
@@ -179,7 +203,7 @@ class BlockInputs:
         self._skeleton.free(names)
 
     @torch.no_grad()
-    def _record(self, part: slice) -> list[Call]:
+    def _record(self, part: Rows) -> list[Call]:
         """The arguments of every block for one micro-batch.
 
         Finds out what the model expects its blocks to return.
@@ -190,7 +214,7 @@ class BlockInputs:
                 self._items = items
                 try:
                     calls = self._recorded(part, store=False)
-                except (TypeError, ValueError, IndexError, AttributeError) as error:
+                except _UNFIT as error:
                     failed = failed or error
                     continue
                 if calls is not None:
@@ -202,7 +226,7 @@ class BlockInputs:
             "this architecture is not supported"
         ) from failed
 
-    def _recorded(self, part: slice, store: bool) -> list[Call] | None:
+    def _recorded(self, part: Rows, store: bool) -> list[Call] | None:
         """As `_record`, or None if the model expects its blocks to return something else (`_items`).
 
         With `store` the first block's inputs are stored.
@@ -213,8 +237,8 @@ class BlockInputs:
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
             if number == 0:
-                self._shapes[part.stop - part.start] = hidden.shape
-                if store:
+                self._shape = hidden.shape
+                if store and isinstance(part, slice):
                     self.put(part, hidden, None)
             calls.append((args, kwargs))
             if number == len(self._blocks) - 1 or len(shapes) > 1:
@@ -311,13 +335,21 @@ class BlockInputs:
         """
         args, kwargs = self._arguments.of(number, rows)
         block, hidden = self._blocks[number], self.hidden(rows)
-        result: Tensor | tuple[Tensor, ...]
-        if weights:
-            result = functional_call(block, dict(weights), (hidden, *args), kwargs)
-        else:
-            result = block(hidden, *args, **kwargs)
-        self._arguments.keep_states(kwargs, rows, hidden.shape[self._axis])
-        return result[0] if isinstance(result, tuple) else result
+        before = dicts_in(kwargs)
+        result: Tensor | tuple[Tensor, ...] | list[Tensor]
+        try:
+            if weights:
+                result = functional_call(block, dict(weights), (hidden, *args), kwargs)
+            else:
+                result = block(hidden, *args, **kwargs)
+        except (TypeError, LookupError, AttributeError, NotImplementedError) as error:
+            name = list(self._skeleton.blocks)[number]
+            raise ValueError(
+                f"{name} of {type(self._skeleton.model).__name__} cannot be run by itself "
+                f"({type(error).__name__}: {first_line(error)}); this architecture is not supported"
+            ) from error
+        self._arguments.keep_states(before, kwargs, rows, hidden.shape[self._axis])
+        return result[0] if isinstance(result, (tuple, list)) else result
 
     def halve(self, error: BaseException) -> None:
         """Halve the micro-batch after memory ran out.

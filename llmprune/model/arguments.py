@@ -18,7 +18,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the hidden states: args, kwargs
 Rows = slice | list[int]
 Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
+Dicts = dict[str, dict[Any, Any]]
 Record = Callable[[slice], list[Call]]  # records the arguments of every block for some sequences
+
+
+def dicts_in(kwargs: dict[str, Any]) -> Dicts:
+    """The dicts among the arguments of a block, as they are now."""
+    return {name: dict(value) for name, value in kwargs.items() if isinstance(value, (dict, UserDict))}
 
 
 class Arguments:
@@ -113,11 +119,14 @@ class Arguments:
                 fresh[key] = read if len(read) > 1 else read[0]
         return fresh
 
-    def keep_states(self, kwargs: dict[str, Any], rows: Rows, size: int) -> None:
-        """Keep what a block has put into a dict among its arguments, for later blocks."""
-        for name, value in kwargs.items():
-            if isinstance(value, (dict, UserDict)):
-                for key, put in value.items():
+    def keep_states(self, before: Dicts, kwargs: dict[str, Any], rows: Rows, size: int) -> None:
+        """Keep what a block has put into a dict among its arguments, for later blocks.
+
+        `before`: what was in those dicts. `size`: how many sequences.
+        """
+        for name, was in before.items():
+            for key, put in kwargs[name].items():
+                if was.get(key) is not put:
                     self._keep_state((name, key), put, rows, size)
 
     def _keep_state(self, where: tuple[str, Any], put: Any, rows: Rows, size: int) -> None:
@@ -125,7 +134,12 @@ class Arguments:
         if where not in self._states:
             self._states[where] = []
             for tensor in tensors:
-                axis = 0 if tensor.shape[0] == size else list(tensor.shape).index(size)
+                axis = next((i for i, length in enumerate(tensor.shape) if length == size), None)
+                if axis is None:
+                    raise ValueError(
+                        f"a block hands on {where[1]!r} of shape {list(tensor.shape)} to later blocks, not a "
+                        "row per sequence; this architecture is not supported"
+                    )
                 shape = list(tensor.movedim(axis, 0).shape)
                 self._states[where].append((self._store((self._count, *shape[1:]), tensor.dtype), axis))
         for (kept, axis), tensor in zip(self._states[where], tensors, strict=True):

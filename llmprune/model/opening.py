@@ -49,7 +49,8 @@ class Model:
     @property
     def limit(self) -> int | None:
         """The longest sequence that the model was made for, in tokens; None if its config does not say."""
-        return getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def check(self) -> None:
         """Raise `ValueError` if its files, or its weights in memory, have changed since it was opened."""

@@ -17,7 +17,8 @@ from llmprune.model.conversion import Group, Piece, Stored, Tracer
 from llmprune.model.products import Products, Seen
 from llmprune.model.skeleton import Skeleton
 
-_PROBE = 8  # tokens that pass a block to see how it uses its stacked parameters
+_PROBE = 32  # tokens of two sequences that pass a block to see how it uses its stacked parameters
+_SMALL = 1 << 21  # weights of a parameter that the probe draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +190,9 @@ def _turned(skeleton: Skeleton, stacks: Mapping[str, list[str]]) -> dict[str, bo
     """
     if not any(stacks.values()):
         return {}
-    inputs = BlockInputs(skeleton, torch.zeros(1, _PROBE, dtype=torch.int64), skeleton.device)
+    vocabulary = int(skeleton.model.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(2 * _PROBE).view(2, _PROBE) % vocabulary
+    inputs = BlockInputs(skeleton, tokens, skeleton.device)
     known: dict[object, dict[str, bool]] = {}  # by kind of block: names in it
     turned: dict[str, bool] = {}
     for number, (block, module) in enumerate(skeleton.blocks.items()):
@@ -206,11 +209,14 @@ def _turned(skeleton: Skeleton, stacks: Mapping[str, list[str]]) -> dict[str, bo
 def _probed(skeleton: Skeleton, inputs: BlockInputs, number: int, block: str) -> dict[str, bool]:
     """The stacked parameters that one block uses in matrix products, by name in it."""
     module, seen = skeleton.blocks[block], {}
-    # One number per parameter, seen as often as needed: they take no memory, whatever their size.
-    weights = {
-        name: torch.full((1,) * p.ndim, 0.02, dtype=p.dtype, device=skeleton.device).expand(p.shape)
-        for name, p in module.named_parameters()
-    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in module.named_parameters():
+        # Of large parameters one number, seen as often as needed: they take no memory, whatever their size.
+        # Small ones, such as routers, are random, so that tokens go to different experts.
+        shape = parameter.shape if parameter.numel() <= _SMALL else (1,) * parameter.ndim
+        drawn = 0.02 * (1 + torch.randn(shape, generator=generator))
+        weights[name] = drawn.to(skeleton.device, parameter.dtype).expand(parameter.shape)
 
     def note(product: Seen) -> None:
         seen[product.parameter] = product.transposed

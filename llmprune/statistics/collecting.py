@@ -170,9 +170,11 @@ class Collector:
             )
         if leader != name:
             return
-        if x.numel() != x.shape[-1] * self._shape[0] * self._shape[1]:
+        # Some models put more tokens before the text, or run it in several streams.
+        length, rest = divmod(x.numel(), x.shape[-1] * self._shape[0])
+        if rest or length < self._shape[1]:
             raise ValueError(
-                f"{name} sees {tuple(x.shape)}, not every token once; this architecture is not supported"
+                f"{name} sees {tuple(x.shape)}, not every token; this architecture is not supported"
             )
         if name not in self._sums:
             self._sums[name] = self._kind(self.needs, self._positions)
@@ -180,7 +182,7 @@ class Collector:
             if self._dense:
                 self._sums[name].add_dense(x)
             else:
-                self._sums[name].add(x.reshape(*self._shape, x.shape[-1]), self._first)
+                self._sums[name].add(x.reshape(self._shape[0], length, x.shape[-1]), self._first)
 
     def has(self, name: str) -> bool:
         """Whether a matrix has had its input of the micro-batch announced last."""
