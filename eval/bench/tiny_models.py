@@ -54,7 +54,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"hidden_size_per_layer_input|laurel_rank|router_hidden_size", 32),
     (r"(index|indexer)_(n_heads)", 4),
     (r"index_topk|indexer_budget", 8),
-    (r"hc_mult|hc_count|altup_num_inputs", 2),
+    (r"hc_mult|hc_count", 2),
     (
         r"(.*_)?hidden_size(_global)?|d_model|n_embd|(.*_)?emb(ed)?_dim|embedding_(dim|size)|word_embed_proj_dim",
         64,
