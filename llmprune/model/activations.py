@@ -168,14 +168,19 @@ class BlockInputs:
     def _check_chain(self) -> None:
         """Raise `ValueError` unless every block runs once, on what the block before it put out."""
         given: list[Tensor] = []
+        more: list[tuple[Tensor, tuple[int, int]]] = []  # further items that blocks return: block and place
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             broken = len(given) >= len(self._blocks) or number != len(given)
             if broken or (given and not torch.equal(hidden, given[-1])):
                 raise _Broken(number)
+            for item, source in more:
+                self._arguments.note_carried(number, (args, kwargs), item, source)
             # Another tensor for every block: one that the model keeps for later would be noticed.
             given.append(hidden + 0.5)
-            return self._returned(given[-1])
+            items = [torch.zeros(1) for _ in range(1, self._items)]
+            more.extend((item, (number, place)) for place, item in enumerate(items, start=1))
+            return (given[-1], *items) if self._items else given[-1]
 
         with _replaced(self._blocks, record):
             try:
@@ -349,7 +354,10 @@ class BlockInputs:
                 f"({type(error).__name__}: {first_line(error)}); this architecture is not supported"
             ) from error
         self._arguments.keep_states(before, kwargs, rows, hidden.shape[self._axis])
-        return result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(result, (tuple, list)):
+            self._arguments.keep_carried(number, result, rows, hidden.shape[self._axis])
+            return result[0]
+        return result
 
     def halve(self, error: BaseException) -> None:
         """Halve the micro-batch after memory ran out.

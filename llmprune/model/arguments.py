@@ -8,7 +8,7 @@ every size. Those that depend on the tokens are kept for every sequence. N seque
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Arguments:
         self._kept: dict[int, tuple[Tensor | None, int]] = {}
         # What blocks hand to later blocks in a dict among the arguments, by key and place in its value.
         self._states: dict[tuple[str, Any], list[tuple[Tensor, int]]] = {}
+        # (block, leaf) -> the earlier block that returned it, and its place in what that returned.
+        self._carried: dict[tuple[int, int], tuple[int, int]] = {}
         others = (tokens != tokens[0]).any(dim=1).nonzero()
         if len(others):
             self._compare(int(others[0]))
@@ -71,6 +73,21 @@ class Arguments:
                 self._kept[number] = (None, axis)
         if both:
             self._of_size[2] = both
+
+    def note_carried(self, block: int, call: Call, item: Tensor, source: tuple[int, int]) -> None:
+        """Note whether a block gets an item that an earlier one returned beside the hidden states.
+
+        `source`: that block, and the place of the item in what it returned.
+        """
+        for leaf, value in enumerate(tree_flatten(call)[0]):
+            if value is item:
+                self._carried[block, leaf] = source
+
+    def keep_carried(self, block: int, result: Sequence[Any], rows: Rows, size: int) -> None:
+        """Keep what later blocks get of what a block returned."""
+        for number, place in set(self._carried.values()):
+            if number == block and isinstance(result[place], Tensor):
+                self._keep_state(("", (number, place)), result[place], rows, size)
 
     @property
     def varies(self) -> bool:
@@ -98,8 +115,12 @@ class Arguments:
             self._of_size[size] = self._record(slice(0, size))
         call = self._of_size[size][block]
         args, kwargs = call
-        if self.varies:
+        if self.varies or self._carried:
             leaves, form = tree_flatten(call)
+            for (number, leaf), source in self._carried.items():
+                if number == block and ("", source) in self._states:
+                    ((carried, axis),) = self._states["", source]
+                    leaves[leaf] = carried[rows].to(self._device).movedim(0, axis)
             for (number, leaf), kept in self._varying.items():
                 if number == block:
                     stored, axis = self._kept[kept]

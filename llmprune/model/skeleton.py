@@ -130,7 +130,7 @@ class Skeleton:
         self.targets: dict[str, list[Any]] = {}
 
     def _find_blocks(self) -> dict[str, nn.Module]:
-        """The repeated blocks by name: of the lists of modules beside the input embeddings the heaviest."""
+        """The repeated blocks by name: of the lists of modules next to the input embeddings the heaviest."""
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
         where = self._embeddings()
         while True:
@@ -144,7 +144,8 @@ class Skeleton:
             raise ValueError(
                 f"{type(self.model).__name__} has no list of blocks; this architecture is not supported"
             )
-        name = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+        # Those of an image part lie deeper than those of the language model.
+        name = max(outer, key=lambda n: (-n.count("."), sum(p.numel() for p in outer[n].parameters())))
         return {f"{name}.{i}": block for i, block in enumerate(outer[name])}
 
     def _embeddings(self) -> str:
@@ -217,7 +218,9 @@ class Skeleton:
     def outside_blocks(self) -> list[str]:
         """Names of the parameters of the language model that are in no block: embeddings, last norm, head."""
         others = tuple(f"{name}." for name in (*self.blocks, *self.towers()))
-        return [name for name in sorted(self.group_of) if not name.startswith(others)]
+        # Models take their first parameter's device for their own, even where text does not use it.
+        first = next(name for name, _ in self.model.named_parameters())
+        return [name for name in sorted(self.group_of) if name == first or not name.startswith(others)]
 
     def towers(self) -> dict[str, nn.Module]:
         """The parts beside the language model, such as those for images and sound, by name.

@@ -358,7 +358,8 @@ def left_dense(skeleton: Skeleton) -> tuple[str, ...]:
     matrices = {n for n, p in skeleton.model.named_parameters() if p.ndim > 1 and min(p.shape) > 1}
     ends = (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
     known = {id(p) for module in ends if module is not None for p in module.parameters()}
-    around = [n for n in skeleton.outside_blocks() if n in matrices]
+    beside = tuple(f"{name}." for name in skeleton.towers())
+    around = [n for n in skeleton.outside_blocks() if n in matrices and not n.startswith(beside)]
     around = [n for n in around if id(skeleton.model.get_parameter(n)) not in known]
     if around:
         notes.append(f"around the blocks: {_listed(around)}")
