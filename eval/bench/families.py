@@ -83,9 +83,10 @@ def survey(model_type, class_name, folder, found):
 
 @torch.no_grad()
 def fill(model):
-    """Random numbers in place of matrices that a class begins with as zeros or ones."""
+    """Random numbers in place of matrices of one value, and of vectors of zeros: they would hide mistakes."""
     for parameter in model.parameters():
-        if parameter.ndim > 1 and bool((parameter == parameter.flatten()[0]).all()):
+        first = parameter.flatten()[0]
+        if bool((parameter == first).all()) and (parameter.ndim > 1 or first == 0):
             parameter.normal_(0.0, 0.02)
 
 

@@ -267,7 +267,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
-    "step3p7_text": {"sliding_window": 16, "share_expert_dim": 48},
+    "step3p5": {"sliding_window": 16, "share_expert_dim": 48},
     "xmod": {"default_language": "en_XX"},
     "zamba": _TWICE | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": _TWICE,
