@@ -1,35 +1,212 @@
-"""Families of models, tiny and random: pruned, loaded by plain transformers, recounted.
+"""Mixtures of experts, hybrids and wrappers: names and shapes of the file, statistics of routed tokens."""
 
-`eval/bench/families.py` tries them all.
-"""
-
-from __future__ import annotations
-
-import sys
-
+import oracles
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval" / "bench"))
-from families import survey
-
-FAMILIES = (
-    ("llama", "LlamaForCausalLM"),
-    ("opt", "OPTForCausalLM"),
-    ("gpt2", "GPT2LMHeadModel"),
-    ("gpt_neox", "GPTNeoXForCausalLM"),
-    ("mixtral", "MixtralForCausalLM"),
-    ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    ("mamba", "MambaForCausalLM"),
-    ("gemma3", "Gemma3ForConditionalGeneration"),
+import torch
+from jobs import array
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
 )
 
+import llmprune
+from llmprune.model.opening import open_model
+from llmprune.model.targets import all_targets
 
-@pytest.mark.parametrize("model_type, class_name", FAMILIES, ids=[name for name, _ in FAMILIES])
-def test_family(model_type, class_name, tmp_path):
-    """The checks are in `survey`, which raises where one fails."""
-    found = {}
-    survey(model_type, class_name, tmp_path, found)
-    assert found["result"] == "works"
-    router = ".gate.weight"
-    assert all(n.endswith((router, ".A_log")) for n in found["dense_in_blocks"]), "a matrix was left out"
+TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+WANDA = {"recipe": "wanda", "sparsity": 0.5}
+MODELS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "decoder_sparse_step": 1},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 4, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+    "gpt_neox": {},
+    "mamba": {"state_size": 8, "time_step_rank": 16},
+}
+
+
+def save(kind, folder, dtype=torch.float32):
+    config = AutoConfig.for_model(kind, **SMALL, **MODELS[kind])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def tensors(folder):
+    return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
+
+
+def check_files(source, out, record):
+    """The output has the source's names, shapes and dtypes; what is no matrix of the record is unchanged."""
+    before, after = tensors(source), tensors(out)
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
+    pruned = {row["name"] for row in record["matrices"]}
+    pruned |= {name.rpartition(".")[0] for name in pruned}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and changed <= pruned
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "options", [{"recipe": "wanda", "sparsity": 0.5}, {"recipe": "sparsegpt", "pattern": "2:4"}]
+)
+def test_the_folder_has_the_names_and_shapes_of_the_file(tmp_path, kind, options):
+    folder, out = save(kind, tmp_path / "in"), tmp_path / "out"
+    record = llmprune.prune(folder, calibration=TOKENS, output=out, **options).record
+    check_files(folder, out, record)
+    assert all(row["sparsity"] == 0.5 for row in record["matrices"])
+    assert llmprune.inspect(out)["record_agrees"]
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_dense_model_passes_its_blocks_as_a_whole_model_does(tmp_path, kind):
+    from llmprune.model.activations import BlockInputs
+
+    folder = save(kind, tmp_path / "in")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
+    with torch.no_grad():
+        wanted = model(TOKENS[:3]).logits
+    skeleton = open_model(folder).skeleton
+    inputs = BlockInputs(skeleton, TOKENS[:3], torch.device("cpu"))
+    for number, block in enumerate(skeleton.blocks):
+        names = skeleton.parameters_of(block)
+        skeleton.load(names)
+        inputs.forward(number)
+        skeleton.free(names)
+    found = torch.cat([logits for _, logits in inputs.logits()])
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def routed_inputs(folder, layer=0):
+    """What each expert of a Mixtral layer reads: its tokens, by the router's choice."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    seen = []
+    experts = model.model.layers[layer].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        model(TOKENS)
+    handle.remove()
+    (hidden, chosen, _) = seen[0]
+    return {e: hidden[(chosen == e).any(dim=1)] for e in range(4)}
+
+
+@pytest.mark.parametrize("which", ["routed", "all"])
+def test_experts_are_pruned_by_the_tokens_routed_to_them(tmp_path, which):
+    folder, out = save("mixtral", tmp_path / "in"), tmp_path / "out"
+    settings = {"experts.tokens": which}
+    record = llmprune.prune(
+        folder, recipe="wanda", sparsity=0.5, calibration=TOKENS, output=out, settings=settings
+    ).record
+    rows = {row["name"]: row for row in record["matrices"]}
+    inputs, weights, pruned = routed_inputs(folder), tensors(folder), tensors(out)
+    everything = torch.cat([inputs[e] for e in range(4)])
+    distinct = torch.unique(everything, dim=0)
+    for expert, x in inputs.items():
+        x = distinct if which == "all" else x
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+        assert rows[name]["tokens"] == len(x)
+        score = oracles.wanda_score(array(weights[name]), x.double().square().mean(dim=0).numpy())
+        agree = oracles.unstructured_mask(score, 0.5) == (pruned[name] != 0).numpy()
+        assert agree.mean() > 0.999
+
+
+def test_experts_that_few_tokens_reach(tmp_path):
+    folder = save("mixtral", tmp_path / "in")
+
+    def rows(**settings):
+        options = {f"experts.{key}": value for key, value in settings.items()}
+        record = llmprune.prune(
+            folder,
+            recipe="wanda",
+            sparsity=0.5,
+            calibration=TOKENS[:1],
+            output=tmp_path / "out",
+            overwrite=True,
+            settings=options,
+        ).record
+        return [row for row in record["matrices"] if "tokens" in row]
+
+    assert all(row["pruner"] == "magnitude" and row["tokens"] < 64 for row in rows())
+    assert all(row["pruner"] == "wanda" for row in rows(least=0) if row["tokens"])
+    assert all(row["pruner"] == "wanda" and row["tokens"] == 32 for row in rows(fewer="all-tokens", least=31))
+    with pytest.raises(ValueError, match=r"12 matrices of experts see fewer than 64 .*samples"):
+        rows(fewer="error")
+
+
+def test_best_works_on_experts(tmp_path):
+    folder, out = save("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    record = llmprune.prune(
+        folder,
+        recipe="best",
+        sparsity=0.5,
+        calibration=TOKENS,
+        output=out,
+        settings={"update.steps": 6, "update.rates": [1e-3]},
+    ).record
+    check_files(folder, out, record)
+    assert (
+        all(row["sparsity"] == 0.5 for row in record["matrices"]) and llmprune.inspect(out)["record_agrees"]
+    )
+    assert any(row["tune"]["applied"] for row in record["matrices"])
+
+
+def test_a_wrapper_keeps_its_class_and_its_image_part(tmp_path):
+    text = {**SMALL, "head_dim": 8, "sliding_window": 16}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=127,
+        boi_token_index=125,
+        eoi_token_index=126,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    result = llmprune.prune(
+        tmp_path / "in", recipe="wanda", sparsity=0.5, calibration=TOKENS, output=tmp_path / "out"
+    )
+    check_files(tmp_path / "in", tmp_path / "out", result.record)
+    assert not any("vision" in row["name"] for row in result.record["matrices"])
+    assert len(result.record["matrices"]) == 14
+    assert type(llmprune.load(tmp_path / "out")) is Gemma3ForConditionalGeneration
+    plan = llmprune.prune(
+        tmp_path / "in", recipe="wanda", sparsity=0.5, calibration=TOKENS, dry_run=True, output=tmp_path / "x"
+    )
+    assert any("vision_tower (SiglipVisionModel" in line for line in plan.plan.dense)
+
+
+def test_routers_convolutions_and_shared_gates_are_no_targets(tmp_path):
+    for kind, dense in (
+        ("qwen2_moe", "gate"),
+        ("mixtral", "gate"),
+        ("mamba", "conv1d"),
+        ("gpt_oss", "router"),
+    ):
+        skeleton = open_model(save(kind, tmp_path / kind)).skeleton
+        assert not any(dense in target.name.split(".") for target in all_targets(skeleton))

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from llmprune.common.messages import first_line, size_text
 from llmprune.machine import device as devices
-from llmprune.model.arguments import Arguments, Call, Rows, Store, dicts_in
+from llmprune.model.arguments import Arguments, Call, Rows, Store, dicts_in, same_arguments
 from llmprune.model.skeleton import Skeleton
 from llmprune.numerics.counts import all_finite
 
@@ -166,9 +166,21 @@ class BlockInputs:
         self._axis = axes[0]
 
     def _check_chain(self) -> None:
-        """Raise `ValueError` unless every block runs once, on what the block before it put out."""
+        """Raise `ValueError` unless every block runs once, on what the block before it put out.
+
+        What it gets beside that may depend on the tokens, and on further items that earlier blocks return,
+        but not on their hidden states.
+        """
+        one, other = self._chained(0.5), self._chained(1.0)
+        for number, (a, b) in enumerate(zip(one, other, strict=False)):
+            if not same_arguments(a, b):
+                raise self._unchained(number)
+
+    def _chained(self, added: float) -> list[Call]:
+        """The arguments of all blocks where each adds a number to the hidden states of the first sequence."""
         given: list[Tensor] = []
         more: list[tuple[Tensor, tuple[int, int]]] = []  # further items that blocks return: block and place
+        calls: list[Call] = []
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             broken = len(given) >= len(self._blocks) or number != len(given)
@@ -176,8 +188,8 @@ class BlockInputs:
                 raise _Broken(number)
             for item, source in more:
                 self._arguments.note_carried(number, (args, kwargs), item, source)
-            # Another tensor for every block: one that the model keeps for later would be noticed.
-            given.append(hidden + 0.5)
+            calls.append((args, kwargs))
+            given.append(hidden + added)
             items = [torch.zeros(1) for _ in range(1, self._items)]
             more.extend((item, (number, place)) for place, item in enumerate(items, start=1))
             return (given[-1], *items) if self._items else given[-1]
@@ -186,12 +198,16 @@ class BlockInputs:
             try:
                 self._skeleton.model(input_ids=self._tokens[[0]].to(self.device), use_cache=False)
             except _Broken as error:
-                raise ValueError(
-                    f"{type(self._skeleton.model).__name__} does more between its blocks than hand on what "
-                    f"they put out (at block {error.args[0] + 1}); this architecture is not supported"
-                ) from None
+                raise self._unchained(error.args[0]) from None
             except Exception:  # after the last block: the head is not loaded
                 pass
+        return calls
+
+    def _unchained(self, number: int) -> ValueError:
+        return ValueError(
+            f"{type(self._skeleton.model).__name__} does more between its blocks than hand on what they put "
+            f"out (at block {number + 1}); this architecture is not supported"
+        )
 
     @contextmanager
     def _outer(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.products import Products, Seen
 from llmprune.model.targets import Target
 from llmprune.run.block import Block, Companion
+from llmprune.run.experts import all_tokens
 from llmprune.run.shared import Run
 from llmprune.statistics.collecting import Collector, Enough, Halted
 from llmprune.statistics.sums import KINDS
@@ -35,6 +36,8 @@ class Observer(Companion):
         self.watch = Stopwatch(inputs.device)
         self._halted: list[tuple[slice, Halted]] = []
         self._groups, self._no_pausing = 0, False
+        # While experts run on all tokens: whether a pass through an expert is such a run. Else empty.
+        self._everywhere: list[bool] = []
 
     def _collector(self, needs: Need) -> Collector:
         return Collector(needs, self._positions, self.watch, KINDS[self._run.recipe.sums])
@@ -46,6 +49,35 @@ class Observer(Companion):
 
         `originals`: the block's dense weights by name in the block, which may hold pruned ones already.
         """
+        stats = self._collected(number, targets, originals)
+        spec = self._run.recipe.experts
+        counts = {t.name: stats[t.name].count if t.name in stats else 0 for t in targets if t.routed}
+        few = [t for t in targets if t.routed and counts[t.name] < spec.least]
+        if few and spec.fewer == "error":
+            raise ValueError(
+                f"{len(few)} matrices of experts see fewer than {spec.least} calibration tokens, the first "
+                f"is {few[0].name} with {counts[few[0].name]}; use more samples, or experts.fewer: "
+                "magnitude or all-tokens"
+            )
+        if spec.tokens == "all":
+            few = [t for t in targets if t.routed]
+        elif spec.fewer != "all-tokens":
+            few = []
+        return stats | self._of_all_tokens(number, few) if few else stats
+
+    def _of_all_tokens(self, number: int, targets: list[Target]) -> dict[str, InputStats]:
+        """Statistics of experts' matrices as if every token were routed to each of these experts."""
+        block = list(self._run.skeleton.blocks.values())[number]
+        self._everywhere = [False]
+        try:
+            with all_tokens(block, targets, self._everywhere):
+                return self._collected(number, targets, {})
+        finally:
+            self._everywhere = []
+
+    def _collected(
+        self, number: int, targets: list[Target], originals: Mapping[str, Tensor]
+    ) -> dict[str, InputStats]:
         collector = self._collector(self._needs)
 
         def observe(part: slice) -> None:
@@ -70,6 +102,8 @@ class Observer(Companion):
         routed = frozenset(t.name for t in targets if t.routed)
 
         def seen(product: Seen) -> None:
+            if self._everywhere == [False]:
+                return
             found = names.get((product.parameter, product.expert), [])
             if found and found[0] in routed and found[0] not in layers:
                 collector.take_some(found, product.inputs)
@@ -77,7 +111,11 @@ class Observer(Companion):
                 # The block reads the layer's weight instead of calling the layer.
                 collector.take(found[0], product.inputs)
 
-        with collector.attached(layers, routed), Products({t.parameter: t.loaded() for t in targets}, seen):
+        wanted = (lambda: self._everywhere != [False]) if self._everywhere else None
+        with (
+            collector.attached(layers, routed, wanted),
+            Products({t.parameter: t.loaded() for t in targets}, seen),
+        ):
             yield
 
     def groups_of(self, block: Block) -> Iterator[tuple[list[Target], dict[str, InputStats]]]:

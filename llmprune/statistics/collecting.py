@@ -99,6 +99,7 @@ class Collector:
         self.needs, self._positions, self._watch, self._kind = needs, positions, watch, sums
         self.restart()
         self._routed: frozenset[str] = frozenset()
+        self._wanted: Callable[[], bool] | None = None
         self._taken: set[str] = set()  # matrices that have had their input of this micro-batch
         # id of an input -> the input and the leader of its group.
         # Holding the tensor keeps its id from being reused.
@@ -113,14 +114,19 @@ class Collector:
 
     @contextmanager
     def attached(
-        self, modules: Mapping[str, nn.Module], routed: frozenset[str] = frozenset()
+        self,
+        modules: Mapping[str, nn.Module],
+        routed: frozenset[str] = frozenset(),
+        wanted: Callable[[], bool] | None = None,
     ) -> Iterator[None]:
         """Collect from every forward pass inside the `with`.
 
         Each pass ends with `Enough` when all the modules have had their input, unless some matrices are
-        `routed`: those of experts, which get some of the tokens, or none.
+        `routed`: those of experts, which get some of the tokens, or none. `wanted`: whether to collect from
+        those now; None for always.
         """
         self._modules, self._routed = 0 if routed else len(modules), routed
+        self._wanted = wanted
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
         try:
             yield
@@ -145,7 +151,8 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if name in self._routed:
-                self.take_some([name], inputs[0])
+                if self._wanted is None or self._wanted():
+                    self.take_some([name], inputs[0])
                 return
             self.take(name, inputs[0])
             self._seen += 1
@@ -189,7 +196,12 @@ class Collector:
         return name in self._taken
 
     def take_some(self, names: Sequence[str], x: Tensor) -> None:
-        """Add what an expert sees of the micro-batch announced last: [n, C], the inputs of some matrices."""
+        """Add what an expert sees of the micro-batch announced last: [n, C], the inputs of some matrices.
+
+        Nothing is added for the dense model, which routes other tokens to it.
+        """
+        if self._dense:
+            return
         _, leader = self._inputs.setdefault(id(x), (x, names[0]))
         for name in names:
             leader = self._leader.setdefault(name, leader)
