@@ -186,9 +186,7 @@ def test_an_adapter_is_refused_with_the_way_to_merge_it(llama_copy, config):
     adapter = llama_copy / "adapter_config.json"
     adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}))
     line = said(llama_copy)
-    assert (
-        "(adapter_config.json); merge it into its base model 'owner/base' first: " in line
-    )
+    assert "(adapter_config.json); merge it into its base model 'owner/base' first: " in line
     assert "from_pretrained('owner/base', dtype='auto'), ADAPTER).merge_and_unload().save_pretrained(" in line
     for broken in ("{", "[]", "{}", '{"base_model_name_or_path": 5}', '{"peft_type": ["x"]}'):
         adapter.write_text(broken)
