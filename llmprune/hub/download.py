@@ -11,20 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmprune.common.messages import first_line, nearest
+from llmprune.hub.aliases import ALIASES
 
-ALIASES = {
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-13b": "huggyllama/llama-13b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-    "opt-125m": "facebook/opt-125m",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-}
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _SMALL = ["*.json"]  # what tells whether the model can be pruned
 _WANTED = [*_NEEDED, "README.md", "LICENSE*", "NOTICE*"]  # the licence must accompany the weights
@@ -90,9 +78,10 @@ def locate(
         return Located(path, path.resolve().name, None, False)
     if path.is_file():
         raise ValueError(f"{model} is a file; name the checkpoint's folder")
-    repository = ALIASES.get(model, model)
+    repository = ALIASES[model].repository if model in ALIASES else model
     if "/" not in repository:
-        raise nearest("model", model, ["demo", *ALIASES, "a local folder", "a hub id (owner/name)"])
+        told = "demo, a name that llmprune models lists, a local folder, a hub id (owner/name)"
+        raise nearest("model", model, ["demo", *ALIASES], told)
     if not re.fullmatch(_HUB_ID, repository, re.ASCII):
         raise ValueError(f"no such folder: {model} (and it is not a hub id of the form owner/name)")
     if check is not None:
