@@ -99,7 +99,7 @@ def test_the_original_is_named_where_it_is_known(llama_copy):
     assert "FineGrainedFP8Config(dequantize=True)" in said(llama_copy)
     card = llama_copy / "README.md"
     card.write_text("---\nlicense: mit\nbase_model:\n- owner/Name-1.0\n---\ntext\n")
-    assert f"{ORIGINAL} (its model card names owner/Name-1.0; usually the same name" in said(llama_copy)
+    assert f"{ORIGINAL} (its model card names owner/Name-1.0; usually under the same name" in said(llama_copy)
     card.write_text("---\nbase_model: 'rm -rf /'\n---\n")
     assert "model card" not in said(llama_copy)
 

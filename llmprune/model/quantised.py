@@ -24,15 +24,14 @@ _MAKE = (
 )
 # Where the original is, for methods of which that can be said.
 _WHERE = {
-    "fp8": "usually the same name without FP8; of a model that exists in float8 only (DeepSeek V3, R1) make "
-    f"one: {_MAKE.format('FineGrainedFP8Config')}",
+    "fp8": "usually under the same name without FP8; of a model that exists in float8 only (DeepSeek V3, "
+    f"R1) make one: {_MAKE.format('FineGrainedFP8Config')}",
     "mxfp4": f"gpt-oss exists in mxfp4 only, so make one: {_MAKE.format('Mxfp4Config')}",
-    "bitnet": "the one that was trained, usually the same name with bf16",
+    "bitnet": "the one that was trained, usually under the same name with bf16",
     "bitsandbytes": "the one that was loaded with load_in_4bit or load_in_8bit",
     "gguf": "the folder with config.json and safetensors that the GGUF file was made from",
 }
-_ALSO = ("awq", "gptq", "fbgemm_fp8", "compressed-tensors", "hqq", "quanto", "eetq", "vptq", "spqr", "aqlm")
-_WHERE |= dict.fromkeys(_ALSO, "usually the same name without the method's")
+_ELSEWHERE = "usually under the same name without the method's"
 # The last part of the names of packed weights, and who packs so. Some are stored as int32.
 _PACKED = {
     "qweight": "gptq",
@@ -137,5 +136,4 @@ def _remedy(method: str, folder: Path | None = None) -> str:
     name = method.partition(",")[0].lower().replace("_4bit", "").replace("_8bit", "")
     base = entry(front_matter(folder / "README.md"), "base_model", r"[\w.-]+/[\w.-]+") if folder else None
     hints = [f"its model card names {base}"] if base else []
-    hints += [_WHERE[name]] if name in _WHERE else []
-    return f"{_ORIGINAL} ({'; '.join(hints)})" if hints else _ORIGINAL
+    return f"{_ORIGINAL} ({'; '.join([*hints, _WHERE.get(name, _ELSEWHERE)])})"
