@@ -170,6 +170,7 @@ WRONG = {
     "settings": [["seed=1"], "seed=1", {1: 2}, 5],
     "sparsity": ["0.5", [0.5], True, math.nan, np.array([0.5, 0.6])],
     "samples": [True, "8", 2.5, [8], np.float64(8.5)],
+    "chat_template": [5, True, ["on"], "yes"],
     "seqlen": [True, "32", 2.5],
     "seed": [True, "1", 1.5, -1],
     "time_limit": [True, "soon", [1], math.nan],

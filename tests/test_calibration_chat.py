@@ -5,10 +5,13 @@ chats.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+import yaml
 from tokenizers.processors import TemplateProcessing
 
 import llmprune
@@ -16,6 +19,7 @@ from llmprune import calibration
 from llmprune.calibration.chat import Chats, Templated
 from llmprune.calibration.packing import pack
 from llmprune.model.opening import open_model
+from llmprune.recipe import loading as recipes
 from llmprune.text import files as text
 
 TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}</s>"
@@ -49,12 +53,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def build(source, tokenizer):
-    return calibration.build(
-        source,
-        tokenizer,
-        calibration.CalibrationRequest(samples=4, length=16, limit=64, vocabulary=2048, seed=0),
+def build(source, tokenizer, mode="auto", **more):
+    request = calibration.CalibrationRequest(
+        samples=4, length=16, limit=64, vocabulary=2048, seed=0, chat_template=mode
     )
+    return calibration.build(source, tokenizer, request, **more)
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "talk"])
@@ -116,6 +119,90 @@ def test_plan_and_record_say_how_chats_were_laid_out(folder, typed, tiny_llama):
     assert code == 0 and "messages.jsonl (chats as lines of role: content)" in err
     assert json.loads(out)["calibration"]["chat"] == "plain"
     assert "(chats as lines of role: content)" in (folder / "out" / "README.md").read_text()
+
+
+def test_the_template_is_used_as_asked_for(folder, tokenizer):
+    plain = build("messages.jsonl", tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    rendered = build("messages.jsonl", tokenizer)
+    for _ in range(2):  # the second time from the cache
+        on, off = (build("messages.jsonl", tokenizer, mode) for mode in ("on", "off"))
+        assert (on.details, on.digest) == ({"chat": "template"}, rendered.digest)
+        assert (off.details, off.digest) == ({"chat": "plain"}, plain.digest) != (on.details, on.digest)
+
+
+def test_a_template_that_is_wanted_must_be_there(folder, tokenizer):
+    said = r"^calibration\.chat_template is on, and the tokenizer has no chat template; leave .* or add"
+    with pytest.raises(ValueError, match=said):
+        build("messages.jsonl", tokenizer, "on")
+    tokenizer.chat_template = ""
+    with pytest.raises(ValueError, match=said):
+        build("messages.jsonl=0.5+builtin=0.5", tokenizer, "on")
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("builtin", "source 'builtin'"),
+        ("self", "source 'self'"),
+        ("c4", "source 'c4'"),
+        ("notes.txt", "source 'notes.txt'"),
+        ("texts.jsonl", "source 'texts.jsonl'"),
+        ("texts.jsonl=0.5+self=0.5", "source 'texts.jsonl and self'"),
+        ("texts.jsonl=0.5+builtin=0.5", "source 'texts.jsonl and builtin'"),
+        (["words"] * 99, "text or tokens in memory"),
+        (torch.ones(4, 16, dtype=torch.int64), "text or tokens in memory"),
+    ],
+)
+def test_with_the_template_on_there_must_be_chats(folder, tokenizer, source, named):
+    tokenizer.chat_template = TEMPLATE
+    (folder / "notes.txt").write_text("words and words " * 99)
+    (folder / "texts.jsonl").write_text((json.dumps({"text": "words " * 9}) + "\n") * 99)
+    with pytest.raises(ValueError) as caught:
+        build(source, tokenizer, "on", sampler=Unwanted())
+    assert str(caught.value).startswith(f"calibration.chat_template is on, and {named} has no chats (")
+    assert "\n" not in str(caught.value)
+
+
+class Unwanted:
+    """A sampler that must not sample: it would take long."""
+
+    def check(self, length):
+        pass
+
+
+def test_a_mixture_with_the_template_on_may_have_text_too(folder, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    mixed = build("builtin=0.5+messages.jsonl=0.5", tokenizer, "on")
+    assert mixed.details == {"chat": "template", "parts": {"builtin": 2, "messages.jsonl": 2}}
+    assert mixed.digest == build("builtin=0.5+messages.jsonl=0.5", tokenizer).digest
+
+
+def test_the_record_and_a_recipe_keep_the_choice(folder, typed, tiny_llama):
+    model = shutil.copytree(tiny_llama, folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    options = ("--samples", 4, "--seqlen", 16, "--recipe", "magnitude", "--json")
+    digests = {}
+    for mode in ("auto", "on", "off"):
+        given = ("--calibration", "messages.jsonl", "--chat-template", mode, "--output", mode)
+        record = json.loads(typed("prune", model, *options, *given)[1])
+        kept = record["recipe"]["calibration"].get("chat_template", "auto")
+        assert (kept, record["calibration"]["chat"]) == (mode, "plain" if mode == "off" else "template")
+        digests[mode] = record["calibration"]["digest"]
+        (folder / f"{mode}.yaml").write_text(yaml.safe_dump(record["recipe"]))
+        again = llmprune.prune(model, recipe=f"{mode}.yaml", output=f"{mode}-again")
+        assert again.record["calibration"] == record["calibration"]
+        assert again.record["recipe"]["calibration"] == record["recipe"]["calibration"]
+    assert digests["auto"] == digests["on"] != digests["off"]
+
+
+def test_yaml_reads_on_and_off_as_truth():
+    for given, kept in (("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")):
+        key, value = recipes.parse_assignment(f"calibration.chat_template={given}")
+        assert recipes.load("wanda", {key: value}).calibration.chat_template == kept
+    for wrong in ("yes please", 1, None, ["on"]):
+        with pytest.raises(ValueError, match=r"^calibration\.chat_template must be one of auto, on, off"):
+            recipes.load("wanda", {"calibration.chat_template": wrong})
 
 
 BAD = [

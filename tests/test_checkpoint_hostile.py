@@ -358,10 +358,10 @@ def test_code_in_a_checkpoint_folder_runs_only_when_asked_for(tmp_path, tiny_lla
     (folder / "config.json").write_text(json.dumps(config))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(ValueError, match=r"transformers cannot use the config"):
+    with pytest.raises(ValueError, match=r"is of model type 'own'.*add --trust-remote-code$"):
         llmprune.prune(folder, calibration=tokens, recipe="magnitude", output=tmp_path / "out")
     assert not marker.exists() and not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"transformers cannot use the config"):
+    with pytest.raises(ValueError, match=r"is of model type 'own'.*add --trust-remote-code$"):
         llmprune.inspect(folder)
     assert not marker.exists()
 

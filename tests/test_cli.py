@@ -115,7 +115,13 @@ def test_models_lists_demo_and_aliases(typed):
     assert (code, err) == (0, "")
     listed = json.loads(typed("models", "--json")[1])
     assert set(listed) == {"demo", *hub.ALIASES}
-    assert all(name in out for name in listed)
+    assert all(name in out and entry["model_class"] in out for name, entry in listed.items())
+    assert listed["qwen3-8b"] == {
+        "repository": "Qwen/Qwen3-8B",
+        "model_class": "Qwen3ForCausalLM",
+        "note": "",
+    }
+    assert listed["demo"]["repository"] is None
     assert {"llama-7b", "llama-2-7b", "llama-3-8b", "mistral-7b", "qwen3-8b", "opt-125m"} <= set(listed)
 
 

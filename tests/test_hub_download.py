@@ -18,6 +18,7 @@ from hub_server import COMMIT, TOKEN, Fault, serving
 from safetensors.torch import load_file
 
 from llmprune.hub.download import locate
+from llmprune.model.opening import open_model
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs into the green hills beyond the river "
 # Every call in one process: importing torch and transformers costs seconds.
@@ -28,6 +29,7 @@ time.sleep = lambda seconds: None  # what is waited for between attempts
 from llmprune.text import sources as text
 from llmprune.calibration.chat import Chats
 from llmprune.hub.download import locate
+from llmprune.model.opening import open_model
 done = {}
 def attempt(name, work):
     start = time.monotonic()
@@ -457,3 +459,23 @@ def test_a_download_shows_its_progress_on_a_terminal(tiny, typed, monkeypatch, q
     monkeypatch.setattr("sys.stderr", again := Terminal())
     assert typed("inspect", "owner/tiny")[0] == 0
     assert again.getvalue() == "", "what is in the cache is not downloaded"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "fp8"}}, r"quantised .*: fp8\)"),
+        ("config.json", {"model_type": "llama17"}, r"is of model type 'llama17'"),
+        ("adapter_config.json", {}, r"is a PEFT adapter"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_before_its_weights_are_downloaded(
+    own_hub, make_llama, tmp_path, file, changes, said
+):
+    folder = shutil.copytree(make_llama(), tmp_path / "refused")
+    held = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(held | changes))
+    own_hub.add("owner/refused", folder)
+    with pytest.raises(ValueError, match=rf"^owner/refused .*{said}"):
+        open_model("owner/refused")
+    assert own_hub.count("GET .*/config.json") == 1 and own_hub.count("safetensors") == 0

@@ -1,5 +1,9 @@
 """Writes a Llama checkpoint of any size with random weights, sharded, bfloat16: `make_model.py FOLDER` is
 7B-shaped (13.5 GB).
+
+With `--experts` it is a Qwen3 mixture of experts, a file per shard and tensors per expert: `make_model.py
+FOLDER --experts 128 --blocks 2 --width 2048 --intermediate 768 --heads 32 --vocabulary 151936` has two blocks
+of the shape of Qwen3-30B-A3B.
 """
 
 import argparse
@@ -7,10 +11,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from llmprune.checkpoint.files import save_tensors
 from llmprune.hub.download import demo_folder
+
+HEAD = 128  # width of a head of the mixture of experts
 
 
 def block(config, generator):
@@ -21,13 +27,50 @@ def block(config, generator):
         config.hidden_size // config.num_attention_heads * config.num_key_value_heads,
     )
     attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+    experts = getattr(config, "num_experts", 0)
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
+    if experts:
+        wide, narrow = config.num_attention_heads * HEAD, config.num_key_value_heads * HEAD
+        attention = {"q_proj": (wide, d), "k_proj": (narrow, d), "v_proj": (narrow, d), "o_proj": (d, wide)}
+        norms |= {"self_attn.q_norm": HEAD, "self_attn.k_norm": HEAD}
+    mlps = [f"mlp.experts.{e}" for e in range(experts)] or ["mlp"]
     shapes = {f"self_attn.{n}.weight": s for n, s in attention.items()}
-    shapes |= {"mlp.gate_proj.weight": (m, d), "mlp.up_proj.weight": (m, d), "mlp.down_proj.weight": (d, m)}
+    shapes |= {"mlp.gate.weight": (experts, d)} if experts else {}
+    for mlp in mlps:
+        shapes |= {
+            f"{mlp}.{n}_proj.weight": s for n, s in (("gate", (m, d)), ("up", (m, d)), ("down", (d, m)))
+        }
     tensors = {name: matrix(*shape, generator) for name, shape in shapes.items()}
-    return tensors | {
-        f"{n}.weight": torch.ones(d, dtype=torch.bfloat16)
-        for n in ("input_layernorm", "post_attention_layernorm")
+    return tensors | {f"{n}.weight": torch.ones(size, dtype=torch.bfloat16) for n, size in norms.items()}
+
+
+def config_of(arguments):
+    shared = {
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.width,
+        "num_hidden_layers": arguments.blocks,
+        "num_attention_heads": arguments.heads,
+        "max_position_embeddings": 2048,
+        "dtype": torch.bfloat16,
     }
+    if not arguments.experts:
+        return LlamaConfig(
+            **shared,
+            intermediate_size=arguments.intermediate,
+            num_key_value_heads=arguments.heads,
+            architectures=["LlamaForCausalLM"],
+        )
+    return Qwen3MoeConfig(
+        **shared,
+        num_experts=arguments.experts,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        moe_intermediate_size=arguments.intermediate,
+        intermediate_size=arguments.intermediate,
+        num_key_value_heads=max(1, arguments.heads // 8),
+        head_dim=HEAD,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
 
 
 def matrix(rows, columns, generator):
@@ -42,18 +85,9 @@ def main():
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0)
     arguments = parser.parse_args()
-    config = LlamaConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.blocks,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.heads,
-        max_position_embeddings=2048,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = config_of(arguments)
     arguments.folder.mkdir(parents=True)
     config.save_pretrained(arguments.folder)
     for file in demo_folder().glob("tokenizer*"):  # its 2048 tokens are ids of the larger vocabulary too

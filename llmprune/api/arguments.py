@@ -213,6 +213,7 @@ CHECKS: Mapping[str, Check] = {
     "sparsity": _number,
     "samples": _number,
     "seqlen": _number,
+    "chat_template": _maybe_text,
     "seed": _number,
     "time_limit": _number,
     "limit": _whole,

@@ -22,8 +22,10 @@ from llmprune.machine import device as devices
 from llmprune.machine import processes
 from llmprune.machine.state import libraries
 from llmprune.model.classes import class_of
+from llmprune.model.config import check_folder, read_config
 from llmprune.model.opening import Model, open_model
-from llmprune.model.skeleton import Skeleton, read_config
+from llmprune.model.quantised import check_stored
+from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import all_targets
 from llmprune.planning import advice
 from llmprune.record.card import card_text
@@ -135,9 +137,10 @@ def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         ValueError: no such model, a damaged checkpoint, or a record that is not of this program.
     """
-    located = locate(os.fspath(path), revision, trust_remote_code)
-    source = Checkpoint(located.folder)
+    located = locate(os.fspath(path), revision, trust_remote_code, check_folder)
     config = read_config(located.folder, trust_remote_code)
+    source = Checkpoint(located.folder)
+    check_stored(source.tensors, str(located.folder))
     skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code)
     counts = audit.recount(source, all_targets(skeleton))
     source.check()

@@ -46,6 +46,7 @@ def prune(
     calibration: Source | AnyPath | Mapping[str, float] | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
+    chat_template: str | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -84,6 +85,9 @@ def prune(
             tokens, int64 [N, T].
         samples: calibration rows; 128 unless the recipe says otherwise.
         seqlen: tokens per calibration row; by default 2048, or the model's limit if that is shorter.
+        chat_template: how chats of the calibration data become text: `auto` (the tokenizer's chat template
+            where it has one, else lines of `role: content`), `on` (with the template, which there must be),
+            `off` (lines); `auto` unless the recipe says otherwise.
         seed: seed of everything random; 0 unless the recipe says otherwise.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
         dtype: of the forward passes: `auto`, `float32`, `bfloat16`, `float16` or a torch.dtype. `auto` is the
@@ -127,6 +131,7 @@ def prune(
         "allocator": allocator,
         "calibration.samples": samples,
         "calibration.sequence_length": seqlen,
+        "calibration.chat_template": chat_template,
         "seed": seed,
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }

@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.calibration.chat import template_of
 from llmprune.calibration.rows import Maker
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import check_tokens, digest, read_tokens
 from llmprune.contracts import CalibrationSet
 from llmprune.text import mixture
+from llmprune.text.sources import may_hold_chats
 from llmprune.text.tokenisation import default_length
 
 SAMPLES = 128
@@ -32,6 +34,7 @@ class CalibrationRequest:
         limit: the model's longest sequence in tokens; None where it names none.
         vocabulary: the model's number of token ids.
         seed: decides which rows are drawn from the text, and their order in a mixture.
+        chat_template: how chats become text, see `chat`. With `on`, there must be chats.
     """
 
     samples: int | None = None
@@ -39,6 +42,7 @@ class CalibrationRequest:
     limit: int | None = None
     vocabulary: int
     seed: int = 0
+    chat_template: str = "auto"
 
 
 def build(
@@ -59,10 +63,35 @@ def build(
     Raises:
         ValueError: the source cannot be used for this model, or holds too little text.
     """
-    maker = Maker(tokenizer, request.limit, request.vocabulary, request.seed, sampler)
+    mode = request.chat_template
+    maker = Maker(tokenizer, request.limit, request.vocabulary, request.seed, sampler, mode)
     weights = mixture.parse(source) if isinstance(source, str) else None
+    possible = any(isinstance(part, str) and may_hold_chats(part) for part in weights or (source,))
+    _check_chats(request, possible, source)
+    if tokenizer is not None:
+        template_of(tokenizer, mode)  # refuses a template that is wanted and not there
     if weights:
         return _mixed(weights, maker, request)
+    made = _plain(source, maker, request)
+    _check_chats(request, "chat" in made.details, source)
+    return made
+
+
+def _check_chats(request: CalibrationRequest, chats: bool, source: str | Tensor | Iterable[str]) -> None:
+    """Raise `ValueError` where the chat template is on and the source has no chats."""
+    if request.chat_template == "on" and not chats:
+        name = "text or tokens in memory"
+        if isinstance(source, str):
+            name = "source " + repr(" and ".join(map(mixture.public_name, mixture.plain_sources(source))))
+        raise ValueError(
+            f"calibration.chat_template is on, and {name} has no chats (lists of {{role, content}} in a "
+            "column of a .jsonl or .parquet file or of a hub dataset); leave --chat-template out, or name a "
+            "source that has"
+        )
+
+
+def _plain(source: str | Tensor | Iterable[str], maker: Maker, request: CalibrationRequest) -> CalibrationSet:
+    """Rows of one source."""
     if isinstance(source, Tensor) or (isinstance(source, str) and source.endswith(".safetensors")):
         return _ready_made(source, maker, request)
     samples = SAMPLES if request.samples is None else request.samples
@@ -104,15 +133,18 @@ def _mixed(weights: dict[str, float], maker: Maker, request: CalibrationRequest)
         )
     for part, share in shares.items():  # check every part before time is spent on the first
         maker.check(part, share, length)
-    rows: list[Tensor] = []
     details: dict[str, Any] = {}
-    for part, share in shares.items():
-        tokens, made = maker.make(part, share, length)
-        rows.append(tokens)
+    rows: dict[str, Tensor] = {}
+    # Parts that may turn out to have no chats come first: sampling takes long.
+    for part in sorted(shares, key=lambda part: not may_hold_chats(part)):
+        if not may_hold_chats(part):
+            _check_chats(request, "chat" in details, mixture.as_text(weights))
+        rows[part], made = maker.make(part, shares[part], length)
         details |= made
+    _check_chats(request, "chat" in details, mixture.as_text(weights))
     details["parts"] = {names[part]: share for part, share in shares.items()}
     name = mixture.as_text({names[part]: weight for part, weight in weights.items()})
-    return _set(mixture.interleave(rows, maker.seed), name, maker.seed, details)
+    return _set(mixture.interleave([rows[part] for part in shares], maker.seed), name, maker.seed, details)
 
 
 def _name(source: str | Iterable[str]) -> str:

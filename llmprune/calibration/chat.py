@@ -1,4 +1,7 @@
-"""Turns chats into text: with the tokenizer's chat template, or without one as lines `role: content`."""
+"""Turns chats into text: with the tokenizer's chat template, or as lines `role: content`.
+
+`mode` is `auto` (the template where the tokenizer has one), `on` (there must be one) or `off` (lines).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,21 @@ from llmprune.common.messages import first_line, shown
 
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant"}  # role names of ShareGPT -> those of chat templates
+
+
+def template_of(tokenizer: Any, mode: str) -> Any:
+    """The chat template that is used; None or empty where chats become lines.
+
+    Raises:
+        ValueError: the mode is `on`, and the tokenizer has no template.
+    """
+    template = None if mode == "off" else getattr(tokenizer, "chat_template", None)
+    if mode == "on" and not template:
+        raise ValueError(
+            "calibration.chat_template is on, and the tokenizer has no chat template; leave --chat-template "
+            "out, or add a chat_template.jinja to the model's folder"
+        )
+    return template
 
 
 class Templated(str):
@@ -20,8 +38,9 @@ class Chats:
     `layout` says how the chats so far were rendered, `template` or `plain`; None: there were none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, mode: str = "auto") -> None:
         self._tokenizer = tokenizer
+        self._template = template_of(tokenizer, mode)
         self.layout: str | None = None
 
     def __call__(self, messages: list[Any], where: str) -> str:
@@ -37,7 +56,7 @@ class Chats:
         turns = [_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
         if not turns:
             return ""  # skipped later, like any empty document
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not self._template:
             self.layout = "plain"
             return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
         self.layout = "template"

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.calibration.cache import Cache, Made
-from llmprune.calibration.chat import Chats
+from llmprune.calibration.chat import Chats, template_of
 from llmprune.calibration.packing import drawn_rows, pack
 from llmprune.calibration.sampling import Sampler
 from llmprune.calibration.tokens import read_tokens
@@ -39,6 +39,7 @@ class Maker:
         vocabulary: the model's number of token ids.
         seed: of everything that is drawn.
         sampler: samples text from the model, for the source `self`.
+        chat_template: how chats become text, see `chat`.
     """
 
     tokenizer: Any
@@ -46,6 +47,7 @@ class Maker:
     vocabulary: int
     seed: int
     sampler: Sampler | None = None
+    chat_template: str = "auto"
     cache: Cache = field(default_factory=Cache)
 
     def check(self, source: Plain, samples: int, length: int) -> None:
@@ -83,7 +85,8 @@ class Maker:
         elif source.endswith(".safetensors"):
             made = (drawn_rows(read_tokens(Path(source)), samples, self.seed), {})
         else:
-            key = (__version__, _identity(source), _fingerprint(self.tokenizer), samples, length, self.seed)
+            made_with = _fingerprint(self.tokenizer, template_of(self.tokenizer, self.chat_template))
+            key = (__version__, _identity(source), made_with, samples, length, self.seed)
             made = self.cache.rows(key, (samples, length), lambda: self._text(source, name, samples, length))
         return self.checked(made[0], name), made[1]
 
@@ -110,7 +113,7 @@ class Maker:
         return self.cache.rows(key, (samples, length), sample)
 
     def _text(self, source: str, name: str, samples: int, length: int) -> Made:
-        chats = Chats(self.tokenizer)
+        chats = Chats(self.tokenizer, self.chat_template)
         if source == "builtin":
             documents: Iterator[Document] = _library(samples * length)
             finite = True
@@ -165,9 +168,8 @@ def _identity(source: str) -> tuple[object, ...]:
     return (source,)
 
 
-def _fingerprint(tokenizer: Any) -> str:
-    """The same for tokenizers that make the same tokens of every text and chat."""
+def _fingerprint(tokenizer: Any, template: Any) -> str:
+    """The same for tokenizers that make the same tokens of every text, and of every chat by the template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256((described + (repr(template) if template else "")).encode()).hexdigest()

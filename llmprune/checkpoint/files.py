@@ -38,7 +38,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -200,7 +200,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write a safetensors file durably; returns its size in bytes and its SHA-256."""
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    shapes = {name: (_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+    shapes = {name: (NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
     head, _ = layout(shapes, {"format": "pt"})
     return write_durably(path, [head, *(raw(tensors[name]) for name in order)])
 

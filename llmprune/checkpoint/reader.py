@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.contents import INDEX, RECORD, SCHEMA, SINGLE
-from llmprune.checkpoint.files import DTYPES, WeightFile, raw
+from llmprune.checkpoint.files import DTYPES, NAMES, WeightFile, raw
 from llmprune.common.messages import shown
 from llmprune.numerics.counts import all_finite
 
@@ -24,12 +24,14 @@ _PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class TensorInfo(NamedTuple):
     """What is known of a stored tensor before it is loaded.
 
-    `dtype` is None for types that cannot be pruned (integers, 8-bit floats).
+    `dtype` is None for types that cannot be pruned (integers, 8-bit floats); `stored` names the type, as
+    safetensors does.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     bytes: int
+    stored: str = ""
 
     @property
     def elements(self) -> int:
@@ -128,7 +130,7 @@ class Checkpoint:
             self._where[name] = weights
             dtype = DTYPES.get(entry.dtype)
             self.tensors[name] = TensorInfo(
-                entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start
+                entry.shape, dtype if dtype in _PRUNABLE else None, entry.end - entry.start, entry.dtype
             )
         return set(weights.entries)
 
@@ -171,7 +173,9 @@ class MemoryCheckpoint:
                 seen.add(tensor.data_ptr())
         self._versions = {name: _version(tensor) for name, tensor in self._state.items()}
         self.tensors = {
-            n: TensorInfo(tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes)
+            n: TensorInfo(
+                tuple(t.shape), t.dtype if t.dtype in _PRUNABLE else None, t.nbytes, NAMES.get(t.dtype, "")
+            )
             for n, t in self._state.items()
         }
 

@@ -293,11 +293,11 @@ def recipes(as_json: bool, quiet: bool) -> None:
 
 @_command(OUTPUT)
 def models(as_json: bool, quiet: bool) -> None:
-    """List model names: the embedded demo and the aliases of hub ids."""
-    from llmprune.hub.download import ALIASES
+    """List model names: the embedded demo, and aliases with hub id and class of transformers."""
+    from llmprune.cli import lists
 
-    found = {"demo": "embedded, needs no network"} | ALIASES
-    _console(as_json, quiet).table("models", list(found.items()))
+    found = lists.models()
+    lists.print_models(_console(as_json, quiet), found)
     if as_json:
         _emit(found)
 

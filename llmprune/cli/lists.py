@@ -1,15 +1,17 @@
-"""The lists that `llmprune recipes` and `llmprune methods` print: what there is, its cost and its effect.
+"""The lists that `llmprune recipes`, `methods` and `models` print: what there is, its cost and its effect.
 
 The figures were measured once and ship with the package (`eval/results/costs.yaml`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from llmprune import registry
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
+from llmprune.hub.aliases import ALIASES
 from llmprune.terminal.console import Screen
 
 Entry = dict[str, Any]
@@ -52,6 +54,12 @@ def methods() -> dict[str, dict[str, Entry]]:
     }
 
 
+def models() -> dict[str, Entry]:
+    """Hub id, class in transformers and note of each model name; the demo has no hub id."""
+    demo = {"repository": None, "model_class": "LlamaForCausalLM", "note": "embedded, needs no network"}
+    return {"demo": demo} | {name: dataclasses.asdict(alias) for name, alias in ALIASES.items()}
+
+
 def _figures(entry: Mapping[str, Any]) -> Entry:
     """Figures with the same keys for all entries; None where nothing was measured."""
     perplexity = entry.get("perplexity", {})
@@ -69,6 +77,13 @@ def print_recipes(console: Screen, found: Mapping[str, Entry]) -> None:
     console.table("recipes", rows, ("", *_HEAD))
     console.verbatim()
     console.say(legend())
+
+
+def print_models(console: Screen, found: Mapping[str, Entry]) -> None:
+    """Print the names of models as a table."""
+    keys = ("repository", "model_class", "note")
+    rows = [(name, *(entry[key] or "" for key in keys)) for name, entry in found.items()]
+    console.table("models", rows, ("", "hub id", "class", ""))
 
 
 def print_methods(console: Screen, found: Mapping[str, Mapping[str, Entry]]) -> None:

@@ -50,6 +50,7 @@ PRUNING = (
     ),
     _option("samples", int, "Calibration rows (128)."),
     _option("seqlen", int, "Tokens per row (min(2048, the model's limit))."),
+    _option("chat_template", str, "How chats become text: auto, on (the tokenizer's template) or off."),
     _option("seed", int, "Seed of everything random (0)."),
     _option(
         "output",

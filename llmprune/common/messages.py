@@ -35,9 +35,12 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def nearest(kind: str, name: str, available: Iterable[str]) -> ValueError:
-    """The error for an unknown name: it quotes the name, the names most like it, and all available names."""
+def nearest(kind: str, name: str, available: Iterable[str], told: str = "") -> ValueError:
+    """The error for an unknown name: it quotes the name, the names most like it, and all available names.
+
+    `told`: what is available in other words, where the names are too many.
+    """
     names = sorted(available)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {', '.join(names)}")
+    return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {told or ', '.join(names)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource
@@ -62,10 +61,10 @@ def _most(weight: Tensor) -> dict[int, int]:
 def recount(source: WeightSource, targets: Iterable[Target]) -> list[Count]:
     """Count some matrices, with one tensor in memory at a time."""
     counts: list[Count] = []
-    name, tensor = "", torch.empty(0)
+    loaded: tuple[str, Tensor] | None = None
     for target in targets:
-        if target.tensor != name:
-            name, tensor = target.tensor, source.load(target.tensor)
-        weight = target.oriented(target.part(tensor)).contiguous()
+        if loaded is None or loaded[0] != target.tensor:
+            loaded = target.tensor, source.load(target.tensor)
+        weight = target.oriented(target.part(loaded[1])).contiguous()
         counts.append(Count(target.key, tuple(weight.shape), zeros_of(weight), _most(weight)))
     return counts

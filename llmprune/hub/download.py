@@ -11,21 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmprune.common.messages import first_line, nearest
+from llmprune.hub.aliases import ALIASES
 
-ALIASES = {
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-13b": "huggyllama/llama-13b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-    "opt-125m": "facebook/opt-125m",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-}
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_SMALL = ["*.json"]  # what tells whether the model can be pruned
 _WANTED = [*_NEEDED, "README.md", "LICENSE*", "NOTICE*"]  # the licence must accompany the weights
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights in other formats
 _HUB_ID = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*"
@@ -34,6 +23,7 @@ _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _LONGEST_WAIT = 300.0  # seconds; the hub limits requests per five minutes
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+Check = Callable[[Path, str, bool], object]
 
 
 @dataclass(frozen=True)
@@ -58,10 +48,21 @@ def demo_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "demo" / "model"
 
 
-def locate(model: str, revision: str | None = None, code: bool = False) -> Located:
+def locate(
+    model: str,
+    revision: str | None = None,
+    code: bool = False,
+    check: Check | None = None,
+) -> Located:
     """Find a model.
 
     From a hub id, download its safetensors and small files, and with `code` its Python files.
+
+    Args:
+        model: `demo`, an alias, a folder or a hub id.
+        revision: branch, tag or commit on the hub.
+        code: whether Python code of the checkpoint may run.
+        check: called with the folder, the name and `code` before weights are downloaded; it may raise.
 
     Raises:
         ValueError: an unknown name, no such folder, or a failed download; the message says what to do.
@@ -77,11 +78,14 @@ def locate(model: str, revision: str | None = None, code: bool = False) -> Locat
         return Located(path, path.resolve().name, None, False)
     if path.is_file():
         raise ValueError(f"{model} is a file; name the checkpoint's folder")
-    repository = ALIASES.get(model, model)
+    repository = ALIASES[model].repository if model in ALIASES else model
     if "/" not in repository:
-        raise nearest("model", model, ["demo", *ALIASES, "a local folder", "a hub id (owner/name)"])
+        told = "demo, a name that llmprune models lists, a local folder, a hub id (owner/name)"
+        raise nearest("model", model, ["demo", *ALIASES], told)
     if not re.fullmatch(_HUB_ID, repository, re.ASCII):
         raise ValueError(f"no such folder: {model} (and it is not a hub id of the form owner/name)")
+    if check is not None:
+        check(download(repository, revision, code, weights=False), repository, code)
     folder = download(repository, revision, code)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
@@ -92,30 +96,33 @@ def locate(model: str, revision: str | None = None, code: bool = False) -> Locat
     return Located(folder, repository, folder.name, True)
 
 
-def download(repository: str, revision: str | None, code: bool) -> Path:
-    """Download a hub repository into the hub's own cache.
+def download(repository: str, revision: str | None, code: bool, weights: bool = True) -> Path:
+    """Download a hub repository, or without `weights` its JSON files and its card, into the hub's own cache.
 
     Returns its folder there, which is named by the commit.
 
     Files in the cache are not downloaded again, and a file that was interrupted is continued.
     """
     try:
-        return _snapshot(repository, revision, ["*.py"] if code else [])
+        if not weights:
+            return _snapshot(repository, revision, [*_SMALL, "README.md"], _SMALL)
+        extra = ["*.py"] if code else []
+        return _snapshot(repository, revision, [*_WANTED, *extra], [*_NEEDED, *extra])
     except Exception as error:  # hub, network and transport errors share no base class
         raise ValueError(_not_downloaded(error, repository, revision)) from error
 
 
-def _snapshot(repository: str, revision: str | None, extra: list[str]) -> Path:
+def _snapshot(repository: str, revision: str | None, wanted: list[str], needed: list[str]) -> Path:
+    """The folder with the wanted files; without network those that are needed, from the cache, will do."""
     from huggingface_hub import snapshot_download
 
     bar = _bar(f"downloading {repository}")
 
     def fetch(patterns: list[str], local: bool = False) -> Path:
-        wanted = [*patterns, *extra]
         found = snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             ignore_patterns=_UNWANTED,
             local_files_only=local,
             tqdm_class=bar,
@@ -123,12 +130,12 @@ def _snapshot(repository: str, revision: str | None, extra: list[str]) -> Path:
         return Path(found)
 
     try:
-        return retrying(lambda: fetch(_WANTED), f"downloading {repository}")
+        return retrying(lambda: fetch(wanted), f"downloading {repository}")
     except FileNotFoundError as error:  # the hub cannot be reached, and the cache is incomplete
         if getattr(error, "snapshot_path", None) is None:
             raise
         try:
-            return fetch(_NEEDED, local=True)  # perhaps only the licence is missing
+            return fetch(needed, local=True)  # perhaps only the licence is missing
         except FileNotFoundError:
             raise error from None
 

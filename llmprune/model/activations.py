@@ -190,7 +190,7 @@ class BlockInputs:
                 self._arguments.note_carried(number, (args, kwargs), item, source)
             calls.append((args, kwargs))
             given.append(hidden + added)
-            items = [torch.zeros(1) for _ in range(1, self._items)]
+            items = [torch.zeros(1, dtype=torch.float32) for _ in range(1, self._items)]
             more.extend((item, (number, place)) for place, item in enumerate(items, start=1))
             return (given[-1], *items) if self._items else given[-1]
 

@@ -15,7 +15,9 @@ from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
-from llmprune.model.skeleton import Skeleton, check_dense, read_config
+from llmprune.model.config import check_folder, check_whole, read_config
+from llmprune.model.quantised import check_stored
+from llmprune.model.skeleton import Skeleton
 from llmprune.model.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -96,18 +98,20 @@ def open_model(
     """
     chosen = devices.choose_device(device)
     if not isinstance(model, (str, os.PathLike)):
-        check_dense(model.config.to_dict(), "the model in memory")
+        check_whole(model)
         source: WeightSource = MemoryCheckpoint(model)
+        check_stored(source.tensors, "the model in memory")
         compute = devices.choose_dtype(dtype, chosen, model.dtype)
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         skeleton = Skeleton(config, source, compute, chosen)
         label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
         return Model(None, None, label, source, skeleton, tokenizer, model)
-    located = locate(str(model), revision, trust_remote_code)
+    located = locate(str(model), revision, trust_remote_code, check_folder)
     files = Snapshot(located.folder)
     config = read_config(located.folder, trust_remote_code)
     source = Checkpoint(located.folder)
+    check_stored(source.tensors, str(located.folder))
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
     compute = devices.choose_dtype(dtype, chosen, stored)
     skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)

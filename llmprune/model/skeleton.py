@@ -5,52 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmprune.checkpoint.reader import WeightSource, read_json
-from llmprune.common.messages import first_line, shown
+from llmprune.checkpoint.reader import WeightSource
+from llmprune.common.messages import first_line
 from llmprune.model.classes import class_of
 from llmprune.model.conversion import Group, dtypes_of, groups_of, tied_names
 from llmprune.model.empty import build_empty
-
-_COMPRESSED = ("quantization_config", "compression_config", "sparsity_config")
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder.
-
-    Raises:
-        ValueError: it is missing, unknown to transformers, or of a quantised checkpoint.
-    """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
-    raw = read_json(folder / "config.json")
-    check_dense(raw, str(folder))
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many types here
-        raise ValueError(
-            f"transformers cannot use the config of {folder} "
-            f"(model_type {shown(raw.get('model_type'))}): {first_line(error, 300)}"
-        ) from error
-
-
-def check_dense(config: dict[str, Any], where: str) -> None:
-    """Raise `ValueError` for a quantised or compressed checkpoint."""
-    for key in _COMPRESSED:
-        value = config.get(key)
-        if value:
-            method = value.get("quant_method", "unknown") if isinstance(value, dict) else value
-            raise ValueError(
-                f"{where} is quantised or compressed ({key}: {method}); "
-                "prune the original checkpoint in float32, bfloat16 or float16"
-            )
 
 
 def _check_sizes(config: Any, source: WeightSource) -> None:

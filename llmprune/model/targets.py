@@ -215,7 +215,7 @@ def _probed(skeleton: Skeleton, inputs: BlockInputs, number: int, block: str) ->
         # Of large parameters one number, seen as often as needed: they take no memory, whatever their size.
         # Small ones, such as routers, are random, so that tokens go to different experts.
         shape = parameter.shape if parameter.numel() <= _SMALL else (1,) * parameter.ndim
-        drawn = 0.02 * (1 + torch.randn(shape, generator=generator))
+        drawn = 0.02 * (1 + torch.randn(shape, generator=generator, dtype=torch.float32))
         weights[name] = drawn.to(skeleton.device, parameter.dtype).expand(parameter.shape)
 
     def note(product: Seen) -> None:

@@ -39,7 +39,7 @@ def _reason(folder: Path, error: BaseException) -> str:
             return f"{name} is damaged ({damage}); download it again or restore the original"
     if "trust_remote_code" in str(error):
         return f"it comes with Python code, which runs only with --trust-remote-code ({_line(error)})"
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) or "pip install" in str(error):
         return f"it needs a package that is not installed ({_line(error)})"
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(present):
         return (

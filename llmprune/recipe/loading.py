@@ -31,6 +31,7 @@ DEFAULT = "dsnot"
 # When statistics are collected: for all matrices of a block before it is pruned; or for each group of
 # matrices with the same input, once the groups before it are pruned.
 ORDERS = ("block", "group")
+CHAT_TEMPLATES = ("auto", "on", "off")
 EXPERT_TOKENS, EXPERT_FEWER = ("routed", "all"), ("magnitude", "all-tokens", "error")
 
 
@@ -204,6 +205,13 @@ def _calibration(value: Any) -> CalibrationSpec:
     spec: CalibrationSpec = _part(CalibrationSpec, "calibration", value)
     if isinstance(spec.source, dict):
         spec = dataclasses.replace(spec, source=mixture.as_text(spec.source))
+    if isinstance(spec.chat_template, bool):  # YAML reads on and off so
+        spec = dataclasses.replace(spec, chat_template="on" if spec.chat_template else "off")
+    if spec.chat_template not in CHAT_TEMPLATES:
+        raise ValueError(
+            f"calibration.chat_template must be one of {', '.join(CHAT_TEMPLATES)}, got "
+            f"{shown(spec.chat_template)}"
+        )
     mixture.parse(_typed("calibration.source", spec.source, str))
     for key, least, most in (("temperature", 0.01, 100), ("top_p", 1e-6, 1)):
         given = getattr(spec, key)

@@ -90,6 +90,8 @@ class CalibrationSpec:
         samples: rows.
         sequence_length: tokens per row.
         temperature, top_p: how text is sampled from the model (source `self`); None without that source.
+        chat_template: `auto` renders chats with the tokenizer's template where it has one, `on` needs one,
+            `off` writes them as lines of `role: content`.
     """
 
     source: str = "auto"
@@ -97,6 +99,7 @@ class CalibrationSpec:
     sequence_length: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    chat_template: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,8 @@ class Recipe:
         for key in ("temperature", "top_p"):
             if value["calibration"][key] is None:
                 del value["calibration"][key]
+        if value["calibration"]["chat_template"] == "auto":
+            del value["calibration"]["chat_template"]
         value["update"] = [_flat(update) for update in value["update"]]
         value["rules"] = [
             {k: v for k, v in rule.items() if v is not None and v is not False} for rule in value["rules"]

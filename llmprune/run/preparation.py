@@ -89,7 +89,13 @@ def planned(
             f"{team.size} processes share {samples} calibration samples; start at most {samples}"
         )
     sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
-    spec = CalibrationSpec(source=rows.source, samples=samples, sequence_length=length, **sampled)
+    spec = CalibrationSpec(
+        source=rows.source,
+        samples=samples,
+        sequence_length=length,
+        chat_template=recipe.calibration.chat_template,
+        **sampled,
+    )
     recipe = dataclasses.replace(recipe, calibration=spec)
     resources = Resources(options.offload, team.on_first(devices.available_memory), team.size)
     plan = make_plan(recipe, model.skeleton, samples, length, resources)  # refuses what cannot be planned
@@ -151,5 +157,6 @@ def build_calibration(
         limit=model.limit,
         vocabulary=vocabulary,
         seed=recipe.seed,
+        chat_template=spec.chat_template,
     )
     return calibrations.build(source, model.tokenizer, request, Sampler(model, reporter, **sampled))

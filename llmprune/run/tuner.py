@@ -83,7 +83,7 @@ class BlockTuner(Companion):
         weights, keeps = {}, {}
         shapes = {name: parameter.shape for name, parameter in block.module.named_parameters()}
         for name in chosen:
-            weights[name] = torch.empty(shapes[name], device=device)
+            weights[name] = torch.empty(shapes[name], dtype=torch.float32, device=device)
             keeps[name] = torch.ones(shapes[name], dtype=torch.bool, device=device)
         inside_weights = {f"{block.name}.{name}": weight for name, weight in weights.items()}
         inside_keeps = {f"{block.name}.{name}": keep for name, keep in keeps.items()}

@@ -15,6 +15,7 @@ from llmprune.text.files import (
     check_file,
     document_of,
     file_documents,
+    file_path,
     is_file,
     split_column,
     written,
@@ -69,6 +70,13 @@ HUB_TEXTS = {
         evaluation=None,
     ),
 }
+
+
+def may_hold_chats(source: str) -> bool:
+    """Whether a plain source can have chats: rows of a file or of a hub dataset without a set column."""
+    if is_file(source):
+        return not file_path(source).name.removesuffix(".gz").endswith(".txt")
+    return "/" in source and not source.endswith(".safetensors")
 
 
 def hub_documents(
