@@ -181,9 +181,11 @@ class BlockInputs:
         given: list[Tensor] = []
         more: list[tuple[Tensor, tuple[int, int]]] = []  # further items that blocks return: block and place
         calls: list[Call] = []
+        order: list[int] = []
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            broken = len(given) >= len(self._blocks) or number != len(given)
+            broken = bool(order) and number <= order[-1]
+            order.append(number)
             if broken or (given and not torch.equal(hidden, given[-1])):
                 raise _Broken(number)
             for item, source in more:
@@ -224,7 +226,7 @@ class BlockInputs:
         self._skeleton.free(names)
 
     @torch.no_grad()
-    def _record(self, part: Rows) -> list[Call]:
+    def _record(self, part: Rows) -> list[Call | None]:
         """The arguments of every block for one micro-batch.
 
         Finds out what the model expects its blocks to return.
@@ -247,21 +249,21 @@ class BlockInputs:
             "this architecture is not supported"
         ) from failed
 
-    def _recorded(self, part: Rows, store: bool) -> list[Call] | None:
+    def _recorded(self, part: Rows, store: bool) -> list[Call | None] | None:
         """As `_record`, or None if the model expects its blocks to return something else (`_items`).
 
         With `store` the first block's inputs are stored.
         """
-        calls: list[Call] = []
+        calls: dict[int, Call] = {}
         shapes = set()
 
         def record(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.add(hidden.shape)
-            if number == 0:
+            if not calls:
                 self._shape = hidden.shape
                 if store and isinstance(part, slice):
                     self.put(part, hidden, None)
-            calls.append((args, kwargs))
+            calls[number] = args, kwargs
             if number == len(self._blocks) - 1 or len(shapes) > 1:
                 raise _Stop
             return self._returned(hidden)
@@ -273,12 +275,13 @@ class BlockInputs:
                 pass
         if len(shapes) > 1:
             return None
-        if len(calls) != len(self._blocks):
+        if len(self._blocks) - 1 not in calls:
             raise ValueError(
-                f"{type(self._skeleton.model).__name__} runs {len(calls)} of its {len(self._blocks)} blocks; "
-                "this architecture is not supported"
+                f"{type(self._skeleton.model).__name__} runs {len(calls)} of its {len(self._blocks)} blocks, "
+                "and not the last one"
             )
-        return calls
+        # Blocks of cross-attention to images do not run on text.
+        return [calls.get(number) for number in range(len(self._blocks))]
 
     def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         """Hidden states in the form in which the model expects them from a block."""
@@ -350,12 +353,15 @@ class BlockInputs:
         return self._hidden[rows].to(self.device).movedim(0, self._axis)
 
     def outputs(self, number: int, rows: Rows, weights: Mapping[str, Tensor]) -> Tensor:
-        """The outputs of block `number` for some sequences, [n, T, D].
+        """The outputs of block `number` for some sequences, [n, T, D]; its inputs if it does not run on text.
 
         `weights`, by name in the block, are used in place of its own.
         """
-        args, kwargs = self._arguments.of(number, rows)
+        call = self._arguments.of(number, rows)
         block, hidden = self._blocks[number], self.hidden(rows)
+        if call is None:
+            return hidden
+        args, kwargs = call
         before = dicts_in(kwargs)
         result: Tensor | tuple[Tensor, ...] | list[Tensor]
         try:
@@ -398,9 +404,35 @@ class BlockInputs:
                 return self._returned(hidden)
 
             with _replaced(self._blocks, finish):
-                output = self._skeleton.model(input_ids=self._tokens[part].to(self.device), use_cache=False)
-            yield part, output.logits
+                logits = self._whole(part)
+            if part.start == 0:
+                self._check_head(logits[:1])
+            yield part, logits
         self._skeleton.free(outer)
+
+    def _whole(self, part: slice) -> Tensor:
+        """The model's logits with the functions that stand for its blocks at the moment."""
+        tokens = self._tokens[part].to(self.device)
+        try:
+            logits: Tensor = self._skeleton.model(input_ids=tokens, use_cache=False).logits
+        except (TypeError, LookupError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{type(self._skeleton.model).__name__} cannot be run without its blocks "
+                f"({type(error).__name__}: {first_line(error)}); this architecture is not supported"
+            ) from error
+        return logits
+
+    def _check_head(self, logits: Tensor) -> None:
+        """Raise `ValueError` where the logits depend on other outputs of blocks than those of the last."""
+
+        def changed(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            first, last = slice(0, 1), number == len(self._blocks) - 1
+            return self._returned(self.hidden(first) if last else hidden + 1)
+
+        with _replaced(self._blocks, changed):
+            again = self._whole(slice(0, 1))
+        if not torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-2):
+            raise self._unchained(len(self._blocks))
 
 
 def _head_name(skeleton: Skeleton) -> str:

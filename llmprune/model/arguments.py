@@ -19,7 +19,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the 
 Rows = slice | list[int]
 Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
 Dicts = dict[str, dict[Any, Any]]
-Record = Callable[[slice], list[Call]]  # records the arguments of every block for some sequences
+Record = Callable[[slice], list[Call | None]]  # records the arguments of every block for some sequences
 
 
 def dicts_in(kwargs: dict[str, Any]) -> Dicts:
@@ -42,7 +42,7 @@ class Arguments:
 
     def __init__(self, record: Record, tokens: Tensor, store: Store, device: torch.device) -> None:
         self._record, self._count, self._store, self._device = record, len(tokens), store, device
-        self._of_size: dict[int, list[Call]] = {}
+        self._of_size: dict[int, list[Call | None]] = {}
         # Which leaves of a block's arguments depend on the tokens: (block, leaf) -> the kept tensor; and the
         # axis of the sequences in it. Blocks that get the same tensor share what is kept.
         self._varying: dict[tuple[int, int], int] = {}
@@ -60,7 +60,7 @@ class Arguments:
         one, other = self._record(slice(0, 1)), self._record(slice(sequence, sequence + 1))
         self._of_size[1] = one
         shared: dict[int, int] = {}
-        both: list[Call] = []
+        both: list[Call | None] = []
         for block, (a, b) in enumerate(zip(one, other, strict=True)):
             leaves, others = tree_flatten(a)[0], tree_flatten(b)[0]
             for leaf, (x, y) in enumerate(zip(leaves, others, strict=True)):
@@ -94,7 +94,7 @@ class Arguments:
         """Whether some arguments depend on the tokens."""
         return bool(self._varying)
 
-    def keep(self, part: slice, calls: list[Call]) -> None:
+    def keep(self, part: slice, calls: list[Call | None]) -> None:
         """Keep what depends on the tokens, from the arguments recorded for some sequences."""
         done = set()
         for (block, leaf), number in self._varying.items():
@@ -108,12 +108,14 @@ class Arguments:
                 self._kept[number] = (kept, axis)
             kept[part] = value
 
-    def of(self, block: int, rows: Rows) -> Call:
-        """The arguments of a block for some sequences."""
+    def of(self, block: int, rows: Rows) -> Call | None:
+        """The arguments of a block for some sequences; None for a block that does not run on text."""
         size = len(range(*rows.indices(self._count))) if isinstance(rows, slice) else len(rows)
         if size not in self._of_size:
             self._of_size[size] = self._record(slice(0, size))
         call = self._of_size[size][block]
+        if call is None:
+            return None
         args, kwargs = call
         if self.varies or self._carried:
             leaves, form = tree_flatten(call)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 CAUSAL, IMAGE_TEXT = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 
 
 def class_of(config: Any, trust_remote_code: bool = False) -> tuple[str, Any]:
-    """The name of the `Auto` class that loads a model of a config, and the class it loads.
+    """The name of the class of transformers that loads a model of a config, and the model's class.
 
-    The class is None where it is the checkpoint's own, or unknown. Of a causal language model and a wrapper
+    The second is None where it is the checkpoint's own, or unknown. Of a causal language model and a wrapper
     with image or audio parts the one that the config names is taken: the folder is loaded again as what it
     came as.
     """
@@ -26,4 +27,7 @@ def class_of(config: Any, trust_remote_code: bool = False) -> tuple[str, Any]:
             found.append((name, _get_model_class(config, mapping)))
     wanted = getattr(config, "architectures", None) or []
     named = (pair for pair in found if pair[1].__name__ in wanted)
-    return next(named, found[0] if found else (CAUSAL, None))
+    if not found:  # some parts of wrappers are mapped by no `Auto` class and load by their own name
+        own = [name for name in wanted if name.endswith(_GENERATING) and hasattr(transformers, name)]
+        return (own[0], getattr(transformers, own[0])) if own else (CAUSAL, None)
+    return next(named, found[0])

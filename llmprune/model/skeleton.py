@@ -75,6 +75,11 @@ class Skeleton:
                 f"transformers cannot build a model from config.json "
                 f"({type(error).__name__}: {first_line(error, 300)}); is it damaged?"
             ) from error
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(self.model).__name__} is an encoder with a decoder, and only models that run on text "
+                "alone, from token to token, are supported"
+            )
         self.model.eval()
         if hasattr(self.model, "set_experts_implementation"):
             # One product per expert, in which the tokens routed to it can be seen.
@@ -181,10 +186,11 @@ class Skeleton:
 
     def outside_blocks(self) -> list[str]:
         """Names of the parameters of the language model that are in no block: embeddings, last norm, head."""
-        others = tuple(f"{name}." for name in (*self.blocks, *self.towers()))
+        inside, beside = (tuple(f"{name}." for name in part) for part in (self.blocks, self.towers()))
         # Models take their first parameter's device for their own, even where text does not use it.
         first = next(name for name, _ in self.model.named_parameters())
-        return [name for name in sorted(self.group_of) if name == first or not name.startswith(others)]
+        outside = [name for name in sorted(self.group_of) if not name.startswith(inside)]
+        return [name for name in outside if name == first or not name.startswith(beside)]
 
     def towers(self) -> dict[str, nn.Module]:
         """The parts beside the language model, such as those for images and sound, by name.

@@ -132,6 +132,20 @@ class Target:
         """A weight [R, C] in the layout in which it is stored."""
         return (weight.T if self.transposed else weight).contiguous()
 
+    def shared(self, stored: Tensor) -> Tensor | None:
+        """The tensor of the checkpoint as a view of the parameter that was made from it, to hold it once.
+
+        None where that is not possible: it is converted in another way, or has another dtype or device.
+        """
+        first = self.pieces[0]
+        loaded = self.loaded()
+        alike = loaded.dtype == stored.dtype and loaded.device == stored.device
+        if first.expert is None or self.index is not None or len(self.pieces) > 1 or not alike:
+            return None
+        view = self._place(loaded, first)
+        view = view.T if self.transposed else view
+        return view if view.is_contiguous() and view.data_ptr() != stored.data_ptr() else None
+
     @torch.no_grad()
     def assign(self, part: Tensor) -> None:
         """Put a matrix as stored into the model, on its device and in its dtype.

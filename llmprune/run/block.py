@@ -77,7 +77,7 @@ class Block:
         """
         name, dtype = target.tensor, self.shard[target.tensor].dtype
         exact = self._keeps_exact and dtype != weight.dtype
-        if target.index is None:
+        if target.module is not None:
             self.shard[name] = weight.to(dtype).contiguous()
             if exact:
                 self.exact[name] = weight.contiguous()
@@ -89,7 +89,7 @@ class Block:
 
     def dense(self) -> Tensors:
         """The tensors of the block as they are; they stay so when matrices are put in place."""
-        written = {target.tensor for target in self.targets if target.index is not None}
+        written = {target.tensor for target in self.targets if target.module is None}
         return {name: t.clone() if name in written else t for name, t in self.shard.items()}
 
     def parameters(self) -> Tensors:
@@ -127,6 +127,10 @@ class Block:
 
     def _load(self) -> None:
         self._skeleton.fill(self._parameters, self.shard)
+        for target in targets_of(self._skeleton, self.name):
+            shared = target.shared(self.shard[target.tensor])
+            if shared is not None:
+                self.shard[target.tensor] = shared
         self.lap("read")
 
 
