@@ -252,6 +252,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "llama4_text": {"no_rope_layers": [1, 0], "moe_layers": [1], "num_hidden_layers": 2, "layer_types": None},
     "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "qk_head_dim": 32},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},  # the last one runs on text
     "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "muse_spark_audio": {"hidden_sizes": (32, 32, 64, 64), "depths": (1, 1, 1, 1)},
     "paddleocr_vl_text": {"rope_parameters": _mrope(2, 3, 3)},

@@ -375,9 +375,9 @@ class BlockInputs:
                 f"{name} of {type(self._skeleton.model).__name__} cannot be run by itself "
                 f"({type(error).__name__}: {first_line(error)}); this architecture is not supported"
             ) from error
-        self._arguments.keep_states(before, kwargs, rows, hidden.shape[self._axis])
+        self._arguments.keep_states(number, before, kwargs, rows)
         if isinstance(result, (tuple, list)):
-            self._arguments.keep_carried(number, result, rows, hidden.shape[self._axis])
+            self._arguments.keep_carried(number, result, rows)
             return result[0]
         return result
 

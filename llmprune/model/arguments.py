@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Arguments:
         self._varying: dict[tuple[int, int], int] = {}
         self._kept: dict[int, tuple[Tensor | None, int]] = {}
         # What blocks hand to later blocks in a dict among the arguments, by key and place in its value.
-        self._states: dict[tuple[str, Any], list[tuple[Tensor, int]]] = {}
+        # Of every state the version of the block that wrote last, and the one before: a block may run again.
+        self._states: dict[tuple[str, Any], list[_Version]] = {}
         # (block, leaf) -> the earlier block that returned it, and its place in what that returned.
         self._carried: dict[tuple[int, int], tuple[int, int]] = {}
         others = (tokens != tokens[0]).any(dim=1).nonzero()
@@ -83,11 +84,11 @@ class Arguments:
             if value is item:
                 self._carried[block, leaf] = source
 
-    def keep_carried(self, block: int, result: Sequence[Any], rows: Rows, size: int) -> None:
+    def keep_carried(self, block: int, result: Sequence[Any], rows: Rows) -> None:
         """Keep what later blocks get of what a block returned."""
         for number, place in set(self._carried.values()):
             if number == block and isinstance(result[place], Tensor):
-                self._keep_state(("", (number, place)), result[place], rows, size)
+                self._keep_state(("", (number, place)), block, result[place], rows)
 
     @property
     def varies(self) -> bool:
@@ -110,7 +111,7 @@ class Arguments:
 
     def of(self, block: int, rows: Rows) -> Call | None:
         """The arguments of a block for some sequences; None for a block that does not run on text."""
-        size = len(range(*rows.indices(self._count))) if isinstance(rows, slice) else len(rows)
+        size = self._size(rows)
         if size not in self._of_size:
             self._of_size[size] = self._record(slice(0, size))
         call = self._of_size[size][block]
@@ -120,53 +121,74 @@ class Arguments:
         if self.varies or self._carried:
             leaves, form = tree_flatten(call)
             for (number, leaf), source in self._carried.items():
-                if number == block and ("", source) in self._states:
-                    ((carried, axis),) = self._states["", source]
-                    leaves[leaf] = carried[rows].to(self._device).movedim(0, axis)
+                read = self._read(("", source), block, rows) if number == block else ()
+                if read:
+                    leaves[leaf] = read[0]
             for (number, leaf), kept in self._varying.items():
                 if number == block:
                     stored, axis = self._kept[kept]
                     assert stored is not None
                     leaves[leaf] = stored[rows].to(self._device).movedim(0, axis)
             args, kwargs = tree_unflatten(leaves, form)
-        return args, {name: self._filled(name, value, rows) for name, value in kwargs.items()}
+        return args, {name: self._filled(name, value, block, rows) for name, value in kwargs.items()}
 
-    def _filled(self, name: str, value: Any, rows: Rows) -> Any:
+    def _filled(self, name: str, value: Any, block: int, rows: Rows) -> Any:
         """A dict among the arguments with what earlier blocks have put into it; anything else as it is."""
         if not isinstance(value, (dict, UserDict)):
             return value
         fresh: MutableMapping[Any, Any] = type(value)(value)
-        for (argument, key), tensors in self._states.items():
-            if argument == name:
-                read = tuple(t[rows].to(self._device).movedim(0, axis) for t, axis in tensors)
+        for argument, key in self._states:
+            read = self._read((argument, key), block, rows) if argument == name else ()
+            if read:
                 fresh[key] = read if len(read) > 1 else read[0]
         return fresh
 
-    def keep_states(self, before: Dicts, kwargs: dict[str, Any], rows: Rows, size: int) -> None:
+    def _read(self, where: tuple[str, Any], block: int, rows: Rows) -> tuple[Tensor, ...]:
+        """A state as a block finds it: what the last block before it has written; empty if none has."""
+        versions = [v for v in self._states.get(where, []) if v.writer < block]
+        if not versions:
+            return ()
+        return tuple(t[rows].to(self._device).movedim(0, axis) for t, axis in versions[-1].tensors)
+
+    def keep_states(self, block: int, before: Dicts, kwargs: dict[str, Any], rows: Rows) -> None:
         """Keep what a block has put into a dict among its arguments, for later blocks.
 
-        `before`: what was in those dicts. `size`: how many sequences.
+        `before`: what was in those dicts.
         """
         for name, was in before.items():
             for key, put in kwargs[name].items():
                 if was.get(key) is not put:
-                    self._keep_state((name, key), put, rows, size)
+                    self._keep_state((name, key), block, put, rows)
 
-    def _keep_state(self, where: tuple[str, Any], put: Any, rows: Rows, size: int) -> None:
+    def _keep_state(self, where: tuple[str, Any], block: int, put: Any, rows: Rows) -> None:
         tensors = [t for t in (put if isinstance(put, (tuple, list)) else (put,)) if isinstance(t, Tensor)]
-        if where not in self._states:
-            self._states[where] = []
-            for tensor in tensors:
-                axis = next((i for i, length in enumerate(tensor.shape) if length == size), None)
-                if axis is None:
-                    raise ValueError(
-                        f"a block hands on {where[1]!r} of shape {list(tensor.shape)} to later blocks, not a "
-                        "row per sequence; this architecture is not supported"
-                    )
-                shape = list(tensor.movedim(axis, 0).shape)
-                self._states[where].append((self._store((self._count, *shape[1:]), tensor.dtype), axis))
-        for (kept, axis), tensor in zip(self._states[where], tensors, strict=True):
+        versions = self._states.setdefault(where, [])
+        if not versions or versions[-1].writer != block:
+            made = [self._room(where, tensor, self._size(rows)) for tensor in tensors]
+            versions[:] = [*versions[-1:], _Version(block, made)]
+        for (kept, axis), tensor in zip(versions[-1].tensors, tensors, strict=True):
             kept[rows] = tensor.detach().movedim(axis, 0).to(kept.device)
+
+    def _room(self, where: tuple[str, Any], tensor: Tensor, size: int) -> tuple[Tensor, int]:
+        """A tensor for the states of all sequences, and the axis of the sequences in those of some."""
+        axis = next((i for i, length in enumerate(tensor.shape) if length == size), None)
+        if axis is None:
+            raise ValueError(
+                f"a block hands on {where[1]!r} of shape {list(tensor.shape)} to later blocks, not a "
+                "row per sequence; this architecture is not supported"
+            )
+        shape = tensor.movedim(axis, 0).shape[1:]
+        return self._store((self._count, *shape), tensor.dtype), axis
+
+    def _size(self, rows: Rows) -> int:
+        return len(range(*rows.indices(self._count))) if isinstance(rows, slice) else len(rows)
+
+
+class _Version(NamedTuple):
+    """What a block has written of a state: tensors of all sequences, with the axis of the sequences."""
+
+    writer: int
+    tensors: list[tuple[Tensor, int]]
 
 
 def same_arguments(one: Call, other: Call) -> bool:

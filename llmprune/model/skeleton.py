@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmprune.checkpoint.reader import WeightSource
-from llmprune.common.messages import first_line
+from llmprune.common.messages import first_line, shown
 from llmprune.model.classes import class_of
 from llmprune.model.conversion import Group, dtypes_of, groups_of, tied_names
 from llmprune.model.empty import build_empty
@@ -33,6 +33,16 @@ def _check_sizes(config: Any, source: WeightSource) -> None:
             raise ValueError(
                 f"config.json has {key} {value}, more than any tensor of the checkpoint holds; it is damaged"
             )
+
+
+def _check_decoder(config: Any) -> None:
+    """Raise `ValueError` for a model with an encoder before its decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        name = next(iter(getattr(config, "architectures", None) or ()), config.model_type)
+        raise ValueError(
+            f"{shown(name)} is an encoder with a decoder; supported are models that run from token to token, "
+            "such as those of AutoModelForCausalLM"
+        )
 
 
 class Skeleton:
@@ -68,6 +78,7 @@ class Skeleton:
         self.source, self.dtype, self.device = source, dtype, device
         self.auto_class, _ = class_of(config, trust_remote_code)
         _check_sizes(config, source)
+        _check_decoder(config)
         try:
             self.model = build_empty(config, dtype, trust_remote_code)
         except Exception as error:  # a wrong config may raise any type, depending on the model
@@ -75,11 +86,7 @@ class Skeleton:
                 f"transformers cannot build a model from config.json "
                 f"({type(error).__name__}: {first_line(error, 300)}); is it damaged?"
             ) from error
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(self.model).__name__} is an encoder with a decoder, and only models that run on text "
-                "alone, from token to token, are supported"
-            )
+        _check_decoder(self.model.config)
         self.model.eval()
         if hasattr(self.model, "set_experts_implementation"):
             # One product per expert, in which the tokens routed to it can be seen.
