@@ -140,6 +140,29 @@ def test_several_processes_give_the_masks_and_the_record_of_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one", "tokens.safetensors"]
 
 
+@pytest.mark.parametrize("recipe", ["wanda", "sparsegpt"])
+def test_two_processes_prune_experts_as_one_does(ranks, tmp_path, calibration_tokens, recipe):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=int(calibration_tokens.max()) + 1, **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+    tokens = tmp_path / "tokens.safetensors"
+    llmprune.prune(tmp_path / "in", recipe=recipe, sparsity=0.5, calibration=tokens, output=tmp_path / "one")
+    options = ("--recipe", recipe, "--sparsity", "0.5", "--calibration", "tokens.safetensors")
+    code, _, err = ranks(2, "prune", "in", *options, "--output", "many", "--json")
+    assert code == 0, err
+    assert agreement(tmp_path / "one", tmp_path / "many") >= 0.999
+    one, many = (
+        {row["name"]: row.get("tokens", 0) for row in comparable(tmp_path / name)[0]["matrices"]}
+        for name in ("one", "many")
+    )
+    # Rounding may send a token that stands between two experts to the other one.
+    assert one.keys() == many.keys() and all(abs(one[name] - many[name]) <= 3 for name in one)
+
+
 def test_two_processes_tune_a_block_as_one_does(ranks, make_llama, tmp_path):
     model = make_llama(layers=3)
     settings = {"update.steps": 12, "update.batch": 3}

@@ -1,5 +1,7 @@
 """Mixtures of experts, hybrids and wrappers: names and shapes of the file, statistics of routed tokens."""
 
+import math
+
 import oracles
 import pytest
 import torch
@@ -13,8 +15,10 @@ from transformers import (
 )
 
 import llmprune
+from llmprune.evaluation.perplexity import windows
 from llmprune.model.opening import open_model
 from llmprune.model.targets import all_targets
+from llmprune.text.sources import evaluation_text
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
 SMALL = {
@@ -210,3 +214,46 @@ def test_routers_convolutions_and_shared_gates_are_no_targets(tmp_path):
     ):
         skeleton = open_model(save(kind, tmp_path / kind)).skeleton
         assert not any(dense in target.name.split(".") for target in all_targets(skeleton))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "mamba"])
+def test_a_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, kind):
+    from llmprune.checkpoint.writer import CheckpointWriter
+
+    folder = save(kind, tmp_path / "in")
+    options = {"recipe": "sparsegpt", "sparsity": 0.5, "calibration": TOKENS}
+    llmprune.prune(folder, output=tmp_path / "whole", **options)
+    real = CheckpointWriter.block
+
+    def cut(self, number, *args):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, *args)
+
+    monkeypatch.setattr(CheckpointWriter, "block", cut)
+    with pytest.raises(KeyboardInterrupt):
+        llmprune.prune(folder, output=tmp_path / "cut", **options)
+    monkeypatch.setattr(CheckpointWriter, "block", real)
+    llmprune.prune(folder, output=tmp_path / "cut", resume=True, **options)
+    for file in sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors")):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_perplexity_and_tasks_of_other_families(tmp_path, kind, monkeypatch):
+    from llmprune.hub.download import demo_folder
+
+    monkeypatch.setitem(SMALL, "vocab_size", 2048)
+    folder = save(kind, tmp_path / "in")
+    for file in demo_folder().glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    llmprune.prune(folder, recipe="wanda", sparsity=0.5, calibration=TOKENS, output=tmp_path / "out")
+    scores = llmprune.evaluate(
+        tmp_path / "out", perplexity=["builtin"], tasks=["demo_continuation"], eval_seqlen=32, limit=2
+    )
+    model, tokenizer = llmprune.load(tmp_path / "out").eval(), open_model(tmp_path / "out").tokenizer
+    rows = windows(evaluation_text("builtin"), tokenizer, 32, 2, 2048, "builtin")
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in rows]
+    assert scores["perplexity"]["builtin"]["value"] == pytest.approx(math.exp(sum(losses) / 2), rel=1e-3)
+    assert 0 <= scores["tasks"]["demo_continuation"]["acc"]["value"] <= 1
