@@ -128,9 +128,12 @@ def _inputs(skeleton: Skeleton, shapes: Sequence[Shape]) -> list[int]:
 
 def _per_token(skeleton: Skeleton, shapes: Sequence[Shape], length: int) -> float:
     """Operations of one token in a block's forward pass, attention over `length` tokens included."""
-    return float(
-        2 * sum(r * c for r, c in shapes) + 4 * length * skeleton.model.config.get_text_config().hidden_size
-    )
+    config = skeleton.model.config.get_text_config()
+    entries = sum(r * c for r, c in shapes)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts:  # the matrices of experts are most of the entries, and a token goes to few of them
+        entries *= min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / experts)
+    return float(2 * entries + 4 * length * config.hidden_size)
 
 
 def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) -> float:

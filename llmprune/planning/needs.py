@@ -99,7 +99,10 @@ def predict_memory(
     work += max(_pruning_bytes(recipe, shapes), tuning)
     if on_gpu:
         return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)
-    host = max(2 * block + work, 3 * block + compute + passing, outside)
+    # While a block is converted, memory holds it as stored and as it becomes, beside the next one, which is
+    # read, and the one before, which is written.
+    loading = (5 if converted else 3) * block + (0 if converted else compute)
+    host = max(2 * block + work, loading + passing, outside)
     return _INTERPRETER + writing + host, None
 
 
