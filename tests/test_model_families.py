@@ -162,6 +162,24 @@ def test_experts_that_few_tokens_reach(tmp_path):
         rows(fewer="error")
 
 
+@pytest.mark.parametrize("order", ["block", "group"])
+def test_experts_in_portions_are_pruned_as_all_together(tmp_path, monkeypatch, order):
+    from llmprune.run import observer
+
+    folder = save("qwen2_moe", tmp_path / "in")
+    options = {"recipe": "sparsegpt", "sparsity": 0.5, "calibration": TOKENS, "settings": {"order": order}}
+    llmprune.prune(folder, output=tmp_path / "whole", **options)
+    monkeypatch.setattr(observer, "EXPERT_BYTES", 2 * 4 * (32**2 + 48**2))
+    calls, real = [], observer.Observer.collect
+    monkeypatch.setattr(
+        observer.Observer, "collect", lambda self, *args: calls.append(args) or real(self, *args)
+    )
+    llmprune.prune(folder, output=tmp_path / "portions", **options)
+    assert len(calls) > (2 if order == "block" else 10)
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "portions")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_best_works_on_experts(tmp_path):
     folder, out = save("qwen3_moe", tmp_path / "in"), tmp_path / "out"
     record = llmprune.prune(

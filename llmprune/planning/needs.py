@@ -12,9 +12,9 @@ from llmprune.evaluation.perplexity import STORE_BYTES
 from llmprune.evaluation.zeroshot import BATCH
 from llmprune.model.activations import micro_batch
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import all_targets
+from llmprune.model.targets import all_targets, targets_of
 from llmprune.recipe.types import Recipe
-from llmprune.statistics.sums import SAMPLE_TOKENS
+from llmprune.statistics.sums import EXPERT_BYTES, SAMPLE_TOKENS
 
 LM_EVAL = 170_000_000  # private memory of lm-eval and what it imports; it stays until the process ends
 _INTERPRETER = 450_000_000  # the same of Python, torch and transformers
@@ -89,7 +89,7 @@ def predict_memory(
     originals = elements * item if needs_dense(recipe) else 0  # the dense block, kept while it is pruned
     # Float32 results of the block before, while they are written.
     writing = 4 * elements if exact_bytes(recipe, skeleton, shapes) else 0
-    work = compute + originals + _statistics_bytes(recipe, shapes)
+    work = compute + originals + _statistics_bytes(recipe, shapes) + _expert_bytes(recipe, skeleton)
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     widest = max(columns for _, columns in shapes.values())
     passing = batch * (6 * widest + 8 * _hidden_size(skeleton)) * item
@@ -125,6 +125,17 @@ def _statistics_bytes(recipe: Recipe, shapes: Shapes) -> int:
     groups = sorted(widths.values(), reverse=True)[:inputs]
     squares = (Need.GRAM in needs) + (Need.CROSS in needs)
     return sum(4 * c * c * squares if squares else SAMPLE_TOKENS * 4 * c for c in groups)
+
+
+def _expert_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """The Gram matrices of the experts of one block, which are collected in portions where they are many."""
+    if Need.GRAM not in needs_of(recipe):
+        return 0
+    whole = 0
+    for name in skeleton.blocks:
+        places = {t.place: t.shape[1] for t in targets_of(skeleton, name) if t.routed}
+        whole = max(whole, sum(4 * columns * columns for columns in places.values()))
+    return min(whole, EXPERT_BYTES)
 
 
 def _pruning_bytes(recipe: Recipe, shapes: Shapes) -> int:

@@ -18,7 +18,7 @@ from llmprune.run.block import Block, Companion
 from llmprune.run.experts import all_tokens
 from llmprune.run.shared import Run
 from llmprune.statistics.collecting import Collector, Enough, Halted
-from llmprune.statistics.sums import KINDS
+from llmprune.statistics.sums import EXPERT_BYTES, KINDS
 
 
 class Observer(Companion):
@@ -131,7 +131,8 @@ class Observer(Companion):
         if not block.targets:
             return
         if self._run.recipe.order == "block":
-            yield block.targets, self.collect(block.number, block.targets, block.originals)
+            for portion in self._portions(block.targets):
+                yield portion, self.collect(block.number, portion, block.originals)
             return
         groups = self.groups(block.number, block.targets)
         self._groups = len(groups)
@@ -143,7 +144,37 @@ class Observer(Companion):
                 forward = functools.partial(self._inputs.run, block.number, part, {})
                 self._halted.append((part, Halted(forward, modules)))
         for place, group in enumerate(groups):
-            yield group, self._of_halted(place, group) or self.collect(block.number, group, block.originals)
+            for portion in self._portions(group):
+                stats = self._of_halted(place, portion)
+                yield portion, stats or self.collect(block.number, portion, block.originals)
+
+    def _portions(self, targets: list[Target]) -> list[list[Target]]:
+        """The matrices in portions whose statistics fit into memory together.
+
+        Only experts are parted: pruning one changes no input of another one, nor of what comes before them.
+        """
+        routed = [target for target in targets if target.routed]
+        if Need.GRAM not in self._needs or not routed:
+            return [targets]
+        portions: list[list[Target]] = []
+        size = EXPERT_BYTES + 1
+        experts: dict[object, list[Target]] = {}
+        for target in routed:
+            number = target.pieces[0].expert
+            experts.setdefault(target.name.rpartition(".")[0] if number is None else number, []).append(
+                target
+            )
+        for matrices in experts.values():
+            needed = sum(4 * c * c for c in {t.place: t.shape[1] for t in matrices}.values())
+            if size + needed > EXPERT_BYTES:
+                portions.append([])
+                size = 0
+            portions[-1] += matrices
+            size += needed
+        if len(portions) == 1:
+            return [targets]
+        rest = [target for target in targets if not target.routed]
+        return [*portions, rest] if rest else portions
 
     @torch.no_grad()
     def _of_halted(self, place: int, group: list[Target]) -> dict[str, InputStats] | None:

@@ -14,6 +14,7 @@ from llmprune.machine.processes import Team
 from llmprune.numerics.counts import all_finite
 
 SAMPLE_TOKENS = 1024
+EXPERT_BYTES = 1 << 30  # of the Gram matrices of experts that are in memory together
 
 
 def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:
