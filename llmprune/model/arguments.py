@@ -19,7 +19,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the 
 Rows = slice | list[int]
 Store = Callable[[tuple[int, ...], torch.dtype], Tensor]  # allocates a tensor of a shape and dtype
 Dicts = dict[str, dict[Any, Any]]
-Record = Callable[[slice], list[Call | None]]  # records the arguments of every block for some sequences
+Record = Callable[[Rows], list[Call | None]]  # records the arguments of every block for some sequences
 
 
 def dicts_in(kwargs: dict[str, Any]) -> Dicts:
@@ -31,49 +31,74 @@ class Arguments:
     """The arguments of every block for any of the N sequences.
 
     Args:
-        record: records them for a slice of the sequences.
-        tokens: int64 [N, T].
+        record: records them for some sequences.
+        count: N.
         store: allocates what is kept for every sequence.
         device: of the arguments.
-
-    Raises:
-        ValueError: they depend on the tokens in a way that cannot be kept sequence by sequence.
     """
 
-    def __init__(self, record: Record, tokens: Tensor, store: Store, device: torch.device) -> None:
-        self._record, self._count, self._store, self._device = record, len(tokens), store, device
-        self._of_size: dict[int, list[Call | None]] = {}
-        # Which leaves of a block's arguments depend on the tokens: (block, leaf) -> the kept tensor; and the
-        # axis of the sequences in it. Blocks that get the same tensor share what is kept.
-        self._varying: dict[tuple[int, int], int] = {}
-        self._kept: dict[int, tuple[Tensor | None, int]] = {}
-        # What blocks hand to later blocks in a dict among the arguments, by key and place in its value.
-        # Of every state the version of the block that wrote last, and the one before: a block may run again.
+    def __init__(self, record: Record, count: int, store: Store, device: torch.device) -> None:
+        self._record, self._count, self._store, self._device = record, count, store, device
+        self._of_size: dict[int, list[Call | None]] = {}  # of the first sequence, so many times
+        # Which leaves of a block's arguments depend on the tokens, and what is kept of them. Blocks that get
+        # the same tensor share what is kept.
+        self._varying: dict[tuple[int, int], _Kept] = {}
+        # What blocks hand to later blocks in a dict among the arguments, by argument and key. Of every state
+        # the version of the block that wrote last, and the one before: a block may run again.
         self._states: dict[tuple[str, Any], list[_Version]] = {}
         # (block, leaf) -> the earlier block that returned it, and its place in what that returned.
         self._carried: dict[tuple[int, int], tuple[int, int]] = {}
-        others = (tokens != tokens[0]).any(dim=1).nonzero()
-        if len(others):
-            self._compare(int(others[0]))
 
-    def _compare(self, sequence: int) -> None:
-        """Find out what differs between the first sequence and another one."""
-        one, other = self._record(slice(0, 1)), self._record(slice(sequence, sequence + 1))
-        self._of_size[1] = one
-        shared: dict[int, int] = {}
-        both: list[Call | None] = []
-        for block, (a, b) in enumerate(zip(one, other, strict=True)):
-            leaves, others = tree_flatten(a)[0], tree_flatten(b)[0]
-            for leaf, (x, y) in enumerate(zip(leaves, others, strict=True)):
-                if not isinstance(x, Tensor) or not isinstance(y, Tensor) or _near(x, y):
+    def notice(self, part: slice, calls: list[Call | None]) -> bool:
+        """Keep what depends on the tokens, from the arguments recorded for some sequences.
+
+        Returns:
+            Whether an argument was not known to depend on them: then earlier sequences must be noticed again.
+
+        Raises:
+            ValueError: an argument depends on the tokens in a way that cannot be kept sequence by sequence.
+        """
+        usual = self._for_size(self._size(part))
+        known: dict[int, _Kept] = {}  # by id of a tensor: many blocks get the same one
+        usual_ones: set[int] = set()  # the same: of tensors that do not depend on the tokens
+        new = False
+        for block, (call, same) in enumerate(zip(calls, usual, strict=True)):
+            values, others = _leaves(call), _leaves(same)
+            if len(values) != len(others):
+                raise _of_all_together()
+            for leaf, (value, other) in enumerate(zip(values, others, strict=True)):
+                if not isinstance(value, Tensor):
+                    if isinstance(value, (bool, int, float, str)) and value != other:
+                        raise _of_all_together()
                     continue
-                both = both or self._record(slice(0, 2))
-                axis = _axis(x, tree_flatten(both[block])[0][leaf])
-                number = shared.setdefault(id(x), len(shared))
-                self._varying[block, leaf] = number
-                self._kept[number] = (None, axis)
-        if both:
-            self._of_size[2] = both
+                kept = self._varying.get((block, leaf)) or known.get(id(value))
+                if kept is None and id(value) not in usual_ones:
+                    if _near(value, other):
+                        usual_ones.add(id(value))
+                    else:
+                        kept = _Kept(self._count, self._axis_of(block, leaf), self._store)
+                if kept is None:
+                    continue
+                if known.get(id(value)) is not kept:
+                    kept.keep(part, value)
+                    known[id(value)] = kept
+                if (block, leaf) not in self._varying:
+                    self._varying[block, leaf], new = kept, True
+        return new
+
+    def _for_size(self, size: int) -> list[Call | None]:
+        """The arguments of every block for the first sequence so many times."""
+        if size not in self._of_size:
+            self._of_size[size] = self._record([0] * size)
+        return self._of_size[size]
+
+    def _axis_of(self, block: int, leaf: int) -> int:
+        """The axis of the sequences in an argument, from that for one sequence and for two."""
+        one, two = (_leaves(self._for_size(size)[block])[leaf].shape for size in (1, 2))
+        changed = [i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
+        if len(one) != len(two) or len(changed) != 1 or one[changed[0]] != 1:
+            raise _of_all_together()
+        return changed[0]
 
     def note_carried(self, block: int, call: Call, item: Tensor, source: tuple[int, int]) -> None:
         """Note whether a block gets an item that an earlier one returned beside the hidden states.
@@ -90,35 +115,13 @@ class Arguments:
             if number == block and isinstance(result[place], Tensor):
                 self._keep_state(("", (number, place)), block, result[place], rows)
 
-    @property
-    def varies(self) -> bool:
-        """Whether some arguments depend on the tokens."""
-        return bool(self._varying)
-
-    def keep(self, part: slice, calls: list[Call | None]) -> None:
-        """Keep what depends on the tokens, from the arguments recorded for some sequences."""
-        done = set()
-        for (block, leaf), number in self._varying.items():
-            if number in done:
-                continue
-            done.add(number)
-            kept, axis = self._kept[number]
-            value = tree_flatten(calls[block])[0][leaf].detach().movedim(axis, 0)
-            if kept is None:
-                kept = self._store((self._count, *value.shape[1:]), value.dtype)
-                self._kept[number] = (kept, axis)
-            kept[part] = value
-
     def of(self, block: int, rows: Rows) -> Call | None:
         """The arguments of a block for some sequences; None for a block that does not run on text."""
-        size = self._size(rows)
-        if size not in self._of_size:
-            self._of_size[size] = self._record(slice(0, size))
-        call = self._of_size[size][block]
+        call = self._for_size(self._size(rows))[block]
         if call is None:
             return None
         args, kwargs = call
-        if self.varies or self._carried:
+        if self._varying or self._carried:
             leaves, form = tree_flatten(call)
             for (number, leaf), source in self._carried.items():
                 read = self._read(("", source), block, rows) if number == block else ()
@@ -126,9 +129,7 @@ class Arguments:
                     leaves[leaf] = read[0]
             for (number, leaf), kept in self._varying.items():
                 if number == block:
-                    stored, axis = self._kept[kept]
-                    assert stored is not None
-                    leaves[leaf] = stored[rows].to(self._device).movedim(0, axis)
+                    leaves[leaf] = kept.read(rows, self._device)
             args, kwargs = tree_unflatten(leaves, form)
         return args, {name: self._filled(name, value, block, rows) for name, value in kwargs.items()}
 
@@ -197,15 +198,36 @@ def same_arguments(one: Call, other: Call) -> bool:
     return all(_near(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
 
 
-def _axis(one: Tensor, two: Tensor) -> int:
-    """The axis of the sequences, from an argument for one sequence and the same for two."""
-    changed = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if (a, b) == (1, 2)]
-    if len(changed) != 1:
-        raise ValueError(
-            "the blocks of this model get arguments that depend on the tokens of all sequences together; "
-            "this architecture is not supported"
-        )
-    return changed[0]
+class _Kept:
+    """An argument that depends on the tokens, of all N sequences, whose axis in it is `axis`."""
+
+    def __init__(self, count: int, axis: int, store: Store) -> None:
+        self._count, self._axis, self._store = count, axis, store
+        self._values: Tensor | None = None
+
+    def keep(self, part: slice, value: Tensor) -> None:
+        """Keep it for some sequences."""
+        value = value.detach().movedim(self._axis, 0)
+        if self._values is None:
+            self._values = self._store((self._count, *value.shape[1:]), value.dtype)
+        self._values[part] = value
+
+    def read(self, rows: Rows, device: torch.device) -> Tensor:
+        """It for some sequences."""
+        assert self._values is not None
+        return self._values[rows].to(device).movedim(0, self._axis)
+
+
+def _leaves(call: Call | None) -> list[Any]:
+    """The values in the arguments of a block; none where it does not run."""
+    return [] if call is None else tree_flatten(call)[0]
+
+
+def _of_all_together() -> ValueError:
+    return ValueError(
+        "the blocks of this model get arguments that depend on the tokens of all sequences together; "
+        "this architecture is not supported"
+    )
 
 
 def _near(x: Tensor, y: Tensor) -> bool:

@@ -236,7 +236,7 @@ def _probed(skeleton: Skeleton, inputs: BlockInputs, number: int, block: str) ->
         seen[product.parameter] = product.transposed
 
     with Products({n: w for n, w in weights.items() if w.ndim == 3}, note):
-        inputs.outputs(number, [0], weights)
+        inputs.run(number, [0], weights)
     return seen
 
 

@@ -75,7 +75,7 @@ class BlockTuner(Companion):
 
         def outputs(weights: Mapping[str, Tensor], rows: list[int]) -> Tensor:
             own = [r - share.start for r in rows]
-            return self._inputs.outputs(number, own, {n: w.to(dtype) for n, w in weights.items()})
+            return self._inputs.run(number, own, {n: w.to(dtype) for n, w in weights.items()})
 
         def targets(rows: list[int]) -> Tensor:
             return self._dense.hidden([r - share.start for r in rows])
