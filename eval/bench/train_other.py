@@ -3,16 +3,21 @@
 
 OPT's architecture (learned positions, LayerNorm, biases, ReLU, no gate), the demo's training text and recipe;
 600 steps take two CPU cores about a quarter of an hour. With `--experts 8` a Mixtral of so many experts, two
-per token, whose router learns from its part in the outputs alone.
+per token, kept in use by the usual loss on their balance. It is not compiled: an expert never gets the same
+number of tokens twice.
 """
 
 import argparse
 import functools
 from pathlib import Path
 
+import torch
+from torch.nn.functional import cross_entropy
 from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 from llmprune.demo import train
+
+BALANCE = 0.02  # weight of the loss on the balance of experts
 
 
 def build(vocabulary):
@@ -51,6 +56,13 @@ def build_experts(experts, vocabulary):
     return MixtralForCausalLM(config)
 
 
+def balanced_loss(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(batch[:, :-1], output_router_logits=model.training)
+    loss = cross_entropy(out.logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    return loss + BALANCE * out.aux_loss if model.training else loss
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,8 +72,11 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--experts", type=int, default=0)
     arguments = parser.parse_args()
-    train.build = functools.partial(build_experts, arguments.experts) if arguments.experts else build
-    train.train(arguments.steps, 32, 2048, arguments.seed, arguments.output)
+    train.build = build
+    if arguments.experts:
+        train.build = functools.partial(build_experts, arguments.experts)
+        train.batch_loss = balanced_loss
+    train.train(arguments.steps, 32, 2048, arguments.seed, arguments.output, not arguments.experts)
 
 
 if __name__ == "__main__":

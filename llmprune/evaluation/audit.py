@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource
-from llmprune.model.targets import Target
+from llmprune.model.target import Target
 from llmprune.numerics.counts import true_per_row, zeros_of
 
 _WIDTHS = (4, 8, 16)  # the M of the N:M patterns that are looked for

@@ -89,7 +89,7 @@ def perplexity(
     Raises:
         ValueError: the mean loss is NaN or too large for a finite perplexity.
     """
-    token_bytes = skeleton.model.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+    token_bytes = skeleton.width * skeleton.dtype.itemsize
     chunk = max(1, STORE_BYTES // (rows.shape[1] * token_bytes))
     losses: list[float] = []
     with exact_matmul():

@@ -11,7 +11,7 @@ import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +147,11 @@ class Piece(NamedTuple):
     rows: slice | Tensor
     stored: slice | Tensor
 
+    @property
+    def height(self) -> int:
+        """How many rows."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
 
 class Stored(NamedTuple):
     """A matrix in the checkpoint.
@@ -165,12 +170,27 @@ class Stored(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+@dataclass
+class _Traced:
+    """What is known of a stored matrix while it is traced: some pieces with C columns each."""
+
+    transposed: bool
+    columns: int
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.height for piece in self.pieces)
+
+
 class Tracer:
     """Finds out where the entries of stored matrices end up, by converting coordinates instead of weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._known: dict[Any, list[tuple[int, int | None, bool, tuple[int, int], list[Any]]]] = {}
+        self._known: dict[
+            Any, tuple[Group, list[Stored]]
+        ] = {}  # groups that are converted alike: one of them
 
     def matrices(
         self,
@@ -197,21 +217,20 @@ class Tracer:
             tuple((group.parameters.index(name), transposed[name]) for name in made),
         )
         if key not in self._known:
-            self._known[key] = self._trace(group, shapes, {name: transposed[name] for name in made})
+            self._known[key] = group, self._trace(group, shapes, {name: transposed[name] for name in made})
+        like, found = self._known[key]
+        names = dict(zip(like.parameters, group.parameters, strict=True))
         return [
-            Stored(
-                group.tensors[number],
-                index,
-                turned,
-                shape,
-                tuple(Piece(group.parameters[p], e, rows, stored) for p, e, rows, stored in pieces),
+            stored._replace(
+                tensor=group.tensors[like.tensors.index(stored.tensor)],
+                pieces=tuple(piece._replace(parameter=names[piece.parameter]) for piece in stored.pieces),
             )
-            for number, index, turned, shape, pieces in self._known[key]
+            for stored in found
         ]
 
     def _trace(
         self, group: Group, shapes: Mapping[str, tuple[int, ...]], transposed: Mapping[str, bool]
-    ) -> list[tuple[int, int | None, bool, tuple[int, int], list[Any]]]:
+    ) -> list[Stored]:
         sizes = [shapes[name] for name in group.tensors]
         axes = max(map(len, sizes))
         if axes not in (2, 3) or any(len(size) != axes for size in sizes):
@@ -220,31 +239,30 @@ class Tracer:
         coordinates = [
             self._convert(group, [_filled(size, axis, 0) for size in sizes]) for axis in range(axes)
         ]
-        found: dict[tuple[int, int | None], dict[str, Any]] = {}
+        found: dict[tuple[int, int | None], _Traced] = {}
         for parameter, turned in transposed.items():
             here = which[parameter]
-            stacked = here.ndim == 3
-            for expert in range(len(here)) if stacked else (None,):
+            for expert in range(len(here)) if here.ndim == 3 else (None,):
                 pick = functools.partial(_matrix, expert=expert, transposed=turned)
-                self._collect(
-                    found,
-                    (group.parameters.index(parameter), expert),
-                    pick(here),
-                    [pick(c[parameter]) for c in coordinates],
-                )
-        return [
-            (number, index, entry["transposed"], entry["shape"], entry["pieces"])
-            for (number, index), entry in found.items()
-            if _whole(entry, sizes[number])
-        ]
+                place = parameter, expert
+                self._collect(found, place, pick(here), [pick(c[parameter]) for c in coordinates])
+        matrices = []
+        for (number, index), traced in found.items():
+            a, b = sizes[number][-2:]
+            shape = (b, a) if traced.transposed else (a, b)
+            # Only where the pieces make the whole matrix.
+            if shape == (traced.rows, traced.columns):
+                pieces = tuple(traced.pieces)
+                matrices.append(Stored(group.tensors[number], index, traced.transposed, shape, pieces))
+        return matrices
 
     def _convert(self, group: Group, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         return group.make(self._model, dict(zip(group.tensors, tensors, strict=True)))
 
     @staticmethod
     def _collect(
-        found: dict[tuple[int, int | None], dict[str, Any]],
-        place: tuple[int, int | None],
+        found: dict[tuple[int, int | None], _Traced],
+        place: tuple[str, int | None],
         which: Tensor,
         coordinates: list[Tensor],
     ) -> None:
@@ -264,12 +282,10 @@ class Tracer:
         stacks = indices[:, 0].long() if indices is not None else torch.full_like(numbers, -1)
         for number, index in dict.fromkeys(zip(numbers.tolist(), stacks.tolist(), strict=True)):
             rows = ((numbers == number) & (stacks == index)).nonzero()[:, 0]
-            entry = found.setdefault(
-                (number, None if index < 0 else index),
-                {"transposed": turned, "columns": which.shape[1], "pieces": []},
-            )
-            if entry["transposed"] == turned and entry["columns"] == which.shape[1]:
-                entry["pieces"].append((*place, _as_slice(rows), _as_slice(row[rows, 0].long())))
+            key = (number, None if index < 0 else index)
+            entry = found.setdefault(key, _Traced(turned, which.shape[1]))
+            if (entry.transposed, entry.columns) == (turned, which.shape[1]):
+                entry.pieces.append(Piece(*place, _as_slice(rows), _as_slice(row[rows, 0].long())))
 
 
 def _filled(size: tuple[int, ...], axis: int | None, value: int) -> Tensor:
@@ -294,18 +310,6 @@ def _as_slice(rows: Tensor) -> slice | Tensor:
     if bool((rows == torch.arange(start, start + len(rows))).all()):
         return slice(start, start + len(rows))
     return rows
-
-
-def _length(rows: slice | Tensor) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
-def _whole(entry: dict[str, Any], size: tuple[int, ...]) -> bool:
-    """Whether the pieces make the whole stored matrix; its shape (R, C) is added."""
-    a, b = size[-2:]
-    rows, columns = (b, a) if entry["transposed"] else (a, b)
-    entry["shape"] = (rows, columns)
-    return columns == entry["columns"] and sum(_length(stored) for *_, stored in entry["pieces"]) == rows
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

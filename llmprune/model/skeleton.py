@@ -59,7 +59,6 @@ class Skeleton:
         unused: names of tensors in the checkpoint that no parameter uses.
         shared: names of tensors that several blocks use. They stay dense: what one block makes of them would
             not fit the others.
-        turned: stacked parameter that enters matrix products -> whether as [C, R]; see `model.targets`.
         targets: the prunable matrices of each block, once `model.targets` has found them.
 
     Raises:
@@ -102,13 +101,14 @@ class Skeleton:
         self.unused = sorted(set(source.tensors) - used)
         counts = Counter(name for tensors in self.block_tensors() for name in tensors)
         self.shared = frozenset(name for name, count in counts.items() if count > 1)
-        self.turned: dict[str, bool] = {}
         self.targets: dict[str, list[Any]] = {}
 
     def _find_blocks(self) -> dict[str, nn.Module]:
         """The repeated blocks by name: of the lists of modules next to the input embeddings the heaviest."""
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-        where = self._embeddings()
+        embeddings = self.embeddings
+        names = (n for n, m in self.model.named_modules() if embeddings is not None and m is embeddings)
+        where = next(names, "").rpartition(".")[0]
         while True:
             inside = {n: m for n, m in lists.items() if not where or n.startswith(f"{where}.")}
             if inside or not where:
@@ -124,14 +124,34 @@ class Skeleton:
         name = max(outer, key=lambda n: (-n.count("."), sum(p.numel() for p in outer[n].parameters())))
         return {f"{name}.{i}": block for i, block in enumerate(outer[name])}
 
-    def _embeddings(self) -> str:
-        """The name of the module that has the input embeddings; empty where the model does not tell."""
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """The input embeddings; None where the model does not tell."""
         try:
-            embeddings = self.model.get_input_embeddings()
-        except NotImplementedError:
-            return ""
-        names = (n for n, m in self.model.named_modules() if m is embeddings)
-        return next(names, "").rpartition(".")[0]
+            found: nn.Module | None = self.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        return found
+
+    @property
+    def width(self) -> int:
+        """D, the width of the hidden states."""
+        return self._size("hidden_size", 1)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of different tokens."""
+        return self._size("vocab_size", 0)
+
+    def _size(self, key: str, axis: int) -> int:
+        """A size from the config or, where that lacks it, from the shape of the embeddings."""
+        found = getattr(self.model.config.get_text_config(), key, None)
+        weight = getattr(self.embeddings, "weight", None)
+        if found is not None:
+            return int(found)
+        if weight is None:
+            raise ValueError(f"config.json of {type(self.model).__name__} has no {key}; is it damaged?")
+        return int(weight.shape[axis])
 
     def _match_names(self) -> dict[str, Group]:
         """How every parameter, and every stored buffer, is made from the checkpoint.

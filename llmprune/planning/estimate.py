@@ -16,6 +16,7 @@ from llmprune.contracts import Need
 from llmprune.evaluation.requests import requests_of
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
+from llmprune.model.target import Target, by_expert
 from llmprune.model.targets import targets_of
 from llmprune.planning.needs import needs_dense, needs_of
 from llmprune.recipe.types import Recipe
@@ -62,15 +63,14 @@ def seconds_of(recipe: Recipe, model: Model, samples: int, length: int, allocate
     skeleton = model.skeleton
     total = sum(t.bytes for t in model.source.tensors.values()) / _STORAGE
     for name in skeleton.blocks:
-        shapes = [t.shape for t in targets_of(skeleton, name)]
-        total += _passes(recipe, skeleton, shapes, samples, length, allocated) + _pruning(
-            recipe, skeleton, shapes
-        )
+        targets = targets_of(skeleton, name)
+        total += _passes(recipe, skeleton, targets, samples, length, allocated)
+        total += _pruning(recipe, skeleton, [t.shape for t in targets])
     return total
 
 
 def _passes(
-    recipe: Recipe, skeleton: Skeleton, shapes: Sequence[Shape], samples: int, length: int, allocated: bool
+    recipe: Recipe, skeleton: Skeleton, targets: Sequence[Target], samples: int, length: int, allocated: bool
 ) -> float:
     """Forward passes of a block, those of tuning and of allocation too, and the statistics of its inputs."""
     rates, needs, allocator = (
@@ -88,9 +88,9 @@ def _passes(
     seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured + 3 * trials
     trained = sum(step.trained for _, step in recipe.build_block_steps()) * length
     tokens = samples * length
-    passes = (tokens * seen + 3 * trained) * _per_token(skeleton, shapes, length) / rates.forward
+    passes = (tokens * seen + 3 * trained) * _per_token(skeleton, targets, length) / rates.forward
     grams = (Need.GRAM in needs) + (Need.CROSS in needs) + trials
-    inputs = _inputs(skeleton, shapes)
+    inputs = _inputs(skeleton, [t.shape for t in targets])
     statistics = (
         2 * tokens * grams * sum(c * c for c in inputs) / rates.exact
         + 10 * tokens * sum(inputs) * rates.visit
@@ -123,30 +123,31 @@ def _pruning(recipe: Recipe, skeleton: Skeleton, shapes: Sequence[Shape]) -> flo
 
 def _inputs(skeleton: Skeleton, shapes: Sequence[Shape]) -> list[int]:
     """Widths of the distinct inputs of a block's matrices: q, k, v and gate, up share theirs."""
-    return sorted({c for _, c in shapes}) + [skeleton.model.config.get_text_config().hidden_size] * 2
+    return sorted({c for _, c in shapes}) + [skeleton.width] * 2
 
 
-def _per_token(skeleton: Skeleton, shapes: Sequence[Shape], length: int) -> float:
+def _per_token(skeleton: Skeleton, targets: Sequence[Target], length: int) -> float:
     """Operations of one token in a block's forward pass, attention over `length` tokens included."""
-    config = skeleton.model.config.get_text_config()
-    entries = sum(r * c for r, c in shapes)
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts:  # the matrices of experts are most of the entries, and a token goes to few of them
-        entries *= min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / experts)
-    return float(2 * entries + 4 * length * config.hidden_size)
+    routed, experts = sum(_size(t) for t in targets if t.routed), len(by_expert(targets))
+    # A token goes to few of the experts.
+    chosen = getattr(skeleton.model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    entries = sum(map(_size, targets)) - routed * (1 - min(1.0, chosen / max(1, experts)))
+    return 2 * entries + 4 * length * skeleton.width
+
+
+def _size(target: Target) -> int:
+    return target.shape[0] * target.shape[1]
 
 
 def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) -> float:
     """Estimated seconds of one forward pass of a whole model over so many sequences of so many tokens."""
-    rates, config = rates_of(skeleton.device, skeleton.dtype), skeleton.model.config.get_text_config()
-    blocks = [[t.shape for t in targets_of(skeleton, name)] for name in skeleton.blocks]
+    rates, vocabulary = rates_of(skeleton.device, skeleton.dtype), skeleton.vocabulary
+    blocks = [targets_of(skeleton, name) for name in skeleton.blocks]
     total = 0.0
     for count, length in sequences:
-        operations = (
-            sum(_per_token(skeleton, shapes, length) for shapes in blocks)
-            + 2 * config.hidden_size * config.vocab_size
-        )
-        total += count * length * (operations / rates.forward + 10 * config.vocab_size * rates.visit)
+        operations = sum(_per_token(skeleton, targets, length) for targets in blocks)
+        operations += 2 * skeleton.width * vocabulary
+        total += count * length * (operations / rates.forward + 10 * vocabulary * rates.visit)
     return total
 
 

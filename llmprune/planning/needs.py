@@ -54,7 +54,7 @@ def exact_bytes(recipe: Recipe, skeleton: Skeleton, shapes: Shapes) -> int:
 
 def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     """Bytes of the block inputs of all samples."""
-    return samples * length * _hidden_size(skeleton) * skeleton.dtype.itemsize
+    return samples * length * skeleton.width * skeleton.dtype.itemsize
 
 
 def halted_bytes(skeleton: Skeleton, shapes: Shapes, tokens: int) -> int:
@@ -63,7 +63,7 @@ def halted_bytes(skeleton: Skeleton, shapes: Shapes, tokens: int) -> int:
     Counted are the widest input of a matrix, and q, k, v before and after their rotation.
     """
     widest = max(columns for _, columns in shapes.values())
-    return tokens * (widest + 8 * _hidden_size(skeleton)) * skeleton.dtype.itemsize
+    return tokens * (widest + 8 * skeleton.width) * skeleton.dtype.itemsize
 
 
 def predict_memory(
@@ -92,7 +92,7 @@ def predict_memory(
     work = compute + originals + _statistics_bytes(recipe, shapes) + _expert_bytes(recipe, skeleton)
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     widest = max(columns for _, columns in shapes.values())
-    passing = batch * (6 * widest + 8 * _hidden_size(skeleton)) * item
+    passing = batch * (6 * widest + 8 * skeleton.width) * item
     # In float32: weights, masks, a run of AdamW (weights, gradients, two moments) and another one that is
     # kept until the two are compared; the weights in the compute dtype; what the backward pass reads.
     tuning = elements * (9 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
@@ -109,11 +109,6 @@ def predict_memory(
 def _infos(skeleton: Skeleton, names: Iterable[str]) -> list[TensorInfo]:
     """What the checkpoint holds for some parameters."""
     return [skeleton.source.tensors[name] for name in skeleton.tensors_of(names)]
-
-
-def _hidden_size(skeleton: Skeleton) -> int:
-    width: int = skeleton.model.config.get_text_config().hidden_size
-    return width
 
 
 def _statistics_bytes(recipe: Recipe, shapes: Shapes) -> int:
@@ -162,7 +157,7 @@ def predict_scoring(
         skeleton: the model. texts: of every text, its windows and their tokens. tasks: whether there are any.
     """
     item, on_gpu = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
-    vocabulary = skeleton.model.config.get_text_config().vocab_size
+    vocabulary = skeleton.vocabulary
     block = max(sum(t.bytes for t in _infos(skeleton, skeleton.parameters_of(b))) for b in skeleton.blocks)
     outside = sum(t.elements * item for t in _infos(skeleton, skeleton.outside_blocks()))
     host = compute = 0

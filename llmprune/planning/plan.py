@@ -10,7 +10,8 @@ from llmprune import registry
 from llmprune.contracts import Pattern
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.targets import Target, all_targets, left_dense, targets_of
+from llmprune.model.target import Target
+from llmprune.model.targets import all_targets, left_dense, targets_of
 from llmprune.patterns import NM
 from llmprune.planning import needs
 from llmprune.planning.allocation import balanced, rounded

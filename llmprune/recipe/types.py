@@ -20,12 +20,6 @@ DEFAULT_SPARSITY = 0.5
 SUMS = ("exact", "published")
 # What the next block sees of a pruned weight: what the checkpoint will store, or the float32 result.
 PRECISIONS = ("stored", "float32")
-# Absent from records where they are as usual.
-UNMENTIONED = {
-    "sums": "exact",
-    "precision": "stored",
-    "experts": {"tokens": "routed", "least": 64, "fewer": "magnitude"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +110,10 @@ class ExpertsSpec:
     tokens: str = "routed"
     least: int = 64
     fewer: str = "magnitude"
+
+
+# Keys of a recipe that are absent from records where they are as usual.
+UNMENTIONED = {"sums": "exact", "precision": "stored", "experts": dataclasses.asdict(ExpertsSpec())}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llmprune.checkpoint.reader import WeightSource, read_ahead
 from llmprune.contracts import InputStats
-from llmprune.model.targets import Target, targets_of
+from llmprune.model.target import Target
+from llmprune.model.targets import targets_of
 from llmprune.run.clock import Clock
 from llmprune.run.matrix import Row
 from llmprune.run.shared import Run
@@ -84,7 +85,9 @@ class Block:
         else:
             target.part(self.shard[name]).copy_(weight)
             if exact:
-                target.part(self.exact.setdefault(name, self.shard[name].float())).copy_(weight)
+                if name not in self.exact:
+                    self.exact[name] = self.shard[name].float()
+                target.part(self.exact[name]).copy_(weight)
         target.assign(self.weight(target))
 
     def dense(self) -> Tensors:

@@ -17,7 +17,7 @@ from llmprune.contracts import InputStats
 from llmprune.machine.device import exact_matmul
 from llmprune.machine.processes import share_out
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target
+from llmprune.model.target import Target
 from llmprune.planning.needs import needs_dense, needs_of
 from llmprune.run.block import Block, BlockDone, Companion, blocks_of
 from llmprune.run.clock import Clock

@@ -9,41 +9,80 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.model.targets import Target
+from llmprune.model.target import Target
 
 Forward = Callable[..., Any]
 
 
-@contextmanager
-def all_tokens(block: nn.Module, targets: Sequence[Target], collecting: list[bool]) -> Iterator[None]:
-    """Inside the `with`, the block runs every expert that has one of the targets on all tokens too.
+class AllTokens:
+    """Lets a block run every expert that has one of some targets on all tokens too.
 
-    `collecting` holds one flag: whether the pass through an expert at this moment is such a one.
-
-    Raises:
-        ValueError: (inside) the class of the experts takes no choice of experts from outside.
+    Attributes:
+        running: whether the pass through an expert at this moment is such a one.
     """
-    stacks: dict[nn.Module, set[int]] = {}
-    listed: dict[nn.Module, set[nn.Module]] = {}
-    for target in targets:
-        expert = target.pieces[0].expert
-        if expert is not None:
-            stacks.setdefault(target.owners[target.parameter][0], set()).add(expert)
-        else:
-            parent, own = _in_list(block, target)
-            listed.setdefault(parent, set()).add(own)
-    replaced: list[tuple[nn.Module, Forward]] = []
-    for owner, experts in stacks.items():
-        replaced.append((owner, _stacked(owner, sorted(experts), collecting)))
-    for parent, modules in listed.items():
-        replaced.append((parent, _with_list(parent, modules, collecting)))
-    try:
-        for module, forward in replaced:
-            module.forward = forward
-        yield
-    finally:
-        for module, _ in replaced:
-            module.__dict__.pop("forward", None)
+
+    def __init__(self, block: nn.Module, targets: Sequence[Target]) -> None:
+        self.running = False
+        stacks: dict[nn.Module, dict[int, None]] = {}
+        lists: dict[nn.Module, dict[nn.Module, None]] = {}
+        for target in targets:
+            if target.expert is not None:
+                stacks.setdefault(target.owners[target.parameter][0], {})[target.expert] = None
+            else:
+                parent, own = _in_list(block, target)
+                lists.setdefault(parent, {})[own] = None
+        self._forwards = [(owner, self._stacked(owner, sorted(numbers))) for owner, numbers in stacks.items()]
+        self._forwards += [(parent, self._listed(parent, list(own))) for parent, own in lists.items()]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The experts do so inside the `with`.
+
+        Raises:
+            ValueError: (inside) the class of the experts takes no choice of experts from outside.
+        """
+        try:
+            for module, forward in self._forwards:
+                module.forward = forward
+            yield
+        finally:
+            for module, _ in self._forwards:
+                module.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+
+    def _stacked(self, owner: nn.Module, experts: Sequence[int]) -> Forward:
+        """The forward of a module of stacked experts, with a run of each on all tokens before its own."""
+        real = owner.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            every = [*args, *kwargs.values()]
+            with self._running():
+                for expert in experts:
+                    named = {name: _forced(expert, value, every, owner) for name, value in kwargs.items()}
+                    real(*(_forced(expert, value, every, owner) for value in args), **named)
+            return real(*args, **kwargs)
+
+        return forward
+
+    def _listed(self, parent: nn.Module, experts: Sequence[nn.Module]) -> Forward:
+        """The forward of a module with a list of experts, with a run of each on all tokens before its own."""
+        real = parent.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            with self._running():
+                for expert in experts:
+                    expert(hidden.reshape(-1, hidden.shape[-1]))
+            return real(*args, **kwargs)
+
+        return forward
 
 
 def _in_list(block: nn.Module, target: Target) -> tuple[nn.Module, nn.Module]:
@@ -56,22 +95,6 @@ def _in_list(block: nn.Module, target: Target) -> tuple[nn.Module, nn.Module]:
                     if any(module is layer for module in expert.modules()):
                         return parent, expert
     raise ValueError(f"{target.name} is of no list of experts")
-
-
-def _stacked(owner: nn.Module, experts: Sequence[int], collecting: list[bool]) -> Forward:
-    """The forward of a module of stacked experts, with a run of each on all tokens before its own."""
-    real = owner.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        collecting[0] = True
-        for expert in experts:
-            every = [*args, *kwargs.values()]
-            named = {name: _forced(expert, value, every, owner) for name, value in kwargs.items()}
-            real(*(_forced(expert, value, every, owner) for value in args), **named)
-        collecting[0] = False
-        return real(*args, **kwargs)
-
-    return forward
 
 
 def _choice(args: Sequence[Any]) -> Tensor | None:
@@ -92,17 +115,3 @@ def _forced(expert: int, value: Any, args: Sequence[Any], owner: nn.Module) -> A
         return torch.full_like(chosen[:, :1], expert)
     weights = isinstance(value, Tensor) and value.shape == chosen.shape and value.is_floating_point()
     return torch.ones_like(value[:, :1]) if weights else value
-
-
-def _with_list(parent: nn.Module, experts: set[nn.Module], collecting: list[bool]) -> Forward:
-    """The forward of a module with a list of experts, with a run of each on all tokens before its own."""
-    real = parent.forward
-
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        collecting[0] = True
-        for expert in experts:
-            expert(hidden.reshape(-1, hidden.shape[-1]))
-        collecting[0] = False
-        return real(hidden, *args, **kwargs)
-
-    return forward

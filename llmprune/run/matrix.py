@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.contracts import InputStats, Job, Pruned, Pruner, Step
-from llmprune.model.targets import Target
+from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite, zeros_of
 from llmprune.planning.plan import MatrixPlan
 from llmprune.recipe.types import AlgorithmSpec, Recipe
@@ -32,18 +32,20 @@ class Methods:
     steps: Sequence[tuple[AlgorithmSpec, Step]]
     seed: int
     dtype: torch.dtype | None  # of results; None for the dtype of the checkpoint
-    least: int = 0  # tokens that the matrix of an expert must have seen
+    least: int = 0  # tokens that statistics of an expert must be of
 
     @staticmethod
     def of(recipe: Recipe) -> Methods:
         """Built with the options of the recipe."""
+        experts = recipe.experts
+        all_tokens = "all-tokens" in (experts.fewer, f"{experts.tokens}-tokens")
         return Methods(
             recipe.build_pruner(),
             recipe.pruner.name,
             recipe.build_steps(),
             recipe.seed,
             torch.float32 if recipe.precision == "float32" else None,
-            recipe.experts.least,
+            1 if all_tokens else experts.least,
         )
 
     def for_tokens(self, target: Target, tokens: int) -> Methods:

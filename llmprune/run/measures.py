@@ -11,7 +11,8 @@ from llmprune import patterns
 from llmprune.checkpoint.reader import read_ahead
 from llmprune.contracts import InputStats, Job
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target, targets_of
+from llmprune.model.target import Target
+from llmprune.model.targets import targets_of
 from llmprune.run.matrix import seeded
 from llmprune.run.observer import Observer
 from llmprune.run.shared import Run
@@ -19,7 +20,10 @@ from llmprune.run.shared import Run
 
 @dataclass(frozen=True)
 class _Jobs:
-    """The matrices of a block, each read when its turn comes. `stored`: dense weights, by matrix."""
+    """The matrices of a block that tokens reached, each read when its turn comes.
+
+    `stored`: dense weights, by matrix.
+    """
 
     targets: list[Target]
     stored: Mapping[str, Tensor]
@@ -28,6 +32,8 @@ class _Jobs:
 
     def __iter__(self) -> Iterator[Job]:
         for t in self.targets:
+            if t.name not in self.stats:
+                continue
             weight, stats = t.read(self.stored[t.name]), self.stats[t.name]
             yield Job(t.name, weight, stats, patterns.Unstructured(), 0.0, seeded(self.seed, t.name))
 
@@ -50,8 +56,11 @@ def measure(run: Run) -> dict[int, float]:
         targets = targets_of(skeleton, name)
         stats = observer.collect(number, targets, {})
         weights = {t.name: shard[t.tensor] for t in targets}
-        measures[number] = allocator.measure(_Jobs(targets, weights, stats, run.recipe.seed))
+        if stats:
+            measures[number] = allocator.measure(_Jobs(targets, weights, stats, run.recipe.seed))
         inputs.forward(number)
         skeleton.free(parameters)
         run.reporter.step()
-    return measures
+    # Blocks that no token reached count as average ones.
+    mean = sum(measures.values()) / max(1, len(measures))
+    return {number: measures.get(number, mean) for number in range(len(skeleton.blocks))}

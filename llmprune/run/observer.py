@@ -13,9 +13,9 @@ from llmprune.contracts import InputStats, Need
 from llmprune.machine.device import Stopwatch, exact_matmul, free_cached_memory, out_of_memory
 from llmprune.model.activations import BlockInputs
 from llmprune.model.products import Products, Seen
-from llmprune.model.targets import Target
+from llmprune.model.target import Target, by_expert
 from llmprune.run.block import Block, Companion
-from llmprune.run.experts import all_tokens
+from llmprune.run.experts import AllTokens
 from llmprune.run.shared import Run
 from llmprune.statistics.collecting import Collector, Enough, Halted
 from llmprune.statistics.sums import EXPERT_BYTES, KINDS
@@ -36,8 +36,7 @@ class Observer(Companion):
         self.watch = Stopwatch(inputs.device)
         self._halted: list[tuple[slice, Halted]] = []
         self._groups, self._no_pausing = 0, False
-        # While experts run on all tokens: whether a pass through an expert is such a run. Else empty.
-        self._everywhere: list[bool] = []
+        self._all_tokens: AllTokens | None = None  # while experts run on all tokens too
 
     def _collector(self, needs: Need) -> Collector:
         return Collector(needs, self._positions, self.watch, KINDS[self._run.recipe.sums])
@@ -49,8 +48,13 @@ class Observer(Companion):
 
         `originals`: the block's dense weights by name in the block, which may hold pruned ones already.
         """
-        stats = self._collected(number, targets, originals)
         spec = self._run.recipe.experts
+        if spec.tokens == "all":
+            routed = [t for t in targets if t.routed]
+            others = [t for t in targets if not t.routed]
+            stats = self._collected(number, others, originals) if others else {}
+            return stats | self._of_all_tokens(number, routed) if routed else stats
+        stats = self._collected(number, targets, originals)
         counts = {t.name: stats[t.name].count if t.name in stats else 0 for t in targets if t.routed}
         few = [t for t in targets if t.routed and counts[t.name] < spec.least]
         if few and spec.fewer == "error":
@@ -59,21 +63,17 @@ class Observer(Companion):
                 f"is {few[0].name} with {counts[few[0].name]}; use more samples, or experts.fewer: "
                 "magnitude or all-tokens"
             )
-        if spec.tokens == "all":
-            few = [t for t in targets if t.routed]
-        elif spec.fewer != "all-tokens":
-            few = []
-        return stats | self._of_all_tokens(number, few) if few else stats
+        return stats | self._of_all_tokens(number, few) if few and spec.fewer == "all-tokens" else stats
 
     def _of_all_tokens(self, number: int, targets: list[Target]) -> dict[str, InputStats]:
         """Statistics of experts' matrices as if every token were routed to each of these experts."""
         block = list(self._run.skeleton.blocks.values())[number]
-        self._everywhere = [False]
+        self._all_tokens = AllTokens(block, targets)
         try:
-            with all_tokens(block, targets, self._everywhere):
+            with self._all_tokens.attached():
                 return self._collected(number, targets, {})
         finally:
-            self._everywhere = []
+            self._all_tokens = None
 
     def _collected(
         self, number: int, targets: list[Target], originals: Mapping[str, Tensor]
@@ -100,9 +100,10 @@ class Observer(Companion):
         for target in targets:
             names.setdefault(target.place, []).append(target.name)
         routed = frozenset(t.name for t in targets if t.routed)
+        everywhere = self._all_tokens
 
         def seen(product: Seen) -> None:
-            if self._everywhere == [False]:
+            if everywhere and not everywhere.running:
                 return
             found = names.get((product.parameter, product.expert), [])
             if found and found[0] in routed and found[0] not in layers:
@@ -111,7 +112,7 @@ class Observer(Companion):
                 # The block reads the layer's weight instead of calling the layer.
                 collector.take(found[0], product.inputs)
 
-        wanted = (lambda: self._everywhere != [False]) if self._everywhere else None
+        wanted = (lambda: everywhere.running) if everywhere else None
         with (
             collector.attached(layers, routed, wanted),
             Products({t.parameter: t.loaded() for t in targets}, seen),
@@ -158,13 +159,7 @@ class Observer(Companion):
             return [targets]
         portions: list[list[Target]] = []
         size = EXPERT_BYTES + 1
-        experts: dict[object, list[Target]] = {}
-        for target in routed:
-            number = target.pieces[0].expert
-            experts.setdefault(target.name.rpartition(".")[0] if number is None else number, []).append(
-                target
-            )
-        for matrices in experts.values():
+        for matrices in by_expert(routed):
             needed = sum(4 * c * c for c in {t.place: t.shape[1] for t in matrices}.values())
             if size + needed > EXPERT_BYTES:
                 portions.append([])

@@ -19,7 +19,8 @@ from torch import Tensor
 from llmprune import registry
 from llmprune.contracts import InputStats, Need
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target, targets_of
+from llmprune.model.target import Target
+from llmprune.model.targets import targets_of
 from llmprune.numerics.permutation import column_order, kept_score
 from llmprune.patterns import NM
 from llmprune.run.block import Block, Companion

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.checkpoint.masks import unpack
 from llmprune.contracts import BlockJob, BlockStep, Tuned
 from llmprune.model.activations import BlockInputs
-from llmprune.model.targets import Target, targets_of
+from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite
 from llmprune.recipe.types import AlgorithmSpec
 from llmprune.run.block import Block, Companion
@@ -54,19 +54,24 @@ class BlockTuner(Companion):
     def _chosen(self, spec: AlgorithmSpec, block: Block) -> dict[str, list[Target]]:
         """The parameters to be tuned, by name in the block, with the pruned matrices they hold.
 
-        Parameters of which a part is not to be tuned are left out.
+        Left out are parameters of which a part is not to be tuned or belongs to no pruned matrix, and the
+        matrices that lie in such a parameter.
         """
+        fitting = [target for target in block.targets if spec.applies(target.name)]
+        while True:
+            inside: dict[str, int] = dict.fromkeys((name for t in fitting for name in t.owners), 0)
+            for target in fitting:
+                for piece in target.pieces:
+                    inside[piece.parameter] += piece.height * target.shape[1]
+            model = self._skeleton.model
+            partly = {name for name, count in inside.items() if count < model.get_parameter(name).numel()}
+            if not partly:
+                break
+            fitting = [target for target in fitting if not partly & set(target.owners)]
         found: dict[str, list[Target]] = {}
-        partly = {
-            parameter
-            for target in targets_of(self._skeleton, block.name)
-            if target not in block.targets or not spec.applies(target.name)
-            for parameter in target.owners
-        }
-        for target in block.targets:
-            if not partly & set(target.owners):
-                for parameter in target.owners:
-                    found.setdefault(parameter.removeprefix(f"{block.name}."), []).append(target)
+        for target in fitting:
+            for parameter in target.owners:
+                found.setdefault(parameter.removeprefix(f"{block.name}."), []).append(target)
         return found
 
     def _job(self, block: Block, chosen: Mapping[str, list[Target]]) -> BlockJob:

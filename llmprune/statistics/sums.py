@@ -84,17 +84,17 @@ class StatsSums:
         self.add(inputs[None], 0)
         self.tokens, self.needs = length, needs
         if self.needs & Need.SAMPLE:
-            count = min(sampled, len(inputs))
-            places = torch.arange(count, device=inputs.device) * len(inputs) // max(1, count)
+            count = max(1, min(sampled, len(inputs)))  # of sequences without a sampled token one, too
+            places = torch.arange(count, device=inputs.device) * len(inputs) // count
             self._samples.append(inputs.detach().float()[places])
 
     def add_none(self, columns: int) -> None:
         """Take part in a merge without having seen a token; the inputs have so many columns."""
         self.add(torch.zeros(1, 1, columns, dtype=torch.float32), 0)
-        self.count, self._samples = (
-            0,
-            [torch.zeros(0, columns, dtype=torch.float32)] if self.needs & Need.SAMPLE else [],
-        )
+        self.count = 0
+        self._samples = []
+        if self.needs & Need.SAMPLE:
+            self._samples.append(torch.zeros(0, columns, dtype=torch.float32))
 
     def add_dense(self, inputs: Tensor) -> None:
         """Add the inputs [N, T, C] of the same matrix in the dense model, for the sequences last added."""
