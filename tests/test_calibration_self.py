@@ -19,14 +19,16 @@ from llmprune import calibration
 from llmprune.calibration import sampling
 from llmprune.calibration.sampling import Sampler, draw
 from llmprune.machine import device
-from llmprune.model.opening import open_model
+from llmprune.model.opening import OpenOptions, open_model
 from llmprune.run.reporter import Silent
 
 SMALL = {"recipe": "magnitude", "samples": 4, "seqlen": 16}
 
 
 def sampled(folder, samples=5, length=24, seed=0, **options):
-    return Sampler(open_model(folder, dtype="float32"), Silent(), **options).sample(samples, length, seed)
+    return Sampler(open_model(folder, OpenOptions(dtype="float32")), Silent(), **options).sample(
+        samples, length, seed
+    )
 
 
 def slow_choice(logits, uniform, temperature, top_p):
@@ -224,7 +226,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_llama, tmp_pa
 
 
 def test_the_batch_shrinks_to_what_memory_holds(tiny_llama, monkeypatch):
-    sampler = Sampler(open_model(tiny_llama, dtype="float32"), Silent())
+    sampler = Sampler(open_model(tiny_llama, OpenOptions(dtype="float32")), Silent())
     weights = sum(t.elements for t in sampler.model.source.tensors.values()) * 4
     row = sampler._row_bytes(64)
     assert row >= 2 * 2 * 32 * 64 * 4, "keys and values of two blocks"

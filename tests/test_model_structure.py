@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import llmprune
 from llmprune.model.activations import BlockInputs
-from llmprune.model.opening import open_model
+from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.targets import all_targets
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -22,9 +22,9 @@ from transformers.modeling_outputs import CausalLMOutput
 class OddConfig(PretrainedConfig):
     model_type = "odd"
 
-    def __init__(self, hidden_size=32, vocab_size=64, layers=3, between=False, **kwargs):
+    def __init__(self, hidden_size=32, vocab_size=64, layers=3, between=False, other=False, **kwargs):
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
-        self.layers, self.between = layers, between
+        self.layers, self.between, self.other = layers, between, other
         super().__init__(**kwargs)
 
 
@@ -70,6 +70,8 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.side = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([OddBlock(config) for _ in range(config.layers)])
+        if config.other:  # heavier than the blocks, and not run one after the other
+            self.other = nn.ModuleList([nn.Linear(config.hidden_size, 4096) for _ in range(2)])
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -117,7 +119,7 @@ def test_its_blocks_run_one_after_the_other_as_in_the_whole_model(odd):
     folder, model = odd()
     with torch.no_grad():
         wanted = model(TOKENS).logits
-    skeleton = open_model(folder, trust_remote_code=True).skeleton
+    skeleton = open_model(folder, OpenOptions(trust_remote_code=True)).skeleton
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
     for number, block in enumerate(skeleton.blocks):
         names = skeleton.parameters_of(block)
@@ -150,7 +152,10 @@ def test_it_is_pruned_and_recounted(odd, tmp_path, recipe):
 
 def test_its_routers_stay_dense(odd):
     folder, _ = odd()
-    names = {target.name for target in all_targets(open_model(folder, trust_remote_code=True).skeleton)}
+    names = {
+        target.name
+        for target in all_targets(open_model(folder, OpenOptions(trust_remote_code=True)).skeleton)
+    }
     assert "blocks.0.mix" in names and not any("router" in name for name in names)
 
 
@@ -166,6 +171,23 @@ def test_a_model_that_does_more_between_its_blocks_is_refused(odd, tmp_path):
             trust_remote_code=True,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_user_names_the_list_of_blocks_where_another_one_is_taken(odd, tmp_path):
+    folder, _ = odd(other=True)
+    options = {"recipe": "wanda", "sparsity": 0.5, "calibration": TOKENS, "trust_remote_code": True}
+    told = r"--blocks may name blocks \(3 of OddBlock\)$"
+    with pytest.raises(ValueError, match=rf"blocks of OddForCausalLM cannot be run one after the other .*{told}"):
+        llmprune.prune(folder, output=tmp_path / "out", **options)
+    with pytest.raises(
+        ValueError, match=r"no list of blocks 'block'; --blocks may name other .*, blocks \(3"
+    ):
+        llmprune.prune(folder, output=tmp_path / "out", blocks="block", **options)
+    assert not (tmp_path / "out").exists()
+    record = llmprune.prune(folder, output=tmp_path / "out", blocks="blocks", **options).record
+    assert len(record["matrices"]) == 15 and record["model"]["blocks"] == "blocks"
+    # The folder remembers it.
+    assert llmprune.inspect(tmp_path / "out", trust_remote_code=True)["record_agrees"]
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from transformers import (
 
 import llmprune
 from llmprune.model.activations import BlockInputs
-from llmprune.model.opening import open_model
+from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe.loading import load
 from llmprune.run.permuter import ChannelPermuter
 from runs import ready
@@ -71,7 +71,7 @@ def test_the_block_computes_the_same_and_keeps_more(name, tmp_path):
         if parameter.ndim == 1:
             parameter.data += 0.5 * torch.randn_like(parameter)
     model.eval().save_pretrained(tmp_path / "in")
-    opened = open_model(tmp_path / "in", dtype="float32")
+    opened = open_model(tmp_path / "in", OpenOptions(dtype="float32"))
     skeleton = opened.skeleton
     run = ready(opened, load("wanda", {"pattern": "2:4", "permute": True}), TOKENS)
     inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))

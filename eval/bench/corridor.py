@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 import llmprune
 from llmprune.model.activations import BlockInputs
-from llmprune.model.opening import open_model
+from llmprune.model.opening import OpenOptions, open_model
 
 
 def bare(model, tokens, dtype):
     """Seconds of two forward passes per block over all tokens."""
-    skeleton = open_model(model, dtype=dtype).skeleton
+    skeleton = open_model(model, OpenOptions(dtype=dtype)).skeleton
     inputs, seconds = BlockInputs(skeleton, tokens, skeleton.device), 0.0
     for number, name in enumerate(skeleton.blocks):
         names = skeleton.parameters_of(name)

@@ -245,6 +245,8 @@ CHECKS: Mapping[str, Check] = {
     "dry_run": _flag,
     "private": _flag,
     "trust_remote_code": _flag,
+    "blocks": _maybe_text,
+    "dequantize": _flag,
 }
 
 

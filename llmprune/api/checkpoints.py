@@ -23,8 +23,7 @@ from llmprune.machine import processes
 from llmprune.machine.state import libraries
 from llmprune.model.classes import class_of
 from llmprune.model.config import check_folder, read_config
-from llmprune.model.opening import Model, open_model
-from llmprune.model.quantised import check_stored
+from llmprune.model.opening import Model, OpenOptions, open_model, read_folder, recorded_blocks
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import all_targets
 from llmprune.planning import advice
@@ -52,6 +51,8 @@ def evaluate(
     revision: str | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    blocks: str | None = None,
+    dequantize: bool = False,
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +78,9 @@ def evaluate(
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         tokenizer: a transformers tokenizer; needed for a model in memory, else the checkpoint's own.
         trust_remote_code: run Python code of the checkpoint or of task files.
+        blocks: the list of the model's blocks by name, such as `model.layers`; None to find it, or to take
+            the one that the run named which made the folder.
+        dequantize: read a quantised checkpoint (fp8 or mxfp4) as bfloat16.
         reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
         progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
 
@@ -94,14 +98,16 @@ def evaluate(
     team = processes.current()
 
     def opening() -> Model:
-        return open_model(
-            path,
+        how = OpenOptions(
             tokenizer=tokenizer,
             revision=revision,
             device=str(device),
             dtype=str(dtype),
             trust_remote_code=trust_remote_code,
+            blocks=blocks,
+            dequantize=dequantize,
         )
+        return open_model(path, how)
 
     with reporting(reporter, progress, team) as report, devices.PrivateMemory() as memory:
         opened = team.in_turn(opening)
@@ -121,13 +127,20 @@ def evaluate(
 
 
 @checked()
-def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(
+    path: AnyPath,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    blocks: str | None = None,
+) -> dict[str, Any]:
     """Count the zeros and N:M groups in the stored weights, relying on neither the record nor the masks.
 
     Args:
         path: `demo`, an alias, a hub id or a folder.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         trust_remote_code: run Python code of the checkpoint.
+        blocks: the list of the model's blocks by name; None as for `evaluate`.
 
     Returns:
         A dict with `model`, `matrices` (per matrix `name`, `shape`, `zeros`, `sparsity`, `patterns`), the
@@ -139,9 +152,9 @@ def inspect(path: AnyPath, *, revision: str | None = None, trust_remote_code: bo
     """
     located = locate(os.fspath(path), revision, trust_remote_code, check_folder)
     config = read_config(located.folder, trust_remote_code)
-    source = Checkpoint(located.folder)
-    check_stored(source.tensors, str(located.folder))
-    skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code)
+    _, source = read_folder(located.folder)
+    named = blocks or recorded_blocks(located.folder)
+    skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code, named)
     counts = audit.recount(source, all_targets(skeleton))
     source.check()
     weights, zeros = sum(count.weights for count in counts), sum(count.zeros for count in counts)

@@ -17,7 +17,7 @@ from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_f
 from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
-from llmprune.model.opening import Model, open_model
+from llmprune.model.opening import Model, OpenOptions, open_model
 from llmprune.planning import choice
 from llmprune.planning.plan import check_offload
 from llmprune.recipe import loading as recipes
@@ -59,6 +59,8 @@ def prune(
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    blocks: str | None = None,
+    dequantize: bool = False,
     time_limit: float | None = None,
     dry_run: bool = False,
     evaluation: EvaluationSpec | None = None,
@@ -106,6 +108,8 @@ def prune(
             own.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         trust_remote_code: run Python code of the checkpoint or of task files.
+        blocks: the list of the model's blocks by name, such as `model.layers`; None to find it.
+        dequantize: read a quantised checkpoint (fp8 or mxfp4) as bfloat16, which is what is saved.
         time_limit: minutes that the recipe `best` may take, by estimate, to be chosen; 0 for never, None for
             `LLMPRUNE_TIME_LIMIT`, else 60.
         dry_run: plan the run, and write nothing.
@@ -145,14 +149,16 @@ def prune(
     def open_again(what: Any) -> Model:
         """Open the model, or what became of it (a folder), with the same options."""
         known = None if what is model else opened.tokenizer
-        return open_model(
-            what,
+        how = OpenOptions(
             tokenizer=known or tokenizer,
             revision=revision if what is model else None,
             device=str(device),
             dtype=compute_dtype,
             trust_remote_code=trust_remote_code,
+            blocks=blocks,
+            dequantize=dequantize and what is model,
         )
+        return open_model(what, how)
 
     with reporting(reporter, progress, team) as report:
         opened = team.in_turn(lambda: open_again(model))

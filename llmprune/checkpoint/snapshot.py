@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from llmprune.checkpoint.contents import CARD, INDEX, is_companion
 from llmprune.checkpoint.files import changed
@@ -13,10 +15,16 @@ class Snapshot:
     """Remembers digests of a folder's small files.
 
     A file read later must be unchanged; files that appear later are ignored.
+
+    Args:
+        folder: the checkpoint's.
+        rewritten: makes of the content of a file, by name, what the output gets in its place.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, rewritten: Mapping[str, Callable[[bytes], bytes]] = MappingProxyType({})
+    ) -> None:
+        self.folder, self._rewritten = folder, rewritten
         self._digests: dict[str, bytes] = {}
         for name in sorted(path.name for path in folder.iterdir()):
             if name in (INDEX, CARD) or is_companion(name, code=True):
@@ -34,11 +42,11 @@ class Snapshot:
         return sorted(name for name in companions if name not in self._digests)
 
     def read(self, name: str) -> bytes:
-        """The content of one of the files. Raises `ValueError` if it has changed."""
+        """The content of one of the files, for the output. Raises `ValueError` if it has changed."""
         data = _content(self.folder / name)
         if data is None or _digest(data) != self._digests[name]:
             raise changed(self.folder / name)
-        return data
+        return self._rewritten[name](data) if name in self._rewritten else data
 
     def check(self) -> None:
         """Raise `ValueError` if one of the files has changed."""

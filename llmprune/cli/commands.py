@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from llmprune.cli import ending
-from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, SCORING
+from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SCORING
 from llmprune.terminal.console import OutputClosed, Screen, draw_alone
 
 app = typer.Typer(
@@ -178,7 +178,7 @@ _Repository = Annotated[
 ]
 
 
-@_command(PRUNING, SCORING, COMPUTING, ORIGIN, OUTPUT)
+@_command(PRUNING, SCORING, COMPUTING, ORIGIN, READING, OUTPUT)
 def run(model: _Model, **options: Any) -> None:
     """Prune, save, evaluate dense and pruned, write the report: the main job."""
     from llmprune import api
@@ -186,7 +186,7 @@ def run(model: _Model, **options: Any) -> None:
     _prune_command(api.run_model, model, **options)
 
 
-@_command(PRUNING, COMPUTING, ORIGIN, OUTPUT)
+@_command(PRUNING, COMPUTING, ORIGIN, READING, OUTPUT)
 def prune(model: _Model, **options: Any) -> None:
     """Prune and save, without evaluation."""
     from llmprune import api
@@ -194,7 +194,7 @@ def prune(model: _Model, **options: Any) -> None:
     _prune_command(api.prune, model, **options)
 
 
-@_command(SCORING, COMPUTING, ORIGIN, OUTPUT)
+@_command(SCORING, COMPUTING, ORIGIN, READING, OUTPUT)
 def eval(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score any checkpoint: perplexity and zero-shot tasks."""
     from llmprune import api

@@ -84,6 +84,8 @@ SCORING = (
     _option("limit", int, "At most so many windows per text and documents per task."),
 )
 
+READING = (_switch("dequantize", "Read an fp8 or mxfp4 checkpoint as bfloat16."),)
+
 COMPUTING = (
     _option("device", str, "auto, cpu, cuda or cuda:N.", default="auto"),
     _option("dtype", str, "Of forward passes: auto, float32, bfloat16, float16.", default="auto"),
@@ -92,6 +94,7 @@ COMPUTING = (
 ORIGIN = (
     _option("revision", str, "Hub revision of the model."),
     _switch("trust_remote_code", "Run Python code of the checkpoint or of task files."),
+    _option("blocks", str, "Name of the list of the model's blocks, where the wrong one is taken."),
 )
 
 OUTPUT = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmprune.common.messages import shown
+
 CAUSAL, IMAGE_TEXT = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -11,9 +13,11 @@ _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 def class_of(config: Any, trust_remote_code: bool = False) -> tuple[str, Any]:
     """The name of the class of transformers that loads a model of a config, and the model's class.
 
-    The second is None where it is the checkpoint's own, or unknown. Of a causal language model and a wrapper
-    with image or audio parts the one that the config names is taken: the folder is loaded again as what it
-    came as.
+    The second is None where it is the checkpoint's own. Of a causal language model and a wrapper with image
+    or audio parts the one that the config names is taken: the folder is loaded again as what it came as.
+
+    Raises:
+        ValueError: none of these classes of transformers loads it.
     """
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
@@ -29,5 +33,10 @@ def class_of(config: Any, trust_remote_code: bool = False) -> tuple[str, Any]:
     named = (pair for pair in found if pair[1].__name__ in wanted)
     if not found:  # some parts of wrappers are mapped by no `Auto` class and load by their own name
         own = [name for name in wanted if name.endswith(_GENERATING) and hasattr(transformers, name)]
-        return (own[0], getattr(transformers, own[0])) if own else (CAUSAL, None)
+        if not own:
+            raise ValueError(
+                f"no class of {CAUSAL} or {IMAGE_TEXT} is for a {type(config).__name__} (architectures: "
+                f"{shown(wanted)}); supported are models that go on with a text"
+            )
+        return own[0], getattr(transformers, own[0])
     return next(named, found[0])

@@ -8,23 +8,23 @@ from typing import Any
 
 from llmprune.checkpoint.reader import read_json
 from llmprune.common.messages import first_line, shown
-from llmprune.model.quantised import check_dense, check_files
+from llmprune.model.quantised import check_dense, check_files, dequantising
 
 _ADAPTER = "adapter_config.json"
 _NOT_MERGED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder.
+def read_config(folder: Path, trust_remote_code: bool = False, dequantize: bool = False) -> Any:
+    """The transformers config of a folder; with `dequantize` as if its weights were not quantised.
 
     Raises:
         ValueError: it is missing, unknown to transformers, or of an adapter or a quantised checkpoint.
     """
     from transformers import AutoConfig
 
-    raw = check_folder(folder, str(folder), trust_remote_code)
+    raw = check_folder(folder, str(folder), trust_remote_code, dequantize)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here
         newer = _newer(raw)
         told = f"; it was written by transformers {newer}, update to that or later" if newer else ""
@@ -32,12 +32,18 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"transformers cannot use the config of {folder} "
             f"(model_type {shown(raw.get('model_type'))}): {first_line(error, 300)}{told}"
         ) from error
+    for part in (config, config.get_text_config()) if dequantize else ():
+        part.__dict__.pop("quantization_config", None)
+    return config
 
 
-def check_folder(folder: Path, where: str, trust_remote_code: bool) -> dict[str, Any]:
+def check_folder(
+    folder: Path, where: str, trust_remote_code: bool, dequantize: bool = False
+) -> dict[str, Any]:
     """The values of a folder's config.json, once its small files say that the model can be pruned.
 
-    Of a model of the hub this is asked before its weights are downloaded. `where` names it in messages.
+    Of a model of the hub this is asked before its weights are downloaded. `where` names it in messages. With
+    `dequantize` its weights must be quantised in a way that can be undone.
 
     Raises:
         ValueError: it is an adapter or quantised, or transformers does not know its type.
@@ -47,7 +53,10 @@ def check_folder(folder: Path, where: str, trust_remote_code: bool) -> dict[str,
     if not (folder / "config.json").is_file():
         raise ValueError(f"{where} has no config.json; expected a Hugging Face checkpoint folder")
     raw = read_json(folder / "config.json")
-    check_dense(raw, where, folder)
+    if dequantize:
+        dequantising(raw, where)
+    else:
+        check_dense(raw, where, folder)
     _check_type(raw, where, trust_remote_code)
     return raw
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource
+from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.dequantised import Dequantised
+from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
 from llmprune.model.config import check_folder, check_whole, read_config
-from llmprune.model.quantised import check_stored
+from llmprune.model.quantised import check_stored, dequantising, without_quantisation
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tokenizer import read_tokenizer
 
@@ -36,7 +40,7 @@ class Model:
         skeleton: the model without weights.
         tokenizer: None if it has none.
         instance: the user's model, for a model in memory.
-        trust_remote_code: whether Python code of the checkpoint may run.
+        options: how it was opened.
     """
 
     located: Located | None
@@ -46,7 +50,7 @@ class Model:
     skeleton: Skeleton
     tokenizer: Any
     instance: Any = None
-    trust_remote_code: bool = False
+    options: OpenOptions = field(default_factory=lambda: OpenOptions())
 
     @property
     def limit(self) -> int | None:
@@ -74,51 +78,96 @@ class Model:
         return bool(self.located and self.located.remote)
 
 
-def open_model(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    *,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> Model:
-    """Open a model without loading its weights.
+@dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """How a model is opened.
 
-    Args:
-        model: a name, folder or hub id, or a transformers model in memory, which is never changed.
+    Attributes:
         tokenizer: used instead of the checkpoint's.
         revision: branch, tag or commit on the hub.
         device: `auto` or a device of torch.
         dtype: of forward passes, `auto` or a name.
         trust_remote_code: whether Python code of the checkpoint may run.
+        blocks: the list of its blocks by name; None to find it.
+        dequantize: read quantised weights as bfloat16.
+    """
+
+    tokenizer: Any = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    blocks: str | None = None
+    dequantize: bool = False
+
+
+def open_model(
+    model: str | os.PathLike[str] | PreTrainedModel, options: OpenOptions = OpenOptions()
+) -> Model:
+    """Open a model, given as a name, folder or hub id, or in memory, without loading its weights.
+
+    A model in memory is never changed.
 
     Raises:
         ValueError: an unknown name, a damaged or quantised checkpoint, or one without safetensors.
     """
-    chosen = devices.choose_device(device)
+    chosen = devices.choose_device(options.device)
     if not isinstance(model, (str, os.PathLike)):
-        check_whole(model)
-        source: WeightSource = MemoryCheckpoint(model)
-        check_stored(source.tensors, "the model in memory")
-        compute = devices.choose_dtype(dtype, chosen, model.dtype)
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        skeleton = Skeleton(config, source, compute, chosen)
-        label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
-        return Model(None, None, label, source, skeleton, tokenizer, model)
-    located = locate(str(model), revision, trust_remote_code, check_folder)
-    files = Snapshot(located.folder)
-    config = read_config(located.folder, trust_remote_code)
-    source = Checkpoint(located.folder)
-    check_stored(source.tensors, str(located.folder))
+        return _in_memory(model, options, chosen)
+    trust, dequantize = options.trust_remote_code, options.dequantize
+    check = functools.partial(check_folder, dequantize=dequantize)
+    located = locate(str(model), options.revision, trust, check)
+    config = read_config(located.folder, trust, dequantize)
+    files, source = read_folder(located.folder, dequantize)
     stored = next((t.dtype for t in source.tensors.values() if t.dtype and len(t.shape) == 2), torch.float32)
-    compute = devices.choose_dtype(dtype, chosen, stored)
-    skeleton = Skeleton(config, source, compute, chosen, trust_remote_code)
-    tokenizer = tokenizer or read_tokenizer(located.folder, trust_remote_code)
-    return Model(
-        located, files, located.label, source, skeleton, tokenizer, trust_remote_code=trust_remote_code
-    )
+    compute = devices.choose_dtype(options.dtype, chosen, stored)
+    blocks = options.blocks or recorded_blocks(located.folder)
+    skeleton = Skeleton(config, source, compute, chosen, trust, blocks)
+    tokenizer = options.tokenizer or read_tokenizer(located.folder, trust)
+    return Model(located, files, located.label, source, skeleton, tokenizer, options=options)
+
+
+def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Checkpoint | Dequantised]:
+    """The small files of a folder, and its weights.
+
+    Raises:
+        ValueError: weights that are missing, damaged, or stored in a type that cannot be pruned.
+    """
+    source: Checkpoint | Dequantised = Checkpoint(folder)
+    files = Snapshot(folder)
+    if dequantize:
+        group = dequantising(read_json(folder / "config.json"), str(folder))
+        source = Dequantised(Checkpoint(folder), group)
+        files = Snapshot(folder, {"config.json": _dense_config})
+    check_stored(source.tensors, str(folder))
+    return files, source
+
+
+def _dense_config(data: bytes) -> bytes:
+    """The content of a config.json without what it says of quantisation."""
+    return json.dumps(without_quantisation(json.loads(data)), indent=2).encode() + b"\n"
+
+
+def recorded_blocks(folder: Path) -> str | None:
+    """The list of blocks that the run named which made a folder; None where it named none."""
+    if not (folder / RECORD).is_file():
+        return None
+    named = read_record(folder).get("model", {}).get("blocks")
+    return named if isinstance(named, str) else None
+
+
+def _in_memory(model: PreTrainedModel, options: OpenOptions, device: torch.device) -> Model:
+    if options.dequantize:
+        raise ValueError("dequantize is for a checkpoint's folder or name, not for a model in memory")
+    check_whole(model)
+    source = MemoryCheckpoint(model)
+    check_stored(source.tensors, "the model in memory")
+    compute = devices.choose_dtype(options.dtype, device, model.dtype)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    skeleton = Skeleton(config, source, compute, device, blocks=options.blocks)
+    label = Path(getattr(model.config, "name_or_path", "") or type(model).__name__).name
+    return Model(None, None, label, source, skeleton, options.tokenizer, model, options)
 
 
 def whole(model: Model) -> Any:
@@ -128,13 +177,25 @@ def whole(model: Model) -> Any:
     import transformers
 
     assert model.located is not None
+    if model.options.dequantize:
+        return _filled(model)
     auto = getattr(transformers, model.skeleton.auto_class)
     with libraries():
         loaded = auto.from_pretrained(
             model.located.folder,
             dtype=model.skeleton.dtype,
             use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=model.options.trust_remote_code,
         )
     model.check()  # transformers has read the files without the checks of our own reader
     return loaded.to(model.skeleton.device).eval()
+
+
+def _filled(model: Model) -> Any:
+    """A model of our own with all weights, where transformers would read them in another type."""
+    assert model.located is not None
+    old, trust = model.skeleton, model.options.trust_remote_code
+    config = read_config(model.located.folder, trust, model.options.dequantize)
+    new = Skeleton(config, model.source, old.dtype, old.device, trust, old.given_blocks)
+    new.load(list(new.group_of))
+    return new.model.eval()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.dequantised import METHODS
 from llmprune.checkpoint.reader import TensorInfo
 from llmprune.common.cards import entry, front_matter
 from llmprune.common.messages import shown
@@ -17,16 +18,10 @@ _METHOD_KEYS = ("quant_method", "quant_algo", "format")
 # Files of tools that do not write into config.json.
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _ORIGINAL = "prune the original checkpoint in bfloat16, float16 or float32"
-# By default transformers saves in the layout it has loaded, which here is neither quantised nor dense.
-_MAKE = (
-    "AutoModelForCausalLM.from_pretrained(ID, quantization_config={}(dequantize=True), dtype='bfloat16')"
-    ".save_pretrained(NEW_FOLDER, save_original_format=False)"
-)
 # Where the original is, for methods of which that can be said.
 _WHERE = {
-    "fp8": "usually under the same name without FP8; of a model that exists in float8 only (DeepSeek V3, "
-    f"R1) make one: {_MAKE.format('FineGrainedFP8Config')}",
-    "mxfp4": f"gpt-oss exists in mxfp4 only, so make one: {_MAKE.format('Mxfp4Config')}",
+    "fp8": "usually under the same name without FP8; DeepSeek V3 and R1 exist in float8 only",
+    "mxfp4": "gpt-oss exists in mxfp4 only",
     "bitnet": "the one that was trained, usually under the same name with bf16",
     "bitsandbytes": "the one that was loaded with load_in_4bit or load_in_8bit",
     "gguf": "the folder with config.json and safetensors that the GGUF file was made from",
@@ -45,6 +40,31 @@ _PACKED = {
 _SMALL = re.compile(r"(F[468]|E8M0|[IU]8)(_|$)")
 
 
+def dequantising(config: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in weights that are to be dequantised; None where that is not said.
+
+    Raises:
+        ValueError: a config says that they are quantised in a way that cannot be undone here.
+    """
+    for key, value in _found(config):
+        method = _plain_method(_method(key, value))
+        if method not in METHODS:
+            raise ValueError(
+                f"dequantize works on {' and '.join(METHODS)}, and {where} has {key}: {method}; "
+                f"{_remedy(method)}"
+            )
+        group = value.get("weight_block_size") if isinstance(value, dict) else None
+        if isinstance(group, (list, tuple)) and len(group) == 2 and all(type(n) is int for n in group):
+            return (group[0], group[1]) if min(group) > 0 else None
+    return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it says of quantisation, also in the configs inside it."""
+    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    return {k: without_quantisation(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
 def check_dense(config: Mapping[str, Any], where: str, folder: Path | None = None) -> None:
     """Raise `ValueError` where a config says that the weights are quantised or compressed.
 
@@ -59,7 +79,12 @@ def check_dense(config: Mapping[str, Any], where: str, folder: Path | None = Non
                 f"{where} has {key}: {shown(value)}, which names no method; if its weights are quantised, "
                 f"{_ORIGINAL}; if they are dense, remove {key} from config.json"
             )
-        raise ValueError(f"{where} is quantised or compressed ({key}: {method}); {_remedy(method, folder)}")
+        undone = (
+            "; or add --dequantize (in Python dequantize=True)" if _plain_method(method) in METHODS else ""
+        )
+        raise ValueError(
+            f"{where} is quantised or compressed ({key}: {method}); {_remedy(method, folder)}{undone}"
+        )
 
 
 def check_files(folder: Path, where: str) -> None:
@@ -131,9 +156,15 @@ def _plain(name: str) -> str:
     return name if re.fullmatch(r"[\w.+-]{1,40}", name, re.ASCII) else shown(name)
 
 
+def _plain_method(method: str | None) -> str:
+    """The name of a method without its bits."""
+    return (method or "unnamed").partition(",")[0].lower().replace("_4bit", "").replace("_8bit", "")
+
+
 def _remedy(method: str, folder: Path | None = None) -> str:
     """What to do instead: which checkpoint to prune, and where it is as far as that is known."""
-    name = method.partition(",")[0].lower().replace("_4bit", "").replace("_8bit", "")
+    name = _plain_method(method)
     base = entry(front_matter(folder / "README.md"), "base_model", r"[\w.-]+/[\w.-]+") if folder else None
     hints = [f"its model card names {base}"] if base else []
-    return f"{_ORIGINAL} ({'; '.join([*hints, _WHERE.get(name, _ELSEWHERE)])})"
+    undone = "; or add --dequantize (in Python dequantize=True)" if name in METHODS else ""
+    return f"{_ORIGINAL} ({'; '.join([*hints, _WHERE.get(name, _ELSEWHERE)])}){undone}"

@@ -88,7 +88,7 @@ class Recorder:
         why = f" ({type(failed).__name__}: {first_line(failed)})" if failed else ""
         raise ValueError(
             f"the blocks of {type(self._skeleton.model).__name__} cannot be run one after the other{why}; "
-            "this architecture is not supported"
+            f"{self._remedy()}"
         ) from failed
 
     def _tried(self, rows: Rows, first: Callable[[Tensor], None]) -> list[Call | None] | None:
@@ -116,7 +116,7 @@ class Recorder:
         if inputs is None or len(self._blocks) - 1 not in calls:
             raise ValueError(
                 f"{type(self._skeleton.model).__name__} runs {len(calls)} of its {len(self._blocks)} blocks, "
-                "and not the last one"
+                f"and not the last one; {self._remedy()}"
             )
         first(inputs)
         # Blocks of cross-attention to images do not run on text.
@@ -172,8 +172,11 @@ class Recorder:
     def _unchained(self, number: int) -> ValueError:
         return ValueError(
             f"{type(self._skeleton.model).__name__} does more between its blocks than hand on what they put "
-            f"out (at block {number + 1}); this architecture is not supported"
+            f"out (at block {number + 1}); {self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        return self._skeleton.other_lists(self._skeleton.list_name)
 
     @torch.no_grad()
     def logits(self, rows: Rows, last: Tensor, added: float = 0) -> Tensor:

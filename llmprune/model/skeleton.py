@@ -55,6 +55,7 @@ class Skeleton:
         model: the transformers model.
         auto_class: name of the class of transformers that loads the checkpoint.
         blocks: name -> module of its repeated blocks.
+        given_blocks: the name of their list, where the user has named it.
         group_of: parameter (or stored buffer) -> how it is made from the checkpoint.
         unused: names of tensors in the checkpoint that no parameter uses.
         shared: names of tensors that several blocks use. They stay dense: what one block makes of them would
@@ -73,7 +74,9 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        blocks: str | None = None,
     ) -> None:
+        self.given_blocks = blocks
         self.source, self.dtype, self.device = source, dtype, device
         self.auto_class, _ = class_of(config, trust_remote_code)
         _check_sizes(config, source)
@@ -104,25 +107,52 @@ class Skeleton:
         self.targets: dict[str, list[Any]] = {}
 
     def _find_blocks(self) -> dict[str, nn.Module]:
-        """The repeated blocks by name: of the lists of modules next to the input embeddings the heaviest."""
+        """The repeated blocks by name, of the list that the user has named or else the likeliest one."""
+        lists = self._lists()
+        name = self.given_blocks
+        if name is None:
+            if not lists:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no list of blocks; this architecture is not supported"
+                )
+            name = next(iter(lists))
+        elif name not in lists:
+            raise ValueError(
+                f"{type(self.model).__name__} has no list of blocks {shown(name)}; {self.other_lists(name)}"
+            )
+        return {f"{name}.{i}": block for i, block in enumerate(lists[name])}
+
+    def _lists(self) -> dict[str, nn.ModuleList]:
+        """The lists of modules that may be the blocks, the likeliest one first.
+
+        Of the lists next to the input embeddings it is the heaviest.
+        """
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        # Lists inside of a block, such as those of experts, are no candidates.
+        outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
         embeddings = self.embeddings
         names = (n for n, m in self.model.named_modules() if embeddings is not None and m is embeddings)
         where = next(names, "").rpartition(".")[0]
-        while True:
-            inside = {n: m for n, m in lists.items() if not where or n.startswith(f"{where}.")}
-            if inside or not where:
-                break
+        while where and not any(n.startswith(f"{where}.") for n in outer):
             where = where.rpartition(".")[0]
-        # Lists inside of a block, such as those of experts, are no candidates.
-        outer = {n: m for n, m in inside.items() if not any(n.startswith(f"{o}.") for o in inside)}
-        if not outer:
-            raise ValueError(
-                f"{type(self.model).__name__} has no list of blocks; this architecture is not supported"
-            )
-        # Those of an image part lie deeper than those of the language model.
-        name = max(outer, key=lambda n: (-n.count("."), sum(p.numel() for p in outer[n].parameters())))
-        return {f"{name}.{i}": block for i, block in enumerate(outer[name])}
+
+        def likeliest(name: str) -> tuple[bool, int, int]:
+            # Those of an image part lie deeper than those of the language model.
+            size = sum(p.numel() for p in outer[name].parameters())
+            return bool(where) and not name.startswith(f"{where}."), name.count("."), -size
+
+        return {name: outer[name] for name in sorted(outer, key=likeliest)}
+
+    def other_lists(self, but: str = "") -> str:
+        """What a user is told of the lists that `--blocks` may name; `but` is one that does not work."""
+        lists = [(n, m) for n, m in self._lists().items() if n != but]
+        listed = ", ".join(f"{n} ({len(m)} of {type(m[0]).__name__})" for n, m in lists)
+        return f"--blocks may name {listed}" if listed else "this architecture is not supported"
+
+    @property
+    def list_name(self) -> str:
+        """The name of the list of its blocks."""
+        return next(iter(self.blocks)).rpartition(".")[0]
 
     @property
     def embeddings(self) -> nn.Module | None:
@@ -197,8 +227,7 @@ class Skeleton:
         """What the user should know of the checkpoint: that it has tensors which the model does not use."""
         if not self.unused:
             return ()
-        prefix = next(iter(self.blocks)).rpartition(".")[0]
-        of_block = re.compile(rf"(?:\w+\.)?{re.escape(prefix)}\.([0-9]+)\.")
+        of_block = re.compile(rf"(?:\w+\.)?{re.escape(self.list_name)}\.([0-9]+)\.")
         numbers = {int(found[1]) for found in map(of_block.match, self.unused) if found}
         beyond = sum(number >= len(self.blocks) for number in numbers)
         more = f"config.json asks for {len(self.blocks)} blocks and the checkpoint holds {beyond} more; "

@@ -38,7 +38,7 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             "revision": model.located.revision if model.located else None,
             **read_licence(model.located.folder if model.located else None),
             "architecture": type(model.skeleton.model).__name__,
-            **({} if model.skeleton.auto_class == CAUSAL else {"auto_class": model.skeleton.auto_class}),
+            **_as_opened(model),
             "parameters": model.skeleton.elements,
             "digest": digest,
             **({"unused_tensors": model.skeleton.unused} if model.skeleton.unused else {}),
@@ -53,6 +53,16 @@ def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, pro
             **rows.details,
         },
         "environment": environment(model.skeleton.device, model.skeleton.dtype, processes),
+    }
+
+
+def _as_opened(model: Model) -> Record:
+    """How the model was opened, where that was not as usual."""
+    skeleton = model.skeleton
+    return {
+        **({} if skeleton.auto_class == CAUSAL else {"auto_class": skeleton.auto_class}),
+        **({"blocks": skeleton.given_blocks} if skeleton.given_blocks else {}),
+        **({"dequantized": True} if model.options.dequantize else {}),
     }
 
 
