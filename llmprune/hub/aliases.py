@@ -22,8 +22,8 @@ class Alias:
 
 
 _GATED = "gated: accept its licence on the hub"
-_FP8 = "float8 only, refused as it is: make a bfloat16 checkpoint of it first"
-_MXFP4 = "mxfp4 only, refused as it is: make a bfloat16 checkpoint of it first"
+_FP8 = "float8 only: add --dequantize"
+_MXFP4 = "mxfp4 only: add --dequantize"
 _TIMM = f"{_GATED}; needs the package timm"
 
 _NOTES = {
