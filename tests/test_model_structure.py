@@ -1,6 +1,8 @@
 """A class that nobody has seen: its blocks and matrices are found by structure."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -100,9 +102,10 @@ def odd(tmp_path):
         folder = tmp_path / "odd"
         folder.mkdir()
         (folder / "odd.py").write_text(CODE)
-        scope = {}
-        exec(CODE, scope)
-        model = scope["OddForCausalLM"](scope["OddConfig"](**config))
+        spec = importlib.util.spec_from_file_location("odd", folder / "odd.py")
+        code = sys.modules["odd"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(code)
+        model = code.OddForCausalLM(code.OddConfig(**config))
         generator = torch.Generator().manual_seed(0)
         state = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
         model.load_state_dict(state)
@@ -177,7 +180,9 @@ def test_the_user_names_the_list_of_blocks_where_another_one_is_taken(odd, tmp_p
     folder, _ = odd(other=True)
     options = {"recipe": "wanda", "sparsity": 0.5, "calibration": TOKENS, "trust_remote_code": True}
     told = r"--blocks may name blocks \(3 of OddBlock\)$"
-    with pytest.raises(ValueError, match=rf"blocks of OddForCausalLM cannot be run one after the other .*{told}"):
+    with pytest.raises(
+        ValueError, match=rf"blocks of OddForCausalLM cannot be run one after the other .*{told}"
+    ):
         llmprune.prune(folder, output=tmp_path / "out", **options)
     with pytest.raises(
         ValueError, match=r"no list of blocks 'block'; --blocks may name other .*, blocks \(3"

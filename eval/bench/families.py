@@ -24,7 +24,7 @@ from tiny_models import TOKENS, pairs, tiny_config
 
 import llmprune
 from llmprune.model.activations import BlockInputs
-from llmprune.model.opening import open_model
+from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.targets import all_targets
 from llmprune.record import report
 
@@ -113,7 +113,7 @@ def loaded(model_class, folder):
 def streamed(folder, expected, found):
     """What of the model is pruned, and how far logits block by block are from those of the whole model."""
     found["step"] = "opening"
-    model = open_model(str(folder), device="cpu", dtype="float32")
+    model = open_model(str(folder), OpenOptions(device="cpu", dtype="float32"))
     skeleton = model.skeleton
     found["step"] = "targets"
     targets = all_targets(skeleton)

@@ -7,6 +7,7 @@ The sizes are all different where they may be, so that no matrix is taken for an
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -109,7 +110,7 @@ def small(config_class: Any, given: dict[str, Any]) -> Any:
     """A config made small by the rules; `given` are values that differ from the defaults of its class."""
     default = config_class(**given)
     special = SPECIAL.get(config_class.model_type, {})
-    names = {f.name for f in dataclasses.fields(config_class)}
+    names = _fields(config_class)
     parts = {k for k in (config_class.sub_configs or {}) if getattr(default, k, None) is not None}
     values: dict[str, Any] = dict(given)
     for number, name in enumerate(sorted(names - parts - {"dtype", "transformers_version"})):
@@ -123,12 +124,20 @@ def small(config_class: Any, given: dict[str, Any]) -> Any:
     values |= _layer_kinds(default, names)
     values |= {k: v for k, v in special.items() if k not in parts}
     for key in parts:
-        specs = config_class.sub_configs_defaults.get(key)
+        specs = getattr(config_class, "sub_configs_defaults", {}).get(key)
         inner = small(type(getattr(default, key)), dict(specs.init_kwargs or {}) if specs else {})
         for name, value in special.get(key, {}).items():
             setattr(inner, name, value)
         values[key] = inner
     return config_class(**values)
+
+
+def _fields(config_class: Any) -> set[str]:
+    """The fields of a config; before transformers 5.4 configs are no dataclasses."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name for field in dataclasses.fields(config_class)}
+    named = inspect.signature(config_class.__init__).parameters.values()
+    return {p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
 
 def _read(config: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.common.messages import first_line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Parameters (or stored buffers) that are made together.
 
@@ -50,6 +50,7 @@ class Group:
             converter.add_tensor(first, name, pattern, tensors[name])
         try:
             made = converter.convert(first, model=model, config=model.config)
+            made = made[0] if isinstance(made, tuple) else made  # with errors beside, before 5.1
         except Exception as error:  # of any type, depending on the operation
             raise ValueError(
                 f"transformers cannot make {first!r} from {self.tensors[0]!r} "
