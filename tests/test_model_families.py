@@ -19,6 +19,7 @@ from llmprune.evaluation.perplexity import windows
 from llmprune.model.opening import open_model
 from llmprune.model.targets import all_targets
 from llmprune.text.sources import evaluation_text
+from runs import cut_off, logits_by_block
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
 SMALL = {
@@ -49,10 +50,10 @@ MODELS = {
 }
 
 
-def save(kind, folder, dtype=torch.float32):
-    config = AutoConfig.for_model(kind, **SMALL, **MODELS[kind])
+def save(kind, folder, **changes):
+    config = AutoConfig.for_model(kind, **SMALL, **{**MODELS[kind], **changes})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -88,21 +89,12 @@ def test_the_folder_has_the_names_and_shapes_of_the_file(tmp_path, kind, options
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_dense_model_passes_its_blocks_as_a_whole_model_does(tmp_path, kind):
-    from llmprune.model.activations import BlockInputs
-
     folder = save(kind, tmp_path / "in")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
     with torch.no_grad():
         wanted = model(TOKENS[:3]).logits
-    skeleton = open_model(folder).skeleton
-    inputs = BlockInputs(skeleton, TOKENS[:3], torch.device("cpu"))
-    for number, block in enumerate(skeleton.blocks):
-        names = skeleton.parameters_of(block)
-        skeleton.load(names)
-        inputs.forward(number)
-        skeleton.free(names)
-    found = torch.cat([logits for _, logits in inputs.logits()])
+    found = logits_by_block(open_model(folder).skeleton, TOKENS[:3])
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
@@ -160,6 +152,31 @@ def test_experts_that_few_tokens_reach(tmp_path):
     assert all(row["pruner"] == "wanda" and row["tokens"] == 32 for row in rows(fewer="all-tokens", least=31))
     with pytest.raises(ValueError, match=r"12 matrices of experts see fewer than 64 .*samples"):
         rows(fewer="error")
+
+
+@pytest.mark.parametrize("allocator", ["owl", "dlp"])
+def test_allocators_measure_what_tokens_reach(tmp_path, allocator):
+    folder = save("mixtral", tmp_path / "in", num_local_experts=32)
+    options = {"sparsity": 0.5, "calibration": TOKENS[:1, :8], "settings": {"experts.least": 0}}
+    record = llmprune.prune(
+        folder, recipe="wanda", allocator=allocator, output=tmp_path / "out", **options
+    ).record
+    assert any(row.get("tokens") == 0 for row in record["matrices"])
+    assert record["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_tuning_leaves_alone_what_holds_a_dense_matrix(tmp_path):
+    folder, out = save("mixtral", tmp_path / "in"), tmp_path / "out"
+    dense = "model.layers.0.block_sparse_moe.experts.0.w1"
+    settings = {"update.steps": 6, "rules": [{"match": dense, "skip": True}]}
+    record = llmprune.prune(
+        folder, recipe="best", sparsity=0.5, calibration=TOKENS, output=out, settings=settings
+    ).record
+    assert torch.equal(tensors(folder)[f"{dense}.weight"], tensors(out)[f"{dense}.weight"])
+    tuned = {row["name"] for row in record["matrices"] if "tune" in row}
+    # The stack of gates and ups holds the dense one, the stack of downs does not.
+    of_block = {n.removeprefix("model.layers.0.block_sparse_moe.experts.") for n in tuned if "layers.0" in n}
+    assert {n for n in of_block if n[0].isdigit()} == {f"{expert}.w2.weight" for expert in range(4)}
 
 
 @pytest.mark.parametrize("order", ["block", "group"])
@@ -235,23 +252,12 @@ def test_routers_convolutions_and_shared_gates_are_no_targets(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "mamba"])
-def test_a_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, kind):
-    from llmprune.checkpoint.writer import CheckpointWriter
-
+def test_a_run_resumes_to_the_same_bytes(tmp_path, kind):
     folder = save(kind, tmp_path / "in")
     options = {"recipe": "sparsegpt", "sparsity": 0.5, "calibration": TOKENS}
     llmprune.prune(folder, output=tmp_path / "whole", **options)
-    real = CheckpointWriter.block
-
-    def cut(self, number, *args):
-        if number == 2:
-            raise KeyboardInterrupt
-        return real(self, number, *args)
-
-    monkeypatch.setattr(CheckpointWriter, "block", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off():
         llmprune.prune(folder, output=tmp_path / "cut", **options)
-    monkeypatch.setattr(CheckpointWriter, "block", real)
     llmprune.prune(folder, output=tmp_path / "cut", resume=True, **options)
     for file in sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors")):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import llmprune
-from llmprune.model.activations import BlockInputs
+from llmprune.model import activations
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.targets import all_targets
+from runs import logits_by_block
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
 CODE = '''
@@ -118,19 +119,26 @@ def odd(tmp_path):
     return make
 
 
+def opened(folder):
+    return open_model(folder, OpenOptions(trust_remote_code=True)).skeleton
+
+
 def test_its_blocks_run_one_after_the_other_as_in_the_whole_model(odd):
     folder, model = odd()
     with torch.no_grad():
         wanted = model(TOKENS).logits
-    skeleton = open_model(folder, OpenOptions(trust_remote_code=True)).skeleton
-    inputs = BlockInputs(skeleton, TOKENS, torch.device("cpu"))
-    for number, block in enumerate(skeleton.blocks):
-        names = skeleton.parameters_of(block)
-        skeleton.load(names)
-        inputs.forward(number)
-        skeleton.free(names)
-    found = torch.cat([logits for _, logits in inputs.logits()])
+    found = logits_by_block(opened(folder), TOKENS)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_arguments_that_differ_only_in_later_sequences_are_kept(odd, monkeypatch):
+    folder, model = odd()
+    tokens = TOKENS.clone()
+    tokens[:5] = tokens[0]
+    monkeypatch.setitem(activations._TOKENS, "cpu", 2 * tokens.shape[1])
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    assert torch.allclose(logits_by_block(opened(folder), tokens), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["wanda", "best", "best-mask"])
@@ -155,10 +163,7 @@ def test_it_is_pruned_and_recounted(odd, tmp_path, recipe):
 
 def test_its_routers_stay_dense(odd):
     folder, _ = odd()
-    names = {
-        target.name
-        for target in all_targets(open_model(folder, OpenOptions(trust_remote_code=True)).skeleton)
-    }
+    names = {target.name for target in all_targets(opened(folder))}
     assert "blocks.0.mix" in names and not any("router" in name for name in names)
 
 

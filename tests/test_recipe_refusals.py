@@ -50,6 +50,13 @@ def test_a_pattern_that_does_not_divide_the_columns_names_the_matrix(refused):
         ),
         ({"seed": -1}, r"seed must be a whole number from 0, got -1"),
         ({"seed": 2**70}, r"seed.*got 1180591620717411303424"),
+        (
+            {"settings": {"experts.tokens": "few"}},
+            r"experts.tokens must be one of routed, all, got 'few'",
+        ),
+        ({"settings": {"experts.fewer": "none"}}, r"experts.fewer must be one of .*, got 'none'"),
+        ({"settings": {"experts.least": -1}}, r"experts.least must be a whole number from 0, got -1"),
+        ({"settings": {"experts.most": 1}}, r"experts.*most"),
         ({"settings": {"pruner.damp": "high"}, "pruner": "sparsegpt"}, r"option 'damp'.*got 'high'"),
         ({"settings": {"pruner.damp": -1.0}, "pruner": "sparsegpt"}, r"damp.*-1"),
         ({"settings": {"pruner.damp": math.nan}, "pruner": "sparsegpt"}, r"damp.*nan"),

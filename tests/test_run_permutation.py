@@ -20,7 +20,7 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe.loading import load
 from llmprune.run.permuter import ChannelPermuter
-from runs import ready
+from runs import cut_off, ready
 
 TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -133,23 +133,11 @@ def test_a_permuted_model_loses_less_and_says_so(make_llama, calibration_tokens,
 
 
 @pytest.mark.parametrize("update", [None, "block-tune"])
-def test_a_permuted_run_resumes_to_the_same_bytes(
-    tiny_llama, calibration_tokens, tmp_path, monkeypatch, update
-):
-    from llmprune.checkpoint.writer import CheckpointWriter
-
+def test_a_permuted_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, tmp_path, update):
     chosen = {"order": "group"} | ({"update.steps": 20, "update.batch": 4} if update else {})
     given = options(calibration_tokens, recipe="wanda", update=update, settings=chosen)
     whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
-    real = CheckpointWriter.block
-
-    def cut(self, number, *args):
-        if number == 2:
-            raise KeyboardInterrupt
-        return real(self, number, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "block", cut)
+    with cut_off():
         llmprune.prune(tiny_llama, output=tmp_path / "cut", **given)
     llmprune.prune(tiny_llama, output=tmp_path / "cut", resume=True, **given)
     for file in sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors")):
@@ -162,13 +150,7 @@ def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tok
     """Links are tried on the dense first block, though a resumed run finds it pruned: here a guess holds in
     no other block.
     """
-    from llmprune.checkpoint.writer import CheckpointWriter
-
-    given, real, holds = (
-        options(calibration_tokens, recipe="wanda"),
-        CheckpointWriter.block,
-        ChannelPermuter._holds,
-    )
+    given, holds = options(calibration_tokens, recipe="wanda"), ChannelPermuter._holds
     monkeypatch.setattr(
         ChannelPermuter,
         "_holds",
@@ -176,13 +158,7 @@ def test_what_makes_a_resumed_run_see_the_same_links(tiny_llama, calibration_tok
     )
     whole = llmprune.prune(tiny_llama, output=tmp_path / "whole", **given).record
 
-    def cut(self, number, *args):
-        if number == 2:
-            raise KeyboardInterrupt
-        return real(self, number, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "block", cut)
+    with cut_off():
         llmprune.prune(tiny_llama, output=tmp_path / "cut", **given)
     resumed = llmprune.prune(tiny_llama, output=tmp_path / "cut", resume=True, **given).record
     for a, b in zip(whole["matrices"], resumed["matrices"], strict=True):

@@ -50,7 +50,7 @@ class Methods:
 
     def for_tokens(self, target: Target, tokens: int) -> Methods:
         """The methods for a matrix that has seen so many tokens: magnitude where they are too few."""
-        if tokens >= (self.least if target.routed else 1):
+        if tokens and (tokens >= self.least or not target.routed):
             return self
         magnitude: Pruner = registry.build("pruners", "magnitude", {})
         return replace(self, pruner=magnitude, pruner_name="magnitude", steps=())
