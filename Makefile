@@ -1,5 +1,6 @@
 # `make demo`: set-up and the main job on the embedded model.   `make test`: set-up and the tests.
 # `make test-all`: the tests with every case of their grids and more random cases.
+# `make test-oldest`: the tests of model families with the oldest supported versions, in an environment of their own.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ READY := $(VENV)/.ready
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-oldest check format clean
 
 demo: $(READY)
 	$(BIN)/llmprune run demo --sparsity 0.7 --output runs/demo-0.7 --overwrite
@@ -17,6 +18,17 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+# The index's build of this torch may be the one for GPUs, several GB with its libraries; the environment variable
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu finds a small one.
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n auto tests/test_model_*.py tests/test_checkpoint_dequantised.py
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis
+	touch $(OLDEST)/.ready
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -36,4 +48,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+from other_models import save
 from outputs import contents
 from safetensors.torch import save_file
 
@@ -140,15 +141,13 @@ def test_several_processes_give_the_masks_and_the_record_of_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one", "tokens.safetensors"]
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "sparsegpt"])
-def test_two_processes_prune_experts_as_one_does(ranks, tmp_path, calibration_tokens, recipe):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=int(calibration_tokens.max()) + 1, **sizes, **heads)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [("mixtral", "wanda"), ("mixtral", "sparsegpt"), ("qwen3_next", "wanda"), ("gemma3", "sparsegpt")],
+)
+def test_two_processes_prune_other_families_as_one_does(ranks, tmp_path, calibration_tokens, kind, recipe):
+    experts = {"num_local_experts": 8} if kind == "mixtral" else {}
+    save(kind, tmp_path / "in", max_position_embeddings=128, vocab_size=2048, **experts)
     tokens = tmp_path / "tokens.safetensors"
     llmprune.prune(tmp_path / "in", recipe=recipe, sparsity=0.5, calibration=tokens, output=tmp_path / "one")
     options = ("--recipe", recipe, "--sparsity", "0.5", "--calibration", "tokens.safetensors")

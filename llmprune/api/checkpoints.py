@@ -21,7 +21,7 @@ from llmprune.hub.download import locate
 from llmprune.machine import device as devices
 from llmprune.machine import processes
 from llmprune.machine.state import libraries
-from llmprune.model.classes import class_of
+from llmprune.model.classes import CAUSAL, class_of
 from llmprune.model.config import check_folder, read_config
 from llmprune.model.opening import Model, OpenOptions, open_model, read_folder, recorded_blocks
 from llmprune.model.skeleton import Skeleton
@@ -227,7 +227,7 @@ def push(
 
     Returns:
         A dict with `repository`, `url`, `revision`, `commit`, `created`, `private`, `files` (`name` and
-        `bytes` of each), `bytes` and `removed`.
+        `bytes` of each), `bytes`, `removed` and `auto_class`, the class of transformers that loads it.
 
     Raises:
         ValueError: the folder is unfinished, or its recount disagrees with its record (nothing is uploaded),
@@ -248,7 +248,8 @@ def push(
         report.step()
         card = card_text(path, repository, revision)
         destination = upload.Destination(repository, revision, private, token)
-        return upload.upload(path, files, card, destination, source.check, report)
+        pushed = upload.upload(path, files, card, destination, source.check, report)
+    return {**pushed, "auto_class": read_record(path)["model"].get("auto_class", CAUSAL)}
 
 
 @checked()

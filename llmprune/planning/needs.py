@@ -93,9 +93,9 @@ def predict_memory(
     batch = min(-(-samples // processes), micro_batch(length, skeleton.device)) * length
     widest = max(columns for _, columns in shapes.values())
     passing = batch * (6 * widest + 8 * skeleton.width) * item
-    # In float32: weights, masks, a run of AdamW (weights, gradients, two moments) and another one that is
-    # kept until the two are compared; the weights in the compute dtype; what the backward pass reads.
-    tuning = elements * (9 * 4 + item) + 4 * passing if recipe.build_block_steps() else 0
+    # In float32: weights, masks, and a run of AdamW (weights, gradients, two moments); masks as bool; the
+    # weights in the compute dtype; what the backward pass reads.
+    tuning = elements * (6 * 4 + 1 + item) + 4 * passing if recipe.build_block_steps() else 0
     work += max(_pruning_bytes(recipe, shapes), tuning)
     if on_gpu:
         return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)

@@ -231,7 +231,7 @@ def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> No
     argument = f', revision="{revision}"' if revision else ""
     option = f" --revision {revision}" if revision else ""
     steps = [
-        ("load it", f'AutoModelForCausalLM.from_pretrained("{repository}"{argument}, dtype="auto")'),
+        ("load it", f'{pushed["auto_class"]}.from_pretrained("{repository}"{argument}, dtype="auto")'),
         ("recount it", f"llmprune inspect {repository}{option}"),
     ]
     _next_steps(console, steps)

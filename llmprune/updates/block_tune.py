@@ -70,14 +70,14 @@ class BlockTune(BlockStep):
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
         kept = {name: keep.float() for name, keep in job.keeps.items()}  # products with bool are much slower
         before = _error(job, job.weights, held)
+        tuned: dict[str, Tensor] = {}
         for rate in self.config.rates:
-            descent = _Descent(self.config, job, kept, training, rate, seed)
-            descent.finish()
-            after = _error(job, descent.weights, held)
+            tuned.clear()  # the memory of a rate that failed is free before the next begins
+            tuned = _Descent(self.config, job, kept, training, rate, seed).finish()
+            after = _error(job, tuned, held)
             if after < before:  # false for NaN too
                 break
         applied = after < before
-        tuned = {name: weight.detach() for name, weight in descent.weights.items()}
         notes = {"rate": rate, "held_out_before": before, "held_out_after": after, "applied": applied}
         return Tuned(tuned if applied else job.weights, {"tune": notes})
 
@@ -96,10 +96,10 @@ class _Descent:
     ) -> None:
         self._config, self._job, self._kept, self._training, self._rate = config, job, kept, training, rate
         self._generator = torch.Generator().manual_seed(seed)
-        self.weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
+        self._weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
         self._sizes = [_root_mean_square(weight, kept[name]) for name, weight in job.weights.items()]
         self._optimizer = torch.optim.AdamW(
-            [{"params": [weight]} for weight in self.weights.values()],
+            [{"params": [weight]} for weight in self._weights.values()],
             lr=rate,
             betas=(0.9, 0.95),
             eps=1e-12,
@@ -108,8 +108,8 @@ class _Descent:
         )
         self._queue: list[int] = []
 
-    def finish(self) -> None:
-        """Do all steps."""
+    def finish(self) -> dict[str, Tensor]:
+        """Do all steps; returns the weights."""
         for step in range(self._config.steps):
             # A short warm-up, then a cosine that falls to 0: the
             # small last steps leave no noise in the weights.
@@ -120,10 +120,9 @@ class _Descent:
             self._gradients(self._next())
             self._optimizer.step()
             with torch.no_grad():
-                for name, weight in self.weights.items():
+                for name, weight in self._weights.items():
                     weight.mul_(self._kept[name])
-        for weight in self.weights.values():
-            weight.grad = None
+        return {name: weight.detach() for name, weight in self._weights.items()}
 
     def _next(self) -> list[int]:
         """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
@@ -138,7 +137,7 @@ class _Descent:
 
         Pruned weights get gradients too, but they are set to zero again after the step.
         """
-        job, weights = self._job, self.weights
+        job, weights = self._job, self._weights
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
         size = torch.zeros((), dtype=torch.float64)
