@@ -227,6 +227,8 @@ CHECKS: Mapping[str, Check] = {
     "device": _device,
     "dtype": _dtype,
     "offload": _text,
+    "to": _text,
+    "format": _text,
     "tokenizer": _tokenizer,
     "revision": _maybe_text,
     "token": _maybe_text,

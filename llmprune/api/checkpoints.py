@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,12 @@ import torch
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
-from llmprune.checkpoint.contents import RECORD
-from llmprune.checkpoint.reader import Checkpoint, read_record
+from llmprune.checkpoint.contents import CONFIG, RECORD
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
+from llmprune.checkpoint.replacement import input_files
+from llmprune.checkpoint.writer import CheckpointWriter
+from llmprune.common.messages import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import score
 from llmprune.hub import upload
@@ -24,15 +29,19 @@ from llmprune.machine.state import libraries
 from llmprune.model.classes import CAUSAL, class_of
 from llmprune.model.config import check_folder, read_config
 from llmprune.model.opening import Model, OpenOptions, open_model, read_folder, recorded_blocks
+from llmprune.model.quantised import packing_entry
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import all_targets
 from llmprune.planning import advice
 from llmprune.record.card import card_text
 from llmprune.record.record import environment
+from llmprune.run.repacking import Conversion
 from llmprune.run.reporter import RunReporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FORMATS = ("dense", "packed")
 
 
 @checked(path=arguments.any_model)
@@ -196,6 +205,82 @@ def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
         raise ValueError(
             "llmprune.json is not a record of this program; remove it or restore the original"
         ) from None
+
+
+@checked()
+def convert(
+    path: AnyPath,
+    *,
+    to: str,
+    output: AnyPath,
+    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    blocks: str | None = None,
+    reporter: RunReporter | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint in another format, without any loss, block by block.
+
+    A conversion that broke off goes on with `resume`.
+
+    Args:
+        path: `demo`, an alias, a hub id or a folder: dense or packed, of llmprune or not.
+        to: `packed` (of each sparse matrix the kept values and a bit per weight; a matrix that would not
+            become smaller stays as it is) or `dense` (what every program loads).
+        output: the folder to write.
+        overwrite: replace an output of llmprune in that folder, once the new one is complete.
+        resume: continue where an earlier conversion into this folder stopped.
+        restart: throw away what an unfinished one left in this folder.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        trust_remote_code: run Python code of the checkpoint.
+        blocks: the list of the model's blocks by name; None as for `evaluate`.
+        reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
+        progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
+
+    Returns:
+        A dict with `output`, `format`, `bytes` (`dense` and `written`), `matrices` (how many are packed),
+        `dense` (the names of those that are not) and `seconds`.
+
+    Raises:
+        ValueError: bad input, before any long work; one line says what was received and what to do.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {shown(to)}")
+    how = OpenOptions(
+        device="cpu", revision=revision, trust_remote_code=trust_remote_code, blocks=blocks, dtype="float32"
+    )
+    opened, started = open_model(path, how), time.monotonic()
+    if to == "dense" and not isinstance(opened.source, Packed):
+        raise ValueError(f"{path} is dense already")
+    inputs = input_files([("the model", opened.folder)])
+    target = Path(output).expanduser()
+    writer = CheckpointWriter(target, overwrite=overwrite, resume=resume, restart=restart, inputs=inputs)
+    try:
+        with reporting(reporter, progress, processes.ALONE) as report:
+            record = Conversion(opened, to, trust_remote_code).write(writer, report)
+        writer.complete()
+    finally:
+        writer.close()
+    return _conversion(target, to, record, time.monotonic() - started)
+
+
+def _conversion(output: Path, to: str, record: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What `convert` returns of the folder it has written."""
+    entry = packing_entry(read_json(output / CONFIG)) or {"matrices": {}}
+    names = {row["name"] for row in record["matrices"]}
+    stacks = entry.get("stacks", {})
+    packed = {n for n in names if n in entry["matrices"] or n.rpartition(".")[0] in stacks}
+    return {
+        "output": str(output),
+        "format": to,
+        "bytes": record["totals"]["bytes"],
+        "matrices": len(packed),
+        "dense": sorted(names - packed),
+        "seconds": round(seconds, 3),
+    }
 
 
 @checked()

@@ -13,6 +13,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
+from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
 from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec
@@ -55,6 +56,7 @@ def prune(
     resume: bool = False,
     restart: bool = False,
     offload: str = "auto",
+    format: str = "dense",
     settings: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
@@ -103,6 +105,8 @@ def prune(
         restart: throw away what an unfinished run left in this folder.
         offload: where block inputs are kept: `ram`, `disk` (in a file beside the output), or `auto` (in RAM
             where the plan fits into it).
+        format: of the weights in that folder: `dense`, which every program loads, or `packed`, which is
+            smaller and loads where llmprune is: of the pruned matrices the kept values and a bit per weight.
         settings: any recipe fields by dotted key, such as `{"pruner.damp": 0.05}`.
         tokenizer: a transformers tokenizer; needed for text with a model in memory, else the checkpoint's
             own.
@@ -126,6 +130,8 @@ def prune(
     """
     source: Any = mixture.as_text(calibration) if isinstance(calibration, Mapping) else calibration
     check_offload(offload)
+    if format not in ("dense", "packed"):
+        raise ValueError(f"format must be dense or packed, got {shown(format)}")
     given = {
         "pattern": pattern,
         "sparsity": sparsity,
@@ -162,6 +168,11 @@ def prune(
 
     with reporting(reporter, progress, team) as report:
         opened = team.in_turn(lambda: open_again(model))
+        if isinstance(opened.source, Packed):
+            raise ValueError(
+                f"{model} is pruned and packed already; to prune it further, first make it dense: "
+                f"llmprune convert {model} --to dense --output DIR"
+            )
         if recipe is None:
             chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
             named = chosen.name
@@ -178,6 +189,7 @@ def prune(
             resume=resume,
             restart=restart,
             offload=offload,
+            packed=format == "packed",
             trust_remote_code=trust_remote_code,
             time_limit=(limit * 60 or None) if limited else None,
             remarks=choice.inherited(overrides, chosen) if recipe is None else (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+CONFIG = "config.json"
 RECORD = "llmprune.json"
 SCHEMA = 1  # version of the record's format
 JOURNAL = "journal.jsonl"
@@ -18,7 +19,7 @@ WRITTEN_LAST = (RECORD, JOURNAL, CARD, REPORT)  # those of them that may be writ
 # Files copied from the source folder ("companions"): what is needed to load the model, and its licence. Other
 # files of the folder are not ours to publish.
 COMPANIONS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",

@@ -205,29 +205,6 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Overlay:
-    """A weight source in which the tensors of some safetensors files replace those of another source."""
-
-    def __init__(self, source: WeightSource, files: Sequence[Path]) -> None:
-        self._source = source
-        self._where = {name: file for file in map(WeightFile, files) for name in file.entries}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors, by name."""
-        return self._source.tensors
-
-    def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, as stored."""
-        return self._where[name].load(name) if name in self._where else self._source.load(name)
-
-    def check(self) -> None:
-        """Raise `ValueError` if the source or one of the files has changed."""
-        self._source.check()
-        for file in dict.fromkeys(self._where.values()):
-            file.check()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

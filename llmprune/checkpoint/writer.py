@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmprune.checkpoint import replacement
 from llmprune.checkpoint.contents import (
+    CONFIG,
     INDEX,
     JOURNAL,
     MADE,
@@ -23,11 +24,19 @@ from llmprune.checkpoint.contents import (
     exact_name,
     shard_name,
 )
-from llmprune.checkpoint.files import read_header, save_tensors, sha256_of, sync_folder, write_durably
+from llmprune.checkpoint.files import (
+    WeightFile,
+    read_header,
+    save_tensors,
+    sha256_of,
+    sync_folder,
+    write_durably,
+)
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
-from llmprune.checkpoint.reader import WeightSource
+from llmprune.checkpoint.packed import Packing
+from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.common.messages import size_text
 
@@ -89,6 +98,7 @@ class CheckpointWriter:
         self._behind = ThreadPoolExecutor(1, "write-behind")
         self._pending: Future[None] | None = None
         self._masks: MaskFile | None = None
+        self._packing: Packing | None = None
 
     def _unfinished(self, resume: bool, restart: bool) -> Journal:
         """The journal of the unfinished run to continue; an empty one if there is none."""
@@ -140,6 +150,7 @@ class CheckpointWriter:
         masks: Mapping[str, tuple[int, int]],
         companions: list[str] | None = None,
         exact: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         """Start writing, or continue where the run with this identity stopped.
 
@@ -149,11 +160,12 @@ class CheckpointWriter:
             masks: weight name -> (R, C).
             companions: names of the files that will be copied from the source folder; None if not known yet.
             exact: whether float32 results of the blocks will be kept until the run is complete.
+            packing: packs the tensors; None for dense ones, with the masks in a file of their own.
 
         Raises:
             ValueError: the unfinished run is another one, or a file that it finished was changed.
         """
-        self.shards = shards
+        self.shards, self._packing = shards, packing
         if self.reopened:  # the complete output is of another run, and may be replaced
             self.reopened, self.journal = False, Journal(self.folder / JOURNAL)
         if not self.journal.blocks and self.journal.identity != json.loads(json.dumps(identity)):
@@ -170,7 +182,7 @@ class CheckpointWriter:
             if "exact" in entry and not self._pruned:
                 self._check_file(exact_name(entry["block"]), entry["exact"])
         self._begun = True
-        self._masks = MaskFile(self.folder / MASKS, masks)
+        self._masks = MaskFile(self.folder / MASKS, masks) if packing is None else None
 
     @property
     def _pruned(self) -> bool:
@@ -243,9 +255,10 @@ class CheckpointWriter:
         seconds: dict[str, float],
         exact: Mapping[str, Tensor],
     ) -> None:
-        assert self._masks is not None
-        size, digest = save_tensors(self.folder / shard_name(number, self.shards), tensors)
-        self._masks.write(masks)
+        stored = self._packing.parts(tensors, masks) if self._packing is not None else tensors
+        size, digest = save_tensors(self.folder / shard_name(number, self.shards), stored)
+        if self._masks is not None:
+            self._masks.write(masks)
         entry = {
             "block": number,
             "file": shard_name(number, self.shards),
@@ -280,13 +293,22 @@ class CheckpointWriter:
             write_durably(self.folder / name, [source.read(name)])
 
     def index(self) -> None:
-        """Write the index; if it is there, every weight is written."""
+        """Write what config.json says of packing, then the index: if it is there, every weight is written."""
         files = [shard_name(number, self.shards) for number in range(1, self.shards + 1)]
         headers = {file: read_header(self.folder / file) for file in files}
         where = {name: file for file, entries in headers.items() for name in entries}
+        if self._packing is not None:
+            self._describe_packing(self._packing, where)
         total = sum(entry.end - entry.start for entries in headers.values() for entry in entries.values())
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         write_durably(self.folder / INDEX, [json.dumps(listing, indent=2).encode() + b"\n"])
+
+    def _describe_packing(self, packing: Packing, where: Mapping[str, str]) -> None:
+        opened = {file: WeightFile(self.folder / file) for file in dict.fromkeys(where.values())}
+        config = self.folder / CONFIG
+        values = read_json(config)
+        values["quantization_config"] = packing.entry(where, lambda name: opened[where[name]].load(name))
+        write_durably(config, [json.dumps(values, indent=2).encode() + b"\n"])
 
     @property
     def files(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from llmprune.cli import ending
-from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SCORING
+from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SCORING, WRITING
 from llmprune.terminal.console import OutputClosed, Screen, draw_alone
 
 app = typer.Typer(
@@ -231,6 +231,26 @@ def inspect(
         raise ValueError(f"llmprune.json of {path} is not there: no record to check against")
     if strict and not counts["record_agrees"]:
         raise ValueError(f"llmprune.json of {path} disagrees with its weights")
+
+
+@_command(WRITING, ORIGIN, OUTPUT)
+def convert(
+    path: _Model,
+    as_json: bool,
+    quiet: bool,
+    to: Annotated[str, typer.Option(help="packed (sparse matrices take less room) or dense.")],
+    **options: Any,
+) -> None:
+    """Write a checkpoint in another format: packed or dense."""
+    from llmprune import api
+    from llmprune.terminal import screen
+
+    console, converted = _with_terminal(
+        as_json, quiet, lambda terminal: api.convert(path, to=to, reporter=terminal, **options)
+    )
+    screen.print_converted(console, converted)
+    if as_json:
+        _emit(converted)
 
 
 @_command(OUTPUT)

@@ -34,6 +34,21 @@ def _switch(name: str, help: str, *, flag: str | None = None) -> inspect.Paramet
     return _option(name, bool, help, default=False, flag=flag or f"--{name.replace('_', '-')}")
 
 
+_KEPT = (
+    _switch("overwrite", "Replace the output of llmprune that is there, once the new one is complete."),
+    _switch("resume", "Go on where an earlier run into this output folder stopped."),
+    _switch("restart", "Throw away what an unfinished run left, and begin anew."),
+)
+
+WRITING = (
+    inspect.Parameter(
+        "output",
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[Path, typer.Option(help="Folder to write.")],
+    ),
+    *_KEPT,
+)
+
 PRUNING = (
     _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
     _option("sparsity", float, "Share of weights to remove, in [0, 1)."),
@@ -57,10 +72,9 @@ PRUNING = (
         Path,
         "Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.",
     ),
-    _switch("overwrite", "Replace the output of llmprune that is there, once the new one is complete."),
-    _switch("resume", "Go on where an earlier run into this output folder stopped."),
-    _switch("restart", "Throw away what an unfinished run left, and begin anew."),
+    *_KEPT,
     _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto"),
+    _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
     _option(
         "time_limit",
         float,

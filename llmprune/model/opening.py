@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.contents import CONFIG, RECORD
 from llmprune.checkpoint.dequantised import Dequantised
+from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
 from llmprune.model.config import check_folder, check_whole, read_config
-from llmprune.model.quantised import check_stored, dequantising, without_quantisation
+from llmprune.model.quantised import check_stored, dequantising, packing_entry, without_quantisation
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tokenizer import read_tokenizer
 
@@ -127,18 +128,21 @@ def open_model(
     return Model(located, files, located.label, source, skeleton, tokenizer, options=options)
 
 
-def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Checkpoint | Dequantised]:
-    """The small files of a folder, and its weights.
+def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Checkpoint | Dequantised | Packed]:
+    """The small files of a folder, and its weights: those of a packed folder as if they were dense.
 
     Raises:
         ValueError: weights that are missing, damaged, or stored in a type that cannot be pruned.
     """
-    source: Checkpoint | Dequantised = Checkpoint(folder)
+    source: Checkpoint | Dequantised | Packed = Checkpoint(folder)
     files = Snapshot(folder)
-    if dequantize:
-        group = dequantising(read_json(folder / "config.json"), str(folder))
-        source = Dequantised(Checkpoint(folder), group)
-        files = Snapshot(folder, {"config.json": _dense_config})
+    values = read_json(folder / CONFIG)
+    if (entry := packing_entry(values)) is not None:
+        source = Packed(Checkpoint(folder), entry)
+        files = Snapshot(folder, {CONFIG: _dense_config})
+    elif dequantize:
+        source = Dequantised(Checkpoint(folder), dequantising(values, str(folder)))
+        files = Snapshot(folder, {CONFIG: _dense_config})
     check_stored(source.tensors, str(folder))
     return files, source
 
@@ -177,7 +181,7 @@ def whole(model: Model) -> Any:
     import transformers
 
     assert model.located is not None
-    if model.options.dequantize:
+    if isinstance(model.source, (Dequantised, Packed)):
         return _filled(model)
     auto = getattr(transformers, model.skeleton.auto_class)
     with libraries():

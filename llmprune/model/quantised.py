@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.dequantised import METHODS
+from llmprune.checkpoint.packed import METHOD
 from llmprune.checkpoint.reader import TensorInfo
 from llmprune.common.cards import entry, front_matter
 from llmprune.common.messages import shown
@@ -59,6 +60,12 @@ def dequantising(config: Mapping[str, Any], where: str) -> tuple[int, int] | Non
     return None
 
 
+def packing_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of a packed checkpoint; None for any other."""
+    entry = config.get("quantization_config")
+    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
+
+
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what it says of quantisation, also in the configs inside it."""
     kept = {key: value for key, value in config.items() if key not in _KEYS}
@@ -74,7 +81,10 @@ def check_dense(config: Mapping[str, Any], where: str, folder: Path | None = Non
         folder: where its model card is, which may name the original.
     """
     for key, value in _found(config):
-        if (method := _method(key, value)) is None:
+        method = _method(key, value)
+        if _plain_method(method) == METHOD:
+            continue  # our own packed checkpoints
+        if method is None:
             raise ValueError(
                 f"{where} has {key}: {shown(value)}, which names no method; if its weights are quantised, "
                 f"{_ORIGINAL}; if they are dense, remove {key} from config.json"

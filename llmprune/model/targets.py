@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from llmprune.checkpoint.packed import Layout
 from llmprune.model.activations import BlockInputs
 from llmprune.model.conversion import Group, Piece, Stored, Tracer
 from llmprune.model.products import Products, Seen
@@ -250,3 +251,17 @@ def left_dense(skeleton: Skeleton) -> tuple[str, ...]:
 def _listed(names: list[str], most: int = 6) -> str:
     shown = ", ".join(name.removesuffix(".weight") for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def packed_layouts(skeleton: Skeleton) -> dict[str, Layout]:
+    """How each tensor of the checkpoint that holds targets would be packed, by name."""
+    layouts = {}
+    for target in all_targets(skeleton):
+        tensor = skeleton.source.tensors[target.tensor]
+        stacked = 0 if target.index is None else tensor.shape[0]
+        rows, columns = target.shape
+        if tensor.dtype is not None:
+            layouts[target.tensor] = Layout(
+                rows * max(1, stacked), columns, tensor.dtype, stacked, target.transposed
+            )
+    return layouts

@@ -21,6 +21,8 @@ from llmprune.recipe.types import Recipe
 from llmprune.record.figures import Record
 from llmprune.record.licence import read_licence
 
+PACKED: Record = {"format": {"name": "packed", "values": "same"}}  # of a record of packed weights
+
 
 def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, processes: int) -> Record:
     """What the record says about a run before it starts.
@@ -105,7 +107,9 @@ def calibrated_on(calibration: Mapping[str, Any]) -> str:
 def identity(record: Record) -> Identity:
     """What decides the bytes of a run's output: only a run with the same identity may be resumed."""
     environment = record["environment"]
+    named = {"blocks": record["model"].get("blocks"), "format": record.get("format")}
     return {
+        **{key: value for key, value in named.items() if value is not None},
         "model": record["model"]["digest"],
         "calibration": record["calibration"]["digest"],
         "recipe": {key: value for key, value in record["recipe"].items() if key != "chosen"},
@@ -135,7 +139,7 @@ def complete(
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
     zeros = sum(m["zeros"] for m in matrices)
     times = {phase: round(value, 3) for phase, value in seconds.items()}
-    kept = ("schema", "model", "recipe", "calibration", "allocation")
+    kept = ("schema", "model", "recipe", "calibration", "allocation", "format")
     return {
         **{key: before[key] for key in kept if key in before},
         "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],
@@ -155,6 +159,51 @@ def complete(
         },
         "evaluation": {"perplexity": {}, "tasks": {}},
         "environment": before["environment"],
+    }
+
+
+def converted(
+    known: Record | None, model: Model, writer: CheckpointWriter, form: Record, seconds: float
+) -> Record:
+    """The record of a checkpoint that was written in another format.
+
+    Args:
+        known: the record of the source; None where it has none: then there is no recipe in the result.
+        form: the entry `format` of the result; empty for a dense one.
+        seconds: that this took.
+    """
+    rows = writer.rows
+    weights, zeros = (sum(row["shape"][0] * row["shape"][1] for row in rows), sum(r["zeros"] for r in rows))
+    sizes = {
+        "dense": sum(t.bytes for t in model.source.tensors.values()),
+        "written": sum(p.stat().st_size for p in writer.folder.glob("model-*.safetensors")),
+    }
+    if known is not None:
+        kept = {key: value for key, value in known.items() if key != "format"}
+        totals = {**known["totals"], "bytes": sizes, "files": writer.files}
+        return kept | form | {"totals": totals}
+    skeleton = model.skeleton
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "source": model.label,
+            "revision": model.located.revision if model.located else None,
+            **read_licence(model.folder),
+            "architecture": type(skeleton.model).__name__,
+            **_as_opened(model),
+            "parameters": skeleton.elements,
+        },
+        **form,
+        "matrices": [{k: v for k, v in row.items() if k != "zeros"} for row in rows],
+        "totals": {
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights,
+            "seconds": {"total": round(seconds, 3)},
+            "bytes": sizes,
+            "files": writer.files,
+        },
+        "environment": environment(skeleton.device, skeleton.dtype),
     }
 
 

@@ -43,6 +43,11 @@ def write(folder: Path, record: Record, name: str, before: Record | None = None)
     return not edited
 
 
+def write_record(folder: Path, record: Record) -> None:
+    """Write the record alone, where there is no run to report on."""
+    write_durably(folder / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+
+
 def _choices(record: Record) -> list[tuple[str, str]]:
     """Rows on what the program chose itself: why this recipe, and what its allocator measured."""
     recipe = record["recipe"]

@@ -91,7 +91,8 @@ def prune_matrix(
     for _, step in steps:
         before, pruned = pruned, step.apply(job, pruned)
         check_promises(job, pruned, step, before)
-    final = pruned.weight.to(stored.dtype)
+    weight = pruned.weight.masked_fill(~pruned.keep, 0.0)  # a product with a mask leaves -0.0
+    final = weight.to(stored.dtype)
     row = {
         "shape": list(plan.shape),
         "pattern": str(plan.pattern),
@@ -103,7 +104,7 @@ def prune_matrix(
         **({"tokens": tokens} if target.routed or not tokens else {}),
         "seconds": round(time.monotonic() - started, 4),
     }
-    return pruned.weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, row
+    return weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, row
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

@@ -60,6 +60,7 @@ class Options:
     resume: bool = False
     restart: bool = False
     offload: str = "auto"
+    packed: bool = False  # whether the weights are stored packed
     trust_remote_code: bool = False
     time_limit: float | None = None  # seconds the run should not take, where the user knows of such a limit
     remarks: tuple[str, ...] = ()  # on how the recipe came about

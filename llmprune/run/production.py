@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmprune.checkpoint.journal import Identity, difference
-from llmprune.checkpoint.reader import Overlay, fingerprint, read_record
+from llmprune.checkpoint.overlay import Overlay
+from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.reader import fingerprint, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
-from llmprune.model.targets import all_targets
+from llmprune.model.targets import all_targets, packed_layouts
 from llmprune.planning.plan import Findings, Plan
 from llmprune.record import record as records
 from llmprune.record import report
@@ -70,7 +72,12 @@ class Production:
 
     def _opening(self, work: Run) -> Record:
         """The part of the record that is known before the work."""
-        return records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
+        before = records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
+        return before | (records.PACKED if self.options.packed else {})
+
+    def _layouts(self) -> dict[str, Layout]:
+        """How the tensors that may be packed are packed; none for a dense output."""
+        return packed_layouts(self.model.skeleton) if self.options.packed else {}
 
     def _digest(self) -> str:
         """The fingerprint of the model's weights, read once."""
@@ -129,7 +136,8 @@ class Production:
         files = self.model.files
         companions = files.companions(self.options.trust_remote_code) if files else None
         exact, shards = before["recipe"].get("precision") == "float32", len(skeleton.blocks) + 1
-        self.writer.begin(records.identity(before), shards, shapes, companions, exact)
+        packing = Packing(self._layouts()) if self.options.packed else None
+        self.writer.begin(records.identity(before), shards, shapes, companions, exact, packing)
         if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
             self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 
@@ -176,7 +184,7 @@ class Production:
         )
         with devices.PrivateMemory() as memory:
             if len(done) < blocks:
-                source = Overlay(self.model.source, [*done, *exact])
+                source = Overlay(self.model.source, [*done, *exact], self._layouts())
                 corridor.prune_blocks(work, source, len(done), clock, block_done)
             return team.on_first(lambda: self._finish(before, clock, memory))
 

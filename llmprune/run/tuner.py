@@ -129,7 +129,7 @@ class BlockTuner(Companion):
             raise RuntimeError(
                 f"{type(step).__name__} on {target.name} left weights where its mask says zero"
             )
-        block.put(target, target.stored(weight))
+        block.put(target, target.stored(weight.masked_fill(~keep, 0.0)))  # else some are -0.0
 
     def _describe(self, spec: AlgorithmSpec, target: Target, block: Block, tuned: Tuned) -> None:
         """Bring the matrix's row of the record up to date."""

@@ -211,6 +211,26 @@ def print_counts(console: Screen, counts: Mapping[str, Any]) -> None:
     console.say(f"{total}; {overall}; {verdicts[counts['record_agrees']]}")
 
 
+def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
+    """Print what a conversion has written, and what can be done with it."""
+    sizes, left = converted["bytes"], converted["dense"]
+    share = sizes["written"] / sizes["dense"]
+    rows = [
+        ("output", converted["output"]),
+        ("format", converted["format"]),
+        ("bytes", f"{size_text(sizes['dense'])} dense, {size_text(sizes['written'])} written ({share:.0%})"),
+        ("seconds", f"{converted['seconds']:.1f}"),
+    ]
+    if converted["format"] == "packed":
+        count = f"{converted['matrices']} packed"
+        rows.insert(2, ("matrices", f"{count}, {len(left)} stay dense: packing would not make them smaller"))
+    console.verbatim()
+    console.table("Converted", rows)
+    console.verbatim()
+    steps = [("score it", f"llmprune eval {shown_path(converted['output'])}")]
+    _next_steps(console, steps)
+
+
 def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> None:
     """Print where a pushed folder is now, and what can be done with it. `public`: as the user asked."""
     visibility = "private" if pushed["private"] else "public"

@@ -1,0 +1,154 @@
+"""A checkpoint in another format: dense or packed, block by block, resumable like a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint import masks as mask_files
+from llmprune.checkpoint.contents import MASKS, RECORD
+from llmprune.checkpoint.journal import Identity
+from llmprune.checkpoint.packed import Packed, Packing
+from llmprune.checkpoint.reader import read_ahead, read_record
+from llmprune.checkpoint.writer import CheckpointWriter, check_space
+from llmprune.common.version import __version__
+from llmprune.kernels import packing
+from llmprune.model.opening import Model
+from llmprune.model.target import Target
+from llmprune.model.targets import all_targets, packed_layouts, targets_of
+from llmprune.numerics.counts import zeros_of
+from llmprune.record import record as records
+from llmprune.record import report
+from llmprune.record.figures import Record
+from llmprune.run.reporter import RunReporter
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion of an opened checkpoint.
+
+    Attributes:
+        model: the checkpoint.
+        to: `dense` or `packed`.
+        code: whether Python files of the checkpoint are copied.
+    """
+
+    model: Model
+    to: str
+    code: bool = False
+
+    def write(self, writer: CheckpointWriter, reporter: RunReporter) -> Record:
+        """Write the converted checkpoint; returns its record, and leaves the writer to be completed."""
+        model, started = self.model, time.monotonic()
+        skeleton, files = model.skeleton, model.files
+        assert files is not None and model.folder is not None
+        targets = all_targets(skeleton)
+        given = self._masks(targets)
+        shapes = {t.key: t.shape for t in targets}
+        check_space(writer.output, sum(t.bytes for t in model.source.tensors.values()))
+        shards = len(skeleton.blocks) + 1
+        packer = Packing(packed_layouts(skeleton)) if self.to == "packed" else None
+        writer.begin(self._identity(), shards, shapes, files.companions(self.code), packing=packer)
+        done = len(writer.finished)
+        reporter.stage(f"writing blocks, {self.to}", shards)
+        for _ in range(done):
+            reporter.step()
+        groups = skeleton.block_tensors()[done:]
+        for number, tensors in enumerate(read_ahead(model.source, groups), start=done):
+            block = list(skeleton.blocks)[number]
+            found = dict(self._rows(block, tensors, given))
+            masks = {name: bits for name, (bits, _) in found.items()}
+            own = {name: tensor for name, tensor in tensors.items() if name not in skeleton.shared}
+            writer.block(number + 1, own, masks, [row for _, row in found.values()], {})
+            reporter.step()
+        writer.rest(model.source)
+        writer.copy_companions(files, self.code)
+        model.check()
+        writer.index()
+        reporter.step()
+        record = self._record(writer, time.monotonic() - started)
+        self._write_pages(writer, record)
+        writer.finish()
+        return record
+
+    def _masks(self, targets: list[Target]) -> Mapping[str, Tensor]:
+        """The keep masks beside a dense checkpoint, bool [R, C] by the matrix's key; none where it has none.
+
+        Raises:
+            ValueError: they are of other matrices.
+        """
+        assert self.model.folder is not None
+        path = self.model.folder / MASKS
+        if isinstance(self.model.source, Packed) or not path.is_file():
+            return {}
+        found, shapes = mask_files.read_masks(path), {t.key: t.shape for t in targets}
+        for name, keep in found.items():
+            if tuple(keep.shape) != shapes.get(name):
+                raise ValueError(
+                    f"{MASKS} has {name} of shape {list(keep.shape)}, and the checkpoint "
+                    f"{list(shapes.get(name, ()))}; remove {MASKS}, or restore the original"
+                )
+        return found
+
+    def _rows(
+        self, block: str, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, tuple[Tensor, Record]]]:
+        """For each matrix of a block its mask as bits, uint8 [R, ceil(C / 8)], and its row of the record."""
+        source = self.model.source
+        for target in targets_of(self.model.skeleton, block):
+            weight = target.oriented(target.part(tensors[target.tensor])).contiguous()
+            rows, columns = weight.shape
+            if isinstance(source, Packed) and target.tensor in source.layouts:
+                first = (target.index or 0) * rows
+                bits = source.load_mask(target.tensor)[first : first + rows, : -(-columns // 8)].contiguous()
+            else:
+                # A weight that is kept may be zero, and one that is pruned may have been filled since.
+                # Without masks the bytes count: -0.0 is kept, so that nothing is lost.
+                known = given.get(target.key)
+                keep = _nonzero(weight) if known is None else known | (weight != 0)
+                bits = packing.bits_of(keep)[:, : -(-columns // 8)].contiguous()
+            zeros = zeros_of(weight)
+            row = {
+                "name": target.key,
+                "shape": [rows, columns],
+                "sparsity": zeros / weight.numel(),
+                "zeros": zeros,
+            }
+            yield target.key, (bits, row)
+
+    def _identity(self) -> Identity:
+        """What two conversions must have in common to be continued by one another."""
+        folder = self.model.folder
+        assert folder is not None
+        files = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+        return {
+            "convert": self.to,
+            "files": {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()},
+            "version": __version__,
+        }
+
+    def _record(self, writer: CheckpointWriter, seconds: float) -> Record:
+        """The record of the source in its new format; a short one where the source has none."""
+        folder = self.model.folder
+        assert folder is not None
+        known = read_record(folder) if (folder / RECORD).is_file() else None
+        return records.converted(
+            known, self.model, writer, records.PACKED if self.to == "packed" else {}, seconds
+        )
+
+    @staticmethod
+    def _write_pages(writer: CheckpointWriter, record: Record) -> None:
+        if "recipe" in record:
+            report.write(writer.folder, record, writer.output.name)
+        else:
+            report.write_record(writer.folder, record)
+
+
+def _nonzero(weight: Tensor) -> Tensor:
+    """Where the bytes of a weight are not all zero, bool [R, C]."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
+    return weight.view(kinds[weight.dtype.itemsize]) != 0
