@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 import llmprune
 from llmprune.calibration import CalibrationRequest, build, cache
+from llmprune.common.folders import cache_folder
 
 SENTENCE = "The calibration text of a file has to be long enough for every row that is asked for. "
 
