@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 import llmprune
 from llmprune.calibration import CalibrationRequest, build, cache
+from llmprune.common.folders import cache_folder
 
 SENTENCE = "The calibration text of a file has to be long enough for every row that is asked for. "
 
@@ -38,7 +39,7 @@ def rows(folder, tiny_llama):
 
 
 def kept():
-    return sorted((cache.cache_folder() / "calibration").glob("*"))
+    return sorted((cache_folder() / "calibration").glob("*"))
 
 
 def said(caplog):
@@ -188,7 +189,7 @@ def test_where_it_lies(monkeypatch, own, shared, expected):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert cache.cache_folder() == Path(expected.replace("HOME", str(Path.home())))
+    assert cache_folder() == Path(expected.replace("HOME", str(Path.home())))
 
 
 def test_sampled_text_is_kept_too(folder, tiny_llama):

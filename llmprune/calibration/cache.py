@@ -18,21 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.calibration.tokens import digest, read_tokens
+from llmprune.common.folders import cache_folder
 from llmprune.common.messages import first_line
 
 Made = tuple[Tensor, dict[str, Any]]  # rows [N, T], and what the record says about how they were made
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """The folder of the cache: `LLMPRUNE_CACHE`, else `llmprune` in the user's cache folder.
-
-    The latter is `XDG_CACHE_HOME` where that is an absolute path, else `~/.cache`.
-    """
-    if own := os.environ.get("LLMPRUNE_CACHE"):
-        return Path(own).expanduser()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "llmprune"
 
 
 class Cache:

@@ -1,0 +1,1000 @@
+/* Products with packed sparse weights, and packing and unpacking them. docs/kernels.md describes the layout.
+ *
+ * No Python, no torch, no OpenMP: the caller hands in buffers, and the function that shares work among threads.
+ * Every function with vector instructions carries its own target, and the path is chosen at run time.
+ *
+ * Bounds. Nothing outside the buffers is read whatever mask and row starts hold: a row whose start leaves less
+ * room than its widest content (all columns kept, and one vector more) is read from `tail`, a padded copy of
+ * the end of the values. A start outside the values is not followed, and the call reports it.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define ARM 1
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
+enum { PORTABLE = 1, NEON = 2, AVX2 = 3, AVX512 = 4, AVX512BF16 = 5 };
+enum { OK = 0, BAD_ROWS = 1, NO_PATH = 2 };
+enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16 };
+
+typedef void (*range_function)(int64_t, int64_t, void *);
+typedef int (*parallel_function)(int64_t, int64_t, int64_t, range_function, void *);
+
+/* A packed matrix [R, C] as the caller hands it in (`library.py` has the same fields). */
+typedef struct {
+  const uint8_t *values, *mask;
+  const void *rows;      /* starts: of values, for int4 of bytes */
+  const uint16_t *scale; /* bf16 [R, ceil(C / 128)], or NULL */
+  int64_t size, R, C;    /* bytes of values; rows; columns */
+  int32_t kind, wide;    /* of the values; whether `rows` is int64 */
+} matrix;
+
+typedef struct {
+  matrix m;
+  int64_t W, G, safe, from; /* mask words and groups of a row; rows starting behind `safe` are in the tail */
+  const uint8_t *tail;
+  const uint8_t *x; /* laid out for the kernel */
+  float *y;         /* [n, R] */
+  uint8_t *out;     /* expand: dense rows from `first` on; compress: values */
+  const uint8_t *in;
+  int64_t first, last;
+  int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output of expand */
+} job;
+
+typedef void (*rows_function)(job *, int64_t, int64_t);
+typedef struct {
+  job *j;
+  rows_function run;
+  int64_t chunks, next;
+} shared;
+
+static parallel_function parallel_for = 0;
+
+/* ---- small things ------------------------------------------------------------------------------------- */
+
+INLINE uint64_t word_at(const uint8_t *p) {
+  uint64_t m;
+  memcpy(&m, p, 8);
+  return m;
+}
+
+INLINE int width_of(int kind) { return kind == FP32 ? 4 : kind == INT8 || kind == INT4 ? 1 : 2; }
+
+INLINE float as_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE float from_bf16(uint16_t b) { return as_float((uint32_t)b << 16); }
+
+INLINE uint16_t to_bf16(float f) {
+  uint32_t b;
+  memcpy(&b, &f, 4);
+  return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+INLINE float from_half(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023;
+  if (e == 31) return as_float(sign | 0x7f800000u | m << 13);
+  if (e) return as_float(sign | (e + 112) << 23 | m << 13);
+  return (sign ? -1.0f : 1.0f) * (float)m * 5.9604644775390625e-8f;
+}
+
+INLINE float float_at(const void *x, int kind, int64_t i) {
+  if (kind == FP32) {
+    float f;
+    memcpy(&f, (const uint8_t *)x + 4 * i, 4);
+    return f;
+  }
+  uint16_t h;
+  memcpy(&h, (const uint8_t *)x + 2 * i, 2);
+  return kind == BF16 ? from_bf16(h) : from_half(h);
+}
+
+INLINE int64_t row_start(const matrix *m, int64_t r) {
+  if (m->wide) {
+    int64_t s;
+    memcpy(&s, (const uint8_t *)m->rows + 8 * r, 8);
+    return s;
+  }
+  int32_t s;
+  memcpy(&s, (const uint8_t *)m->rows + 4 * r, 4);
+  return s;
+}
+
+INLINE float scale_at(const job *j, int64_t r, int64_t g) {
+  uint16_t b;
+  memcpy(&b, (const uint8_t *)j->m.scale + 2 * (r * j->G + g), 2);
+  return from_bf16(b);
+}
+
+/* Where the values of a row may be read, 64 W values and 64 bytes far; NULL for a start out of bounds. */
+INLINE const uint8_t *row_values(job *j, int64_t r) {
+  int64_t s = row_start(&j->m, r), width = width_of(j->m.kind);
+  if (s < 0 || s > j->m.size / width) {
+    j->bad = 1;
+    return 0;
+  }
+  s *= width;
+  return s <= j->safe ? j->m.values + s : j->tail + (s - j->from);
+}
+
+/* The bytes behind a row's start that a kernel may read. */
+static int64_t reach(const matrix *m) {
+  int64_t W = (m->C + 63) / 64;
+  return (m->kind == INT4 ? 32 : 64 * width_of(m->kind)) * W + PAD;
+}
+
+EXPORT int64_t llmprune_tail_bytes(const matrix *m) { return 2 * reach(m); }
+
+/* Fills what is derived, and copies the end of the values to `tail` [llmprune_tail_bytes]. */
+static int prepare(job *j, uint8_t *tail) {
+  int64_t far = reach(&j->m), size = j->m.size;
+  j->W = (j->m.C + 63) / 64;
+  j->G = (j->m.C + 127) / 128;
+  j->safe = size - far;
+  j->from = size > far ? size - far : 0;
+  j->tail = tail;
+  if (row_start(&j->m, 0) != 0 || row_start(&j->m, j->m.R) != size / width_of(j->m.kind)) return BAD_ROWS;
+  memcpy(tail, j->m.values + j->from, (size_t)(size - j->from));
+  memset(tail + (size - j->from), 0, (size_t)far);
+  return OK;
+}
+
+/* ---- sharing rows among threads ----------------------------------------------------------------------- */
+
+static int64_t cost(const job *j, int64_t r) {
+  return (row_start(&j->m, r) - row_start(&j->m, j->first)) * width_of(j->m.kind) + (r - j->first) * j->W * 16;
+}
+
+/* The first row of a share: shares hold equally many bytes, whatever the rows hold. */
+static int64_t share_start(const shared *s, int64_t share) {
+  job *j = s->j;
+  if (share <= 0) return j->first;
+  if (share >= s->chunks) return j->last;
+  double wanted = (double)cost(j, j->last) * (double)share / (double)s->chunks;
+  int64_t low = j->first, high = j->last;
+  while (low < high) {
+    int64_t middle = low + (high - low) / 2;
+    if ((double)cost(j, middle) < wanted)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+static void take_shares(int64_t begin, int64_t end, void *context) {
+  shared *s = (shared *)context;
+  (void)begin, (void)end; /* every thread takes the next share until none is left */
+  for (;;) {
+    int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
+    if (i >= s->chunks) return;
+    s->run(s->j, share_start(s, i), share_start(s, i + 1));
+  }
+}
+
+static int run_rows(job *j, rows_function run, int threads) {
+  shared s = {j, run, 1, 0};
+  if (!run) return NO_PATH;
+  if (parallel_for && threads > 1 && cost(j, j->last) > 65536) {
+    s.chunks = 8 * (int64_t)threads;
+    parallel_for(0, threads, 1, take_shares, &s);
+  }
+  take_shares(0, 1, &s); /* all of it, or what is left where the threads failed */
+  return j->bad ? BAD_ROWS : OK;
+}
+
+/* ---- laying out x: blocks of 64 columns, one per row of x, one after another -------------------------- */
+
+/* How many columns of a block of `most` from column `from` on there are in row c of x. */
+INLINE int64_t present(const job *j, int c, int64_t from, int64_t most) {
+  int64_t left = c < j->n ? j->m.C - from : 0;
+  return left < most ? left : most;
+}
+
+/* `count` values as floats, then zeros up to `most`. */
+INLINE void to_floats(const uint8_t *from, int kind, int64_t count, int64_t most, float *to) {
+  if (kind == BF16)
+    for (int64_t k = 0; k < count; k++) to[k] = float_at(from, BF16, k);
+  else if (kind == FP16)
+    for (int64_t k = 0; k < count; k++) to[k] = float_at(from, FP16, k);
+  else
+    memcpy(to, from, (size_t)(4 * count));
+  for (int64_t k = count; k < most; k++) to[k] = 0.0f;
+}
+
+static void lay_floats(job *j, const uint8_t *x, int kind, float *to) {
+  for (int64_t w = 0; w < j->W; w++)
+    for (int c = 0; c < j->laid; c++, to += WORD)
+      to_floats(x + width_of(kind) * (c * j->m.C + w * WORD), kind, present(j, c, w * WORD, WORD), WORD, to);
+}
+
+static void lay_raw16(job *j, const uint8_t *x, uint8_t *to) {
+  for (int64_t w = 0; w < j->W; w++)
+    for (int c = 0; c < j->laid; c++, to += 2 * WORD) {
+      int64_t count = present(j, c, w * WORD, WORD);
+      if (count) memcpy(to, x + 2 * (c * j->m.C + w * WORD), (size_t)(2 * count));
+      memset(to + 2 * count, 0, (size_t)(2 * (WORD - count)));
+    }
+}
+
+/* ---- portable path ------------------------------------------------------------------------------------ */
+
+/* One mask word to 64 floats, 0 where nothing is kept; the address behind its values. */
+INLINE const uint8_t *decode_portable(int kind, const uint8_t *p, uint64_t m, float scale, float *v) {
+  int k = 0;
+  for (int i = 0; i < WORD; i++) v[i] = 0.0f;
+  for (; m; m &= m - 1, k++) {
+    int i = __builtin_ctzll(m);
+    if (kind == INT8)
+      v[i] = (float)(int8_t)p[k] * scale;
+    else if (kind == INT4)
+      v[i] = (float)((p[k / 2] >> (k % 2 * 4) & 15) - 8) * scale;
+    else
+      v[i] = float_at(p, kind, k);
+  }
+  return p + (kind == INT4 ? (k + 1) / 2 : k * width_of(kind));
+}
+
+INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
+  float v[WORD];
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    double sums[MOST] = {0};
+    const float *x = (const float *)j->x;
+    for (int64_t w = 0; p && w < j->W; w++) {
+      p = decode_portable(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      for (int c = 0; c < j->n; c++, x += WORD) {
+        float s[8] = {0};
+        for (int i = 0; i < WORD; i += 8)
+          for (int k = 0; k < 8; k++) s[k] += v[i + k] * x[i + k];
+        sums[c] += ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+      }
+    }
+    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = (float)sums[c];
+  }
+}
+
+#define FIVE(name, attributes)                                                                       \
+  attributes static void name##_bf16(job *j, int64_t a, int64_t b) { name(j, a, b, BF16); }          \
+  attributes static void name##_fp16(job *j, int64_t a, int64_t b) { name(j, a, b, FP16); }          \
+  attributes static void name##_fp32(job *j, int64_t a, int64_t b) { name(j, a, b, FP32); }          \
+  attributes static void name##_int8(job *j, int64_t a, int64_t b) { name(j, a, b, INT8); }          \
+  attributes static void name##_int4(job *j, int64_t a, int64_t b) { name(j, a, b, INT4); }          \
+  static const rows_function name##_all[] = {name##_bf16, name##_fp16, name##_fp32, name##_int8, name##_int4};
+
+FIVE(product_portable, )
+
+/* ---- tables of the paths with 8 columns at a time: 8 mask bits -> where each column's value stands ---- */
+
+static uint8_t table16[256][16] __attribute__((aligned(16)));
+static uint8_t table8[256][8] __attribute__((aligned(16)));
+static uint8_t table32[16][16] __attribute__((aligned(16)));
+
+static void fill_tables(void) {
+  memset(table16, 0x80, sizeof table16); /* out of range: gives 0 */
+  memset(table8, 0x80, sizeof table8);
+  memset(table32, 0x80, sizeof table32);
+  for (int b = 0; b < 256; b++)
+    for (int i = 0, k = 0; i < 8; i++)
+      if (b >> i & 1) {
+        table8[b][i] = (uint8_t)k;
+        table16[b][2 * i] = (uint8_t)(2 * k), table16[b][2 * i + 1] = (uint8_t)(2 * k + 1);
+        if (b < 16)
+          for (int q = 0; q < 4; q++) table32[b][4 * i + q] = (uint8_t)(4 * k + q);
+        k++;
+      }
+}
+
+/* ---- AVX2 --------------------------------------------------------------------------------------------- */
+#ifdef X86
+#define T256 __attribute__((target("avx2,fma,f16c,popcnt,bmi")))
+
+/* The nibbles of one word as signed bytes. */
+T256 INLINE void nibbles256(const uint8_t *p, int8_t *to) {
+  for (int h = 0; h < 2; h++) {
+    __m128i v = _mm_loadu_si128((const __m128i *)(p + 16 * h)), low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    __m128i a = _mm_and_si128(v, low), b = _mm_and_si128(_mm_srli_epi16(v, 4), low);
+    _mm_store_si128((__m128i *)(to + 32 * h), _mm_sub_epi8(_mm_unpacklo_epi8(a, b), eight));
+    _mm_store_si128((__m128i *)(to + 32 * h + 16), _mm_sub_epi8(_mm_unpackhi_epi8(a, b), eight));
+  }
+}
+
+T256 INLINE __m256 eight256(int kind, const uint8_t *p, unsigned b, __m256 scale) {
+  if (kind == BF16 || kind == FP16) {
+    __m128i t = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), _mm_load_si128((const __m128i *)table16[b]));
+    if (kind == FP16) return _mm256_cvtph_ps(t);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(t), 16));
+  }
+  __m128i from = _mm_loadl_epi64((const __m128i *)table8[b]);
+  if (kind == FP32) {
+    __m256i index = _mm256_cvtepi8_epi32(from), none = _mm256_srai_epi32(index, 31);
+    __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float *)p), index);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(none), v);
+  }
+  __m128i t = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)p), from);
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(t)), scale);
+}
+
+T256 INLINE const uint8_t *decode256(int kind, const uint8_t *p, uint64_t m, float scale, __m256 *v) {
+  int8_t bytes[WORD + 8] __attribute__((aligned(32)));
+  const uint8_t *from = p;
+  __m256 s = _mm256_set1_ps(scale);
+  if (kind == INT4) nibbles256(p, bytes), from = (const uint8_t *)bytes;
+  UNROLL for (int k = 0; k < 8; k++) {
+    unsigned b = (unsigned)(m >> (8 * k)) & 255;
+    v[k] = eight256(kind, from, b, s);
+    from += __builtin_popcount(b) * width_of(kind);
+  }
+  return kind == INT4 ? p + (__builtin_popcountll(m) + 1) / 2 : from;
+}
+
+T256 INLINE float sum256(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const float *x = (const float *)j->x;
+    __m256 sums[MOST][2], v[8];
+    for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm256_setzero_ps();
+    for (int64_t w = 0; p && w < j->W; w++) {
+      p = decode256(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      for (int c = 0; c < j->n; c++, x += WORD) {
+        __m256 a = sums[c][0], b = sums[c][1];
+        UNROLL for (int k = 0; k < 8; k += 2) {
+          a = _mm256_fmadd_ps(v[k], _mm256_loadu_ps(x + 8 * k), a);
+          b = _mm256_fmadd_ps(v[k + 1], _mm256_loadu_ps(x + 8 * k + 8), b);
+        }
+        sums[c][0] = a, sums[c][1] = b;
+      }
+    }
+    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = sum256(_mm256_add_ps(sums[c][0], sums[c][1]));
+  }
+}
+
+FIVE(product_avx2, T256)
+
+/* ---- AVX-512 ------------------------------------------------------------------------------------------ */
+#define T512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt,bmi")))
+#define T512BF                                                                                                  \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt," \
+                        "bmi,avx512bf16")))
+/* Keeps a load apart from the expand behind it: the memory form of expand is three times slower on AMD. */
+#define APART(v) __asm__("" : "+v"(v))
+
+T512 INLINE __m512i load512(const void *p) {
+  __m512i v = _mm512_loadu_si512(p);
+  APART(v);
+  return v;
+}
+
+/* Up to 64 nibbles as bytes 0..15. */
+T512 INLINE __m512i nibbles512(const uint8_t *p) {
+  __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+  return _mm512_ternarylogic_epi32(v, _mm512_slli_epi16(v, 4), _mm512_set1_epi8(15), 0xA8); /* (a | b) & c */
+}
+
+T512 INLINE void floats512(__m512i bytes, __m512 scale, __m512 *v) {
+  v[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 0))), scale);
+  v[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1))), scale);
+  v[2] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 2))), scale);
+  v[3] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 3))), scale);
+}
+
+/* One mask word to 4 x 16 floats; the address behind its values. */
+T512 INLINE const uint8_t *decode512(int kind, const uint8_t *p, uint64_t m, float scale, __m512 *v) {
+  if (kind == INT8) {
+    floats512(_mm512_maskz_expand_epi8(m, load512(p)), _mm512_set1_ps(scale), v);
+    return p + __builtin_popcountll(m);
+  }
+  if (kind == INT4) {
+    __m512i q = _mm512_sub_epi8(nibbles512(p), _mm512_set1_epi8(8));
+    floats512(_mm512_maskz_expand_epi8(m, q), _mm512_set1_ps(scale), v);
+    return p + (__builtin_popcountll(m) + 1) / 2;
+  }
+  if (kind == FP32) {
+    UNROLL for (int k = 0; k < 4; k++) {
+      __mmask16 b = (__mmask16)(m >> (16 * k));
+      v[k] = _mm512_castsi512_ps(_mm512_maskz_expand_epi32(b, load512(p)));
+      p += 4 * __builtin_popcount(b);
+    }
+    return p;
+  }
+  UNROLL for (int h = 0; h < 2; h++) {
+    uint32_t b = (uint32_t)(m >> (32 * h));
+    __m512i e = _mm512_maskz_expand_epi16(b, load512(p));
+    __m256i low = _mm512_castsi512_si256(e), high = _mm512_extracti64x4_epi64(e, 1);
+    if (kind == FP16) {
+      v[2 * h] = _mm512_cvtph_ps(low);
+      v[2 * h + 1] = _mm512_cvtph_ps(high);
+    } else {
+      v[2 * h] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
+      v[2 * h + 1] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    }
+    p += 2 * __builtin_popcount(b);
+  }
+  return p;
+}
+
+T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const float *x = (const float *)j->x;
+    __m512 sums[MOST][2], v[4];
+    for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
+    for (int64_t w = 0; p && w < j->W; w++) {
+      p = decode512(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      for (int c = 0; c < j->n; c++, x += WORD) {
+        __m512 a = _mm512_fmadd_ps(v[0], _mm512_loadu_ps(x), sums[c][0]);
+        __m512 b = _mm512_fmadd_ps(v[1], _mm512_loadu_ps(x + 16), sums[c][1]);
+        sums[c][0] = _mm512_fmadd_ps(v[2], _mm512_loadu_ps(x + 32), a);
+        sums[c][1] = _mm512_fmadd_ps(v[3], _mm512_loadu_ps(x + 48), b);
+      }
+    }
+    for (int c = 0; c < j->n; c++)
+      j->y[c * j->m.R + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[c][0], sums[c][1]));
+  }
+}
+
+FIVE(product_avx512, T512)
+
+/* bf16 values, bf16 x: 32 products per instruction. `n` is a constant wherever this is inlined. */
+T512BF INLINE void product_bf16(job *j, int64_t r0, int64_t r1, const int n) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W, *x = j->x;
+    __m512 a[MOST], b[MOST]; /* two sums per row of x hide the latency; with many rows one does */
+    UNROLL for (int c = 0; c < n; c++) a[c] = b[c] = _mm512_setzero_ps();
+    for (int64_t w = 0; p && w < j->W; w++, x += 2 * WORD * n) {
+      uint64_t m = word_at(mask + 8 * w);
+      __m512i v = _mm512_maskz_expand_epi16((uint32_t)m, load512(p));
+      p += 2 * __builtin_popcount((uint32_t)m);
+      __m512i u = _mm512_maskz_expand_epi16((uint32_t)(m >> 32), load512(p));
+      p += 2 * __builtin_popcount((uint32_t)(m >> 32));
+      UNROLL for (int c = 0; c < n; c++) {
+        __m512i x0 = _mm512_loadu_si512(x + 128 * c), x1 = _mm512_loadu_si512(x + 128 * c + 64);
+        a[c] = _mm512_dpbf16_ps(a[c], (__m512bh)v, (__m512bh)x0);
+        if (n <= 8)
+          b[c] = _mm512_dpbf16_ps(b[c], (__m512bh)u, (__m512bh)x1);
+        else
+          a[c] = _mm512_dpbf16_ps(a[c], (__m512bh)u, (__m512bh)x1);
+      }
+    }
+    UNROLL for (int c = 0; c < n; c++)
+      if (c < j->n) j->y[c * j->m.R + r] = _mm512_reduce_add_ps(n <= 8 ? _mm512_add_ps(a[c], b[c]) : a[c]);
+  }
+}
+
+/* ---- int8 and int4 values with x in bytes ----
+ * Per 128 columns and row of x a block of 192 bytes: x as signed bytes, then 16 counts. Weights enter as
+ * unsigned bytes u = q + offset, and a pruned column as u = offset, so that the sum of u x is the sum of q x
+ * plus offset times the sum of all x of the group: the counts start the sum at minus that, exactly.
+ */
+T512 INLINE int offset_of(int kind) { return kind == INT4 ? 8 : 128; }
+
+/* 128 columns of one row of x; its scale. NaN or infinite input gives a NaN scale, hence NaN in y. */
+T512 INLINE float quantise(const float *x, int kind, uint8_t *to) {
+  __m512i most = _mm512_setzero_si512();
+  __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int k = 0; k < GROUP; k += 16)
+    most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + k)));
+  uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(most);
+  float largest = as_float(bits);
+  memset(to, 0, BLOCK);
+  if (bits >= 0x7f800000u) return as_float(0x7fc00000u);
+  if (largest < 1e-30f) return 0.0f;
+  __m512 factor = _mm512_set1_ps(127.0f / largest);
+  for (int k = 0; k < GROUP; k += 16) {
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor));
+    _mm_storeu_si128((__m128i *)(to + k), _mm512_cvtepi32_epi8(q));
+  }
+  __m512i offset = _mm512_set1_epi8((char)offset_of(kind)), sums = _mm512_setzero_si512();
+  sums = _mm512_dpbusd_epi32(sums, offset, _mm512_loadu_si512(to));
+  sums = _mm512_dpbusd_epi32(sums, offset, _mm512_loadu_si512(to + 64));
+  _mm512_storeu_si512(to + GROUP, _mm512_sub_epi32(_mm512_setzero_si512(), sums));
+  return largest / 127.0f;
+}
+
+/* The blocks [G, n, 192], then the scales [ceil(G / 16), n, 16]. */
+T512 static void lay_bytes(job *j, const uint8_t *x, int kind, uint8_t *to) {
+  float part[GROUP], *scales = (float *)(to + j->G * j->laid * BLOCK);
+  memset(scales, 0, (size_t)((j->G + 15) / 16 * j->laid * 64));
+  for (int64_t g = 0; g < j->G; g++)
+    for (int c = 0; c < j->laid; c++, to += BLOCK) {
+      int64_t count = present(j, c, g * GROUP, GROUP);
+      to_floats(x + width_of(kind) * (c * j->m.C + g * GROUP), kind, count, GROUP, part);
+      scales[(g / 16 * j->laid + c) * 16 + g % 16] = quantise(part, j->m.kind, to);
+    }
+}
+
+/* One word as unsigned bytes, `offset` where nothing is kept. */
+T512 INLINE __m512i bytes512(int kind, const uint8_t **p, uint64_t m, __m512i offset) {
+  __m512i v = kind == INT4 ? nibbles512(*p) : _mm512_xor_si512(load512(*p), offset);
+  int kept = __builtin_popcountll(m);
+  *p += kind == INT4 ? (kept + 1) / 2 : kept;
+  return _mm512_mask_expand_epi8(offset, m, v);
+}
+
+T512 INLINE const uint8_t *group512(int kind, const int n, const uint8_t *p, const uint64_t *m, const uint8_t *x,
+                                    const float *scales, __m512 *sums) {
+  __m512i offset = _mm512_set1_epi8((char)offset_of(kind));
+  __m512i v = bytes512(kind, &p, m[0], offset), u = bytes512(kind, &p, m[1], offset);
+  UNROLL for (int c = 0; c < n; c++, x += BLOCK) {
+    __m512i s = _mm512_dpbusd_epi32(_mm512_loadu_si512(x + GROUP), v, _mm512_loadu_si512(x));
+    s = _mm512_dpbusd_epi32(s, u, _mm512_loadu_si512(x + 64));
+    sums[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(scales[16 * c]), sums[c]);
+  }
+  return p;
+}
+
+T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int n) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W, *x = j->x;
+    const float *x_scales = (const float *)(j->x + j->G * n * BLOCK);
+    float scales[16 * MOST] __attribute__((aligned(64)));
+    __m512 sums[MOST];
+    UNROLL for (int c = 0; c < n; c++) sums[c] = _mm512_setzero_ps();
+    for (int64_t g0 = 0; p && g0 < j->G; g0 += 16) {
+      int64_t count = j->G - g0 < 16 ? j->G - g0 : 16;
+      __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), j->m.scale + r * j->G + g0);
+      __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      UNROLL for (int c = 0; c < n; c++, x_scales += 16)
+        _mm512_store_ps(scales + 16 * c, _mm512_mul_ps(own, _mm512_loadu_ps(x_scales)));
+      int64_t whole = j->W - 2 * g0 >= 2 * count ? count : count - 1;
+      for (int64_t g = 0; g < whole; g++, mask += 16, x += BLOCK * n) {
+        uint64_t m[2] = {word_at(mask), word_at(mask + 8)};
+        p = group512(kind, n, p, m, x, scales + g, sums);
+      }
+      if (whole < count) { /* the last group has one word only, and no mask may stand behind it */
+        uint64_t m[2] = {word_at(mask), 0};
+        p = group512(kind, n, p, m, x, scales + whole, sums);
+      }
+    }
+    UNROLL for (int c = 0; c < n; c++)
+      if (c < j->n) j->y[c * j->m.R + r] = _mm512_reduce_add_ps(sums[c]);
+  }
+}
+
+#define AT(n)                                                                                              \
+  T512BF static void bf16_##n(job *j, int64_t a, int64_t b) { product_bf16(j, a, b, n); }                  \
+  T512 static void int8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, n); }             \
+  T512 static void int4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, n); }
+AT(1) AT(2) AT(3) AT(4) AT(6) AT(8) AT(12) AT(16)
+static const int counts[] = {1, 2, 3, 4, 6, 8, 12, 16};
+#define ALL(name) {name##_1, name##_2, name##_3, name##_4, name##_6, name##_8, name##_12, name##_16}
+static const rows_function bf16_all[] = ALL(bf16), int8_all[] = ALL(int8), int4_all[] = ALL(int4);
+#endif /* X86 */
+
+/* ---- NEON --------------------------------------------------------------------------------------------- */
+#ifdef ARM
+/* 8 columns to two vectors of 4 floats. */
+INLINE void eight_neon(int kind, const uint8_t *p, unsigned b, float scale, float32x4_t *v) {
+  if (kind == FP32) {
+    uint8x16_t first = vqtbl1q_u8(vld1q_u8(p), vld1q_u8(table32[b & 15]));
+    uint8x16_t second = vqtbl1q_u8(vld1q_u8(p + 4 * __builtin_popcount(b & 15)), vld1q_u8(table32[b >> 4]));
+    v[0] = vreinterpretq_f32_u8(first), v[1] = vreinterpretq_f32_u8(second);
+  } else if (kind == INT8 || kind == INT4) {
+    uint8x16_t eight = vcombine_u8(vld1_u8(p), vdup_n_u8(0));
+    int16x8_t q = vmovl_s8(vreinterpret_s8_u8(vqtbl1_u8(eight, vld1_u8(table8[b]))));
+    v[0] = vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(q))), scale);
+    v[1] = vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(q))), scale);
+  } else {
+    uint16x8_t t = vreinterpretq_u16_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(table16[b])));
+    if (kind == FP16) {
+      v[0] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(t)));
+      v[1] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(t)));
+    } else {
+      v[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(t), 16));
+      v[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(t), 16));
+    }
+  }
+}
+
+INLINE const uint8_t *decode_neon(int kind, const uint8_t *p, uint64_t m, float scale, float32x4_t *v) {
+  uint8_t bytes[WORD + 8];
+  const uint8_t *from = p;
+  if (kind == INT4) {
+    for (int h = 0; h < 2; h++) {
+      uint8x16_t raw = vld1q_u8(p + 16 * h), eight = vdupq_n_u8(8);
+      uint8x16_t a = vsubq_u8(vandq_u8(raw, vdupq_n_u8(15)), eight), b = vsubq_u8(vshrq_n_u8(raw, 4), eight);
+      vst1q_u8(bytes + 32 * h, vzip1q_u8(a, b));
+      vst1q_u8(bytes + 32 * h + 16, vzip2q_u8(a, b));
+    }
+    memset(bytes + WORD, 0, 8);
+    from = bytes;
+  }
+  UNROLL for (int k = 0; k < 8; k++) {
+    unsigned b = (unsigned)(m >> (8 * k)) & 255;
+    eight_neon(kind, from, b, scale, v + 2 * k);
+    from += __builtin_popcount(b) * width_of(kind);
+  }
+  return kind == INT4 ? p + (__builtin_popcountll(m) + 1) / 2 : from;
+}
+
+INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const float *x = (const float *)j->x;
+    float32x4_t sums[MOST][2], v[16];
+    for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = vdupq_n_f32(0);
+    for (int64_t w = 0; p && w < j->W; w++) {
+      p = decode_neon(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      for (int c = 0; c < j->n; c++, x += WORD) {
+        float32x4_t a = sums[c][0], b = sums[c][1];
+        UNROLL for (int k = 0; k < 16; k += 2) {
+          a = vfmaq_f32(a, v[k], vld1q_f32(x + 4 * k));
+          b = vfmaq_f32(b, v[k + 1], vld1q_f32(x + 4 * k + 4));
+        }
+        sums[c][0] = a, sums[c][1] = b;
+      }
+    }
+    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = vaddvq_f32(vaddq_f32(sums[c][0], sums[c][1]));
+  }
+}
+
+FIVE(product_neon, )
+#endif
+
+/* ---- which path --------------------------------------------------------------------------------------- */
+
+EXPORT int llmprune_has(int path) {
+  if (path == PORTABLE) return 1;
+#ifdef ARM
+  return path == NEON;
+#endif
+#ifdef X86
+  int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+             __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
+  int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+               __builtin_cpu_supports("avx512vnni");
+  if (path == AVX2) return avx2;
+  if (path == AVX512) return avx512;
+  if (path == AVX512BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return 0;
+}
+
+EXPORT int llmprune_version(void) { return 1; }
+
+/* To be called once, before anything else. `parallel` may be NULL: one thread. */
+EXPORT void llmprune_setup(parallel_function parallel) {
+#ifdef X86
+  __builtin_cpu_init();
+#endif
+  fill_tables();
+  parallel_for = parallel;
+}
+
+/* ---- products ----------------------------------------------------------------------------------------- */
+
+#ifdef X86
+/* The kernels of AVX-512 for x of 2 bytes and of 1 byte; 0 where x is wanted as floats. */
+static const rows_function *narrow(const job *j, int x_kind, int exact) {
+  if (j->m.kind == BF16 && x_kind == BF16 && j->path == AVX512BF16) return bf16_all;
+  if (exact || (j->path != AVX512 && j->path != AVX512BF16)) return 0;
+  return j->m.kind == INT8 ? int8_all : j->m.kind == INT4 ? int4_all : 0;
+}
+#endif
+
+static rows_function plain(const job *j) {
+  switch (j->path) {
+#ifdef X86
+    case AVX512:
+    case AVX512BF16: return product_avx512_all[j->m.kind];
+    case AVX2: return product_avx2_all[j->m.kind];
+#endif
+#ifdef ARM
+    case NEON: return product_neon_all[j->m.kind];
+#endif
+    case PORTABLE: return product_portable_all[j->m.kind];
+  }
+  return 0;
+}
+
+
+/* Scratch that a product of n rows of x needs: floats need more than bytes with their counts and scales. */
+EXPORT int64_t llmprune_scratch_bytes(const matrix *m, int64_t n) {
+  int64_t W = (m->C + 127) / 128 * 2, laid = n + 3; /* kernels for 5, 7, 9... rows lay out up to 3 more */
+  return (W * WORD * 4 + (W + 32) * 32) * laid + llmprune_tail_bytes(m) + 192;
+}
+
+/* y [n, R] = x [n, C] W^T for n up to 16. */
+EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64_t n, int exact, int path,
+                            int threads, uint8_t *scratch, float *y) {
+  job j;
+  memset(&j, 0, sizeof j);
+  j.m = *m, j.y = y, j.n = j.laid = (int32_t)n, j.path = path, j.last = m->R;
+  if (n < 1 || n > MOST || !llmprune_has(path)) return NO_PATH;
+  scratch += (64 - (uintptr_t)scratch % 64) % 64;
+  int bad = prepare(&j, scratch);
+  if (bad) return bad;
+  uint8_t *laid = scratch + (llmprune_tail_bytes(m) + 63) / 64 * 64;
+  j.x = laid;
+#ifdef X86
+  const rows_function *all = narrow(&j, x_kind, exact);
+  if (all) {
+    int at = 0;
+    while (counts[at] < n) at++;
+    j.laid = counts[at];
+    if (j.m.kind == BF16)
+      lay_raw16(&j, x, laid);
+    else
+      lay_bytes(&j, x, x_kind, laid);
+    return run_rows(&j, all[at], threads);
+  }
+#endif
+  (void)exact;
+  lay_floats(&j, x, x_kind, (float *)laid);
+  return run_rows(&j, plain(&j), threads);
+}
+
+/* ---- packed rows -> dense rows ------------------------------------------------------------------------ */
+
+/* Bits alone: no arithmetic, so that NaN payloads and -0.0 stay. */
+INLINE void expand_raw(job *j, int64_t r0, int64_t r1, int width) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    if (!p) continue;
+    memset(out, 0, (size_t)(j->m.C * width));
+    for (int64_t w = 0; w < j->W; w++) {
+      uint64_t m = word_at(mask + 8 * w);
+      if (w == j->W - 1 && j->m.C % WORD) m &= (1ull << j->m.C % WORD) - 1;
+      for (; m; m &= m - 1, p += width) memcpy(out + width * (w * WORD + __builtin_ctzll(m)), p, (size_t)width);
+    }
+  }
+}
+static void expand_raw1(job *j, int64_t a, int64_t b) { expand_raw(j, a, b, 1); }
+static void expand_raw2(job *j, int64_t a, int64_t b) { expand_raw(j, a, b, 2); }
+static void expand_raw4(job *j, int64_t a, int64_t b) { expand_raw(j, a, b, 4); }
+
+/* Stores the floats of word w of a row that begins at `out`, as float32 or bf16, and none behind column C. */
+INLINE void store_floats(const job *j, const float *v, uint8_t *out, int64_t w) {
+  int64_t left = j->m.C - w * WORD, count = left < WORD ? left : WORD;
+  uint16_t halves[WORD];
+  if (j->to == FP32) {
+    memcpy(out + 4 * WORD * w, v, (size_t)(4 * count));
+    return;
+  }
+  for (int i = 0; i < WORD; i++) halves[i] = to_bf16(v[i]);
+  memcpy(out + 2 * WORD * w, halves, (size_t)(2 * count));
+}
+
+#define EXPAND_FLOATS(name, attributes, decode, vector)                                                       \
+  attributes INLINE void name(job *j, int64_t r0, int64_t r1, int kind) {                                     \
+    float v[WORD] __attribute__((aligned(64)));                                                               \
+    for (int64_t r = r0; r < r1; r++) {                                                                       \
+      const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;                                  \
+      uint8_t *out = j->out + (r - j->first) * j->m.C * width_of(j->to);                                      \
+      for (int64_t w = 0; p && w < j->W; w++) {                                                               \
+        p = decode(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v); \
+        store_floats(j, v, out, w);                                                                           \
+      }                                                                                                       \
+    }                                                                                                         \
+  }                                                                                                           \
+  FIVE(name, attributes)
+
+EXPAND_FLOATS(floats_portable, , decode_portable, float)
+
+#ifdef X86
+EXPAND_FLOATS(floats_avx2, T256, decode256, __m256)
+EXPAND_FLOATS(floats_avx512, T512, decode512, __m512)
+
+T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    uint8_t *out = j->out + (r - j->first) * j->m.C * 2;
+    for (int64_t i = 0; p && i < j->m.C; i += 8, out += 16) {
+      unsigned b = mask[i / 8];
+      __m128i v = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), _mm_load_si128((const __m128i *)table16[b]));
+      p += 2 * __builtin_popcount(b);
+      if (j->m.C - i >= 8) {
+        _mm_storeu_si128((__m128i *)out, v);
+      } else {
+        uint8_t last[16];
+        _mm_storeu_si128((__m128i *)last, v);
+        memcpy(out, last, (size_t)(2 * (j->m.C - i)));
+      }
+    }
+  }
+}
+
+T512 INLINE void expand512(job *j, int64_t r0, int64_t r1, int width) {
+  const int step = 64 / width; /* columns per vector */
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    for (int64_t i = 0; p && i < j->m.C; i += step, out += 64, mask += step / 8) {
+      uint64_t b = 0;
+      __m512i v = load512(p);
+      memcpy(&b, mask, (size_t)(step / 8));
+      v = width == 1   ? _mm512_maskz_expand_epi8(b, v)
+          : width == 2 ? _mm512_maskz_expand_epi16((uint32_t)b, v)
+                       : _mm512_maskz_expand_epi32((uint16_t)b, v);
+      p += width * __builtin_popcountll(b);
+      if (j->m.C - i >= step)
+        _mm512_storeu_si512(out, v);
+      else
+        _mm512_mask_storeu_epi8(out, (1ull << (j->m.C - i) * width) - 1, v);
+    }
+  }
+}
+T512 static void expand512_1(job *j, int64_t a, int64_t b) { expand512(j, a, b, 1); }
+T512 static void expand512_2(job *j, int64_t a, int64_t b) { expand512(j, a, b, 2); }
+T512 static void expand512_4(job *j, int64_t a, int64_t b) { expand512(j, a, b, 4); }
+#endif
+#ifdef ARM
+EXPAND_FLOATS(floats_neon, , decode_neon, float32x4_t)
+#endif
+
+static rows_function expander(const job *j, int raw) {
+  int width = width_of(j->m.kind);
+  switch (j->path) {
+#ifdef X86
+    case AVX512:
+    case AVX512BF16:
+      return !raw ? floats_avx512_all[j->m.kind] : width == 1 ? expand512_1 : width == 2 ? expand512_2 : expand512_4;
+    case AVX2:
+      if (!raw) return floats_avx2_all[j->m.kind];
+      if (width == 2) return expand_avx2;
+      break;
+#endif
+#ifdef ARM
+    case NEON:
+      if (!raw) return floats_neon_all[j->m.kind];
+      break;
+#endif
+    default: break;
+  }
+  return !raw ? floats_portable_all[j->m.kind] : width == 1 ? expand_raw1 : width == 2 ? expand_raw2 : expand_raw4;
+}
+
+/* Rows `first` to `last` - 1 to dense ones [last - first, C], of kind `to`: that of the values, FP32 or BF16. */
+EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to, int path, int threads,
+                           uint8_t *tail, uint8_t *out) {
+  job j;
+  memset(&j, 0, sizeof j);
+  j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last;
+  int raw = to == m->kind;
+  if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && to == INT4)) return NO_PATH;
+  int bad = prepare(&j, tail);
+  return bad ? bad : run_rows(&j, expander(&j, raw), threads);
+}
+
+/* ---- dense rows -> values ----------------------------------------------------------------------------- */
+
+INLINE void compress_raw(job *j, int64_t r0, int64_t r1, int width) {
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *mask = j->m.mask + 8 * r * j->W, *in = j->in + r * j->m.C * width;
+    uint8_t *out = j->out + row_start(&j->m, r) * width;
+    for (int64_t w = 0; w < j->W; w++, in += WORD * width)
+      for (uint64_t m = word_at(mask + 8 * w); m; m &= m - 1, out += width)
+        memcpy(out, in + width * __builtin_ctzll(m), (size_t)width);
+  }
+}
+static void compress_raw1(job *j, int64_t a, int64_t b) { compress_raw(j, a, b, 1); }
+static void compress_raw2(job *j, int64_t a, int64_t b) { compress_raw(j, a, b, 2); }
+static void compress_raw4(job *j, int64_t a, int64_t b) { compress_raw(j, a, b, 4); }
+
+#ifdef X86
+T512 INLINE void compress512(job *j, int64_t r0, int64_t r1, int width) {
+  const int step = 64 / width;
+  const uint8_t *end = j->out + row_start(&j->m, r1) * width; /* behind it another thread writes */
+  for (int64_t r = r0; r < r1; r++) {
+    const uint8_t *mask = j->m.mask + 8 * r * j->W, *in = j->in + r * j->m.C * width;
+    uint8_t *out = j->out + row_start(&j->m, r) * width;
+    for (int64_t i = 0; i < j->m.C; i += step, in += 64, mask += step / 8) {
+      uint64_t b = 0, there = ~0ull;
+      if (j->m.C - i < step) there = (1ull << (j->m.C - i) * width) - 1;
+      __m512i v = _mm512_maskz_loadu_epi8(there, in);
+      memcpy(&b, mask, (size_t)(step / 8));
+      v = width == 1   ? _mm512_maskz_compress_epi8(b, v)
+          : width == 2 ? _mm512_maskz_compress_epi16((uint32_t)b, v)
+                       : _mm512_maskz_compress_epi32((uint16_t)b, v);
+      int bytes = width * __builtin_popcountll(b);
+      if (end - out >= 64)
+        _mm512_storeu_si512(out, v);
+      else
+        _mm512_mask_storeu_epi8(out, bytes == 64 ? ~0ull : (1ull << bytes) - 1, v);
+      out += bytes;
+    }
+  }
+}
+T512 static void compress512_1(job *j, int64_t a, int64_t b) { compress512(j, a, b, 1); }
+T512 static void compress512_2(job *j, int64_t a, int64_t b) { compress512(j, a, b, 2); }
+T512 static void compress512_4(job *j, int64_t a, int64_t b) { compress512(j, a, b, 4); }
+#endif
+
+/* The kept values of dense rows [R, C], row r's from `rows[r]` on. The caller has made `rows` from the mask,
+ * and seen that no bit stands behind column C. */
+EXPORT int llmprune_compress(const matrix *m, const uint8_t *dense, int path, int threads, uint8_t *values) {
+  job j;
+  memset(&j, 0, sizeof j);
+  j.m = *m, j.in = dense, j.out = values, j.path = path, j.last = m->R, j.W = (m->C + 63) / 64;
+  int width = width_of(m->kind);
+  if (!llmprune_has(path) || m->kind == INT4) return NO_PATH;
+#ifdef X86
+  if (path >= AVX512)
+    return run_rows(&j, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
+#endif
+  return run_rows(&j, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
+}
+
+/* Values as bytes q from `rows` on <-> nibbles q + 8 from `starts` (int64) on; both made from the mask. */
+EXPORT void llmprune_nibbles(const matrix *m, const int64_t *starts, int8_t *bytes, uint8_t *nibbles, int pack) {
+  int64_t W = (m->C + 63) / 64;
+  for (int64_t r = 0; r < m->R; r++) {
+    int8_t *b = bytes + row_start(m, r);
+    uint8_t *p = nibbles + starts[r];
+    for (int64_t w = 0; w < W; w++) {
+      int kept = __builtin_popcountll(word_at(m->mask + 8 * (r * W + w))), k = 0;
+      for (; k + 1 < kept; k += 2, p++) {
+        if (pack)
+          *p = (uint8_t)((b[k] + 8) & 15) | (uint8_t)((b[k + 1] + 8) << 4);
+        else
+          b[k] = (int8_t)((*p & 15) - 8), b[k + 1] = (int8_t)((*p >> 4) - 8);
+      }
+      if (k < kept) {
+        if (pack)
+          *p = (uint8_t)((b[k] + 8) & 15); /* the nibble left over is 0 */
+        else
+          b[k] = (int8_t)((*p & 15) - 8);
+        p++;
+      }
+      b += kept;
+    }
+  }
+}
+
+/* ---- counting ----------------------------------------------------------------------------------------- */
+
+INLINE int count_rows(const uint8_t *mask, int64_t R, int64_t C, int64_t *values, int64_t *bytes) {
+  int64_t W = (C + 63) / 64;
+  uint64_t behind = C % 64 ? ~0ull << (C % 64) : 0, bad = 0;
+  for (int64_t r = 0; r < R; r++) {
+    int64_t v = 0, b = 0;
+    for (int64_t w = 0; w < W; w++, mask += 8) {
+      int kept = __builtin_popcountll(word_at(mask));
+      v += kept, b += (kept + 1) / 2;
+    }
+    bad |= word_at(mask - 8) & behind;
+    values[r] = v, bytes[r] = b;
+  }
+  return bad != 0;
+}
+#ifdef X86
+T256 static int count_rows_popcnt(const uint8_t *mask, int64_t R, int64_t C, int64_t *values, int64_t *bytes) {
+  return count_rows(mask, R, C, values, bytes);
+}
+#endif
+
+/* Kept values of each row, and bytes that they take as int4; whether a bit stands behind column C. */
+EXPORT int llmprune_counts(const uint8_t *mask, int64_t R, int64_t C, int64_t *values, int64_t *bytes) {
+#ifdef X86
+  if (llmprune_has(AVX2)) return count_rows_popcnt(mask, R, C, values, bytes);
+#endif
+  return count_rows(mask, R, C, values, bytes);
+}

@@ -1,0 +1,73 @@
+"""Packing without native code, in numpy and torch: the same bits, slower. R rows, C columns, W = ceil(C / 64)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def word_counts(mask: Tensor) -> Tensor:
+    """Kept values in each word of a mask [R, 8 W]: int64 [R, W]."""
+    words = mask.numpy().view(np.uint64)
+    if hasattr(np, "bitwise_count"):
+        return torch.from_numpy(np.bitwise_count(words).astype(np.int64))
+    for shift, bits in ((1, 0x5555555555555555), (2, 0x3333333333333333), (4, 0x0F0F0F0F0F0F0F0F)):
+        kept = np.uint64(bits)  # numpy 1: sums of neighbouring bits, pairs and nibbles
+        words = (words & kept) + ((words >> np.uint64(shift)) & kept)
+    return torch.from_numpy(words.view(np.uint8).reshape(*words.shape, 8).sum(axis=-1, dtype=np.int64))
+
+
+def bits_behind(mask: Tensor, columns: int) -> bool:
+    """Whether a mask has bits behind its last column."""
+    whole, rest = divmod(columns, 8)
+    tail = mask[:, whole:].clone()
+    if rest:
+        tail[:, 0] >>= rest
+    return bool(tail.any())
+
+
+def compress(weight: Tensor, keep: Tensor) -> Tensor:
+    """The kept values of `weight` [R, C], by `keep` bool [R, C]."""
+    same = weight.view(_SAME_WIDTH[weight.element_size()])  # integers are copied as they are
+    return same[keep].view(weight.dtype)
+
+
+def expand(values: Tensor, keep: Tensor) -> Tensor:
+    """Dense [R, C] with `values` where `keep` is set, and zeros."""
+    same = values.view(_SAME_WIDTH[values.element_size()])
+    dense = torch.zeros(keep.shape, dtype=same.dtype)
+    dense[keep] = same
+    return dense.view(values.dtype)
+
+
+def scaled(dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q [R, C] times its scale [R, ceil(C / 128)]."""
+    wide = scale.float().repeat_interleave(128, dim=1)[:, : dense.shape[1]]
+    return (dense.float() * wide).to(dtype)
+
+
+def nibble_places(mask: Tensor) -> tuple[Tensor, int]:
+    """Where each kept value stands among the nibbles of int4 values, and how many bytes those take."""
+    kept = word_counts(mask).flatten()
+    taken = (kept + 1) // 2
+    first_value, first_byte = kept.cumsum(0) - kept, taken.cumsum(0) - taken
+    shift = torch.repeat_interleave(2 * first_byte - first_value, kept)
+    return shift + torch.arange(len(shift)), int(taken.sum())
+
+
+def pack_nibbles(values: Tensor, mask: Tensor) -> Tensor:
+    """Bytes q [nnz] to nibbles q + 8, two to a byte, every word's on bytes of its own."""
+    places, count = nibble_places(mask)
+    nibbles = torch.zeros(2 * count, dtype=torch.uint8)
+    nibbles[places] = (values + 8).view(torch.uint8)
+    return nibbles[0::2] | nibbles[1::2] << 4
+
+
+def unpack_nibbles(nibbles: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    places, _ = nibble_places(mask)
+    single = torch.stack((nibbles & 15, nibbles >> 4), dim=1).flatten()
+    return single[places].view(torch.int8) - 8
