@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.common.version import __version__
 from llmprune.machine.threads import settle
+from llmprune.runtime.hook import install
 
 # torch reads both settings when it is imported, so they are made here; a value the user has set stays.
 # With THP_MEM_ALLOC_ENABLE large tensors lie in huge pages, which the system allocates many times faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 settle(os.environ)
+install()
 
 __all__ = ["__version__", "convert", "evaluate", "inspect", "load", "prune", "push", "run_model"]
 

@@ -339,14 +339,20 @@ def push(
 
 @checked()
 def load(
-    path: AnyPath, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
+    path: AnyPath,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
+    **options: Any,
 ) -> Any:
-    """Load a checkpoint as a transformers model, with the weights in their stored dtype.
+    """Load a checkpoint, dense or packed, as a transformers model, with the weights in their stored dtype.
 
     Args:
         path: `demo`, an alias, a hub id or a folder.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         trust_remote_code: run Python code of the checkpoint.
+        dequantize: give a packed folder ordinary layers with dense weights.
         options: passed on to the `from_pretrained` of transformers, such as `device_map` or `dtype`.
 
     Raises:
@@ -358,6 +364,13 @@ def load(
     name, _ = class_of(read_config(located.folder, trust_remote_code), trust_remote_code)
     source = Checkpoint(located.folder)  # raises for damaged files, and for other formats than safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
+    if packing_entry(read_json(located.folder / CONFIG)) is not None:
+        from llmprune.runtime.plugin import PackedConfig
+
+        if dequantize:
+            chosen["quantization_config"] = PackedConfig(dequantize=True)
+    elif dequantize:
+        raise ValueError(f"{path} is not packed, so there is nothing to dequantize; leave dequantize out")
     with libraries():
         model = getattr(transformers, name).from_pretrained(located.folder, **chosen)
     source.check()

@@ -18,14 +18,15 @@ from torch import Tensor
 from llmprune.checkpoint.files import NAMES
 from llmprune.checkpoint.reader import Checkpoint, TensorInfo
 from llmprune.common.messages import shown
-from llmprune.kernels import packing
+from llmprune.kernels import packing, products
 
 METHOD = "llmprune"  # quant_method in config.json: other loaders refuse it
 VERSION = 1
 GROUP = 128  # dense columns that share a scale
 WORD = 64  # columns of a mask word
 BITS = (16, 8, 4)  # of a value: 16 stands for values as they are, in their own dtype
-_PARTS = ("_mask", "_rows", "_scale")
+PACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PARTS = ("", "_mask", "_rows", "_scale")  # what is added to the name of a packed tensor
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def unpack(parts: Mapping[str, Tensor], layout: Layout, name: str) -> Tensor:
 def check(parts: Mapping[str, Tensor], layout: Layout, name: str) -> None:
     """Raise `ValueError` unless the parts of a packed tensor fit together in every bit."""
     try:
-        packing.check(
+        products.check(
             parts[""],
             parts["_mask"],
             parts["_rows"],
@@ -212,7 +213,7 @@ class Packed:
     def __init__(self, source: Checkpoint, entry: Mapping[str, Any]) -> None:
         self.source = source
         self.layouts = layouts_of(entry, source.tensors)
-        parts = {name + part for name in self.layouts for part in _PARTS}
+        parts = {name + part for name in self.layouts for part in PARTS[1:]}
         self.tensors = {n: tensor for n, tensor in source.tensors.items() if n not in parts}
         for name, layout in self.layouts.items():
             size = math.prod(layout.shape) * layout.dtype.itemsize
@@ -240,8 +241,7 @@ class Packed:
 
 def read_parts(load: Callable[[str], Tensor], name: str, bits: int) -> dict[str, Tensor]:
     """The parts of a packed tensor, each read by its name."""
-    parts = ("", *_PARTS[:2], *(_PARTS[2:] if bits != 16 else ()))
-    return {part: load(name + part) for part in parts}
+    return {part: load(name + part) for part in (PARTS[:3] if bits == 16 else PARTS)}
 
 
 def layouts_of(entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Layout]:
@@ -298,14 +298,12 @@ def _check_header(name: str, layout: Layout, kept: int, tensors: Mapping[str, Te
         )
     for part, (shape, stored) in wanted.items():
         tensor = tensors.get(name + part)
+        # Values of 4 bits begin anew with every mask word: how many bytes they take follows from the mask.
+        some = part == "" and layout.bits == 4
+        if tensor is not None and tensor.stored in stored and (some or tensor.shape == shape):
+            continue
         have = "nothing" if tensor is None else f"{tensor.stored} {list(tensor.shape)}"
-        # Nibbles of 4 bits begin anew with every mask word, so their bytes follow from the mask alone.
-        fits = tensor is not None and tensor.stored in stored
-        fits = fits and (
-            tensor.shape == shape or (part == "" and layout.bits == 4 and len(tensor.shape) == 1)
+        raise ValueError(
+            f"config.json asks for {stored[0]} {list(shape)} in {shown(name + part)}, and the files hold "
+            f"{have}; the packed checkpoint is damaged"
         )
-        if not fits:
-            raise ValueError(
-                f"config.json asks for {stored[0]} {list(shape)} in {shown(name + part)}, and the files hold "
-                f"{have}; the packed checkpoint is damaged"
-            )

@@ -139,6 +139,10 @@ class Checkpoint:
         """The names of its weight files."""
         return frozenset(file.path.name for file in self._where.values())
 
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._where[name].path.name
+
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, as stored."""
         return self._where[name].load(name)

@@ -83,7 +83,9 @@ def _check_private(folder: Path) -> None:
     """Refuses a folder that another user owns or may write to, also by way of the folder above it."""
     own = folder.lstat()
     if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.geteuid() or own.st_mode & 0o077:
-        raise ValueError(f"{shown(str(folder))} is not this user's alone: make it so with chmod 700, or remove it")
+        raise ValueError(
+            f"{shown(str(folder))} is not this user's alone: make it so with chmod 700, or remove it"
+        )
     above = folder.parent.stat()
     if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
         raise ValueError(f"{shown(str(folder.parent))} can be written to by everybody: use chmod o-w")

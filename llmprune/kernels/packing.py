@@ -126,7 +126,9 @@ def pack_nibbles(values: Tensor, mask: Tensor, columns: int) -> Tensor:
     each, taken = counts(mask, columns)
     kept = int(each.sum())
     if values.dtype != torch.int8 or values.shape != (kept,):
-        raise ValueError(f"int8 [{kept}] is to be packed by this mask, not {values.dtype} {list(values.shape)}")
+        raise ValueError(
+            f"int8 [{kept}] is to be packed by this mask, not {values.dtype} {list(values.shape)}"
+        )
     if kept and not -8 <= int(values.min()) <= int(values.max()) <= 7:
         raise ValueError(f"int4 holds -8 to 7, not {int(values.min())} to {int(values.max())}")
     values = values.contiguous()
@@ -142,7 +144,9 @@ def unpack_nibbles(nibbles: Tensor, mask: Tensor, columns: int) -> Tensor:
     each, taken = counts(mask, columns)
     wanted = int(taken.sum())
     if nibbles.dtype != torch.uint8 or nibbles.shape != (wanted,):
-        raise ValueError(f"this mask's int4 values are uint8 [{wanted}], not {nibbles.dtype} {list(nibbles.shape)}")
+        raise ValueError(
+            f"this mask's int4 values are uint8 [{wanted}], not {nibbles.dtype} {list(nibbles.shape)}"
+        )
     nibbles = nibbles.contiguous()
     if not library.available():
         return plain.unpack_nibbles(nibbles, mask)

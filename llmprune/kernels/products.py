@@ -96,7 +96,9 @@ def _check_parts(values: Tensor, mask: Tensor, rows: Tensor, bits: int) -> None:
                 f" not {list(part.shape)} on {part.device}"
             )
     if mask.dtype != torch.uint8 or rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"the mask must be uint8 and the rows int32 or int64, not {mask.dtype} and {rows.dtype}")
+        raise ValueError(
+            f"the mask must be uint8 and the rows int32 or int64, not {mask.dtype} and {rows.dtype}"
+        )
     if len(rows) != len(mask) + 1:
         raise ValueError(f"{len(mask)} rows of mask want {len(mask) + 1} row starts, not {len(rows)}")
 
@@ -166,7 +168,9 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
     dtype = x.dtype if same else torch.float32
     rows, columns = len(packed.mask), packed.columns
     most = max(16, _BLOCK_BYTES // (columns * dtype.itemsize))
-    wide = dtype == torch.float16 and packed.scale is not None  # the native code scales to float32 or bfloat16
+    wide = (
+        dtype == torch.float16 and packed.scale is not None
+    )  # the native code scales to float32 or bfloat16
     block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
     y = torch.empty((rows, len(x)), dtype=dtype)
     across = x.to(dtype).t()

@@ -110,6 +110,19 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[Group]:
     return groups
 
 
+def renamed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What transformers calls some tensors of the files after its renamings, before anything is converted."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return {name: name for name in names}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    prefix, known = getattr(model, "base_model_prefix", ""), dict.fromkeys(model.state_dict(), True)
+    return {name: rename_source_key(name, renamings, [], prefix, known)[0] for name in names}
+
+
 def _made(converter: Any, parameter: str, wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """All parameters that a converter makes together with the one that its first target names."""
     targets = converter.target_patterns

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed import PACKED_DTYPES, Layout
 from llmprune.model.activations import BlockInputs
 from llmprune.model.conversion import Group, Piece, Stored, Tracer
 from llmprune.model.products import Products, Seen
@@ -260,7 +260,7 @@ def packed_layouts(skeleton: Skeleton) -> dict[str, Layout]:
         tensor = skeleton.source.tensors[target.tensor]
         stacked = 0 if target.index is None else tensor.shape[0]
         rows, columns = target.shape
-        if tensor.dtype is not None:
+        if tensor.dtype in PACKED_DTYPES:
             layouts[target.tensor] = Layout(
                 rows * max(1, stacked), columns, tensor.dtype, stacked, target.transposed
             )

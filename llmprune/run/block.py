@@ -43,7 +43,8 @@ class Block:
             stores another dtype.
         targets: its matrices that are to be pruned.
         originals: its dense parameters by their names in the block, where a companion keeps them.
-        stats: statistics of the inputs of the matrices that are pruned already, by matrix.
+        stats: statistics of the inputs of the matrices that are pruned already, by matrix, where a step on
+            the whole block follows: they may be as large as the block.
         masks: their packed keep masks. rows: their rows of the record. Both go by names in the checkpoint.
         notes: more for the record, by matrix.
     """
@@ -56,6 +57,7 @@ class Block:
         self.targets = self._find_targets(run)
         self.originals: dict[str, Tensor] = {}
         self.stats: dict[str, InputStats] = {}
+        self.keeps_stats = bool(run.recipe.build_block_steps())
         self.exact: Tensors = {}
         self._keeps_exact = run.recipe.precision == "float32"
         self.masks: Tensors = {}

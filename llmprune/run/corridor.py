@@ -92,9 +92,11 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
             matrix = run.plan.matrices[target.name]
             with exact_matmul():
                 weight, keep, row = prune_matrix(target, matrix, stats.get(target.name), methods, stored)
-            weights[key], block.masks[key] = target.stored(weight), pack(keep)
+            weight, block.masks[key] = target.stored(weight), pack(keep)
             rows[key] = {"name": key, **row, **block.notes.get(target.name, {})}
-            block.put(target, weights[key])
+            block.put(target, weight)
+            if not team.alone:
+                weights[key] = weight
         else:
             weights[key] = torch.empty_like(target.part(stored), dtype=methods.dtype)
             packed = target.shape[0], -(-target.shape[1] // 8)
@@ -108,4 +110,5 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
         if owner[target.name] != team.rank:
             block.put(target, weights[key])
     block.rows += rows.values()
-    block.stats |= stats
+    if block.keeps_stats:
+        block.stats |= stats

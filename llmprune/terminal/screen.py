@@ -227,7 +227,7 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     console.verbatim()
     console.table("Converted", rows)
     console.verbatim()
-    steps = [("score it", f"llmprune eval {shown_path(converted['output'])}")]
+    steps = [("score it", f"llmprune eval {shlex.quote(converted['output'])}")]
     _next_steps(console, steps)
 
 

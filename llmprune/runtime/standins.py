@@ -1,0 +1,132 @@
+"""Stand-ins for dense weights whose matrices stay packed: they unpack where a model computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from llmprune.checkpoint.packed import Layout
+from llmprune.kernels.packing import expand
+
+
+class Rows(NamedTuple):
+    """Some rows of a packed tensor, and where they stand in a matrix of the stack.
+
+    Attributes:
+        parts: of the packed tensor, by what is added to its name. layout: of it.
+        start, stop: which of its rows.
+        place: which rows of the matrix they are.
+    """
+
+    parts: Mapping[str, Tensor]
+    layout: Layout
+    start: int
+    stop: int
+    place: slice | Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The rows [n, C]."""
+        sums = self.parts["_rows"]
+        first, last = int(sums[self.start]), int(sums[self.stop])
+        scale = self.parts.get("_scale")
+        return expand(
+            self.parts[""][first:last],
+            self.parts["_mask"][self.start : self.stop],
+            (self.stop - self.start, self.layout.columns),
+            dtype,
+            None if scale is None else scale[self.start : self.stop],
+        )
+
+
+class Standin:
+    """Stands for a dense weight: whatever torch computes with it, it computes with the unpacked weight.
+
+    Args:
+        shape, dtype: of the dense weight.
+        dense: unpacks it; the result is not kept.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, dense: Callable[[], Tensor]) -> None:
+        self.shape, self.dtype, self.dense, self.device = shape, dtype, dense, torch.device("cpu")
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.dense() @ other
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return other @ self.dense()
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf.dense() if isinstance(leaf, Standin) else leaf
+
+
+class PackedStack(Standin):
+    """Stands for a parameter that stacks matrices; `stack[e]` is matrix e, unpacked at that moment.
+
+    Args:
+        shape: of the parameter.
+        dtype: of the unpacked matrices.
+        matrices: for each matrix the rows it is made of.
+        turned: whether the parameter holds its matrices as [C, R].
+    """
+
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, matrices: Sequence[Sequence[Rows]], turned: bool
+    ) -> None:
+        super().__init__(shape, dtype, lambda: torch.stack([self.matrix(n) for n in range(len(self))]))
+        self._matrices, self._turned = matrices, turned
+
+    def __getitem__(self, index: Any) -> Tensor:
+        one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
+        return self.matrix(int(index)) if one else self.dense()[index]
+
+    def matrix(self, number: int) -> Tensor:
+        """One matrix, as the parameter holds it."""
+        pieces = self._matrices[number]
+        if len(pieces) == 1:
+            matrix = pieces[0].dense(self.dtype)
+        else:
+            size = self.shape[1:][::-1] if self._turned else self.shape[1:]
+            matrix = torch.empty(size, dtype=self.dtype)
+            for piece in pieces:
+                matrix[piece.place] = piece.dense(self.dtype)
+        return matrix.T if self._turned else matrix
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.bmm and len(args) == 2 and isinstance(args[1], cls):  # one matrix at a time
+            inputs, stack = args
+            return torch.stack([inputs[number] @ stack[number] for number in range(len(stack))])
+        return super().__torch_function__(func, types, args, kwargs)
