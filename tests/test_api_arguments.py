@@ -18,7 +18,8 @@ from llmprune import api
 from llmprune.api import arguments
 from llmprune.recipe import loading as recipes
 
-FUNCTIONS = ("prune", "run_model", "evaluate", "inspect", "push", "load")
+FUNCTIONS = ("prune", "run_model", "evaluate", "inspect", "convert", "push", "load")
+NEEDED = {"push": {"repository": "me/x"}, "convert": {"to": "packed", "output": "out"}}
 RECIPE = {"pruner": {"name": "wanda"}, "sparsity": 0.25, "calibration": {"samples": 4, "sequence_length": 32}}
 
 
@@ -185,6 +186,10 @@ WRONG = {
     "device": [None, 5, ["cpu"]],
     "dtype": [None, 5, float, torch.float64],
     "offload": [None, 5, "disc", ["ram"]],
+    "format": [None, 5, "zip", ["packed"]],
+    "to": [None, 5, "gguf", ["packed"]],
+    "blocks": [5, True, "no.such.list"],
+    "dequantize": [1, "yes", None],
     "tokenizer": ["demo", 5],
     "revision": [5, b"main", True],
     "token": [5, b"hf"],
@@ -234,7 +239,7 @@ def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmprune.run.corridor.prune_blocks", lambda *_: pytest.fail("work began"))
     first = {"push": "folder", "prune": "model", "run_model": "model"}.get(function, "path")
-    given = {first: tiny_llama, **({"repository": "me/x"} if function == "push" else {}), name: value}
+    given = {first: tiny_llama, **NEEDED.get(function, {}), name: value}
     with pytest.raises(ValueError) as refused:
         getattr(llmprune, function)(**given)
     message = str(refused.value)

@@ -12,7 +12,7 @@ import yaml
 from llmprune.checkpoint.contents import CARD, RECORD
 from llmprune.checkpoint.reader import read_record
 from llmprune.model.classes import CAUSAL
-from llmprune.record.figures import HONEST, Record, ScoreRow, method_of, score_rows, share_of_all
+from llmprune.record.figures import Record, ScoreRow, method_of, score_rows, share_of_all, size_remark
 from llmprune.record.record import calibrated_on
 from llmprune.text.mixture import is_file, plain_sources
 
@@ -41,6 +41,8 @@ def model_card(record: Record, name: str) -> str:
     model, totals, calibration = record["model"], record["totals"], record["calibration"]
     source = " ".join(model["source"].split())
     at = f" (commit `{model['revision']}`)" if model["revision"] else ""
+    holder = "The weight files hold" if "format" in record else "`masks.safetensors` holds"
+    masks = f"{holder} the keep masks"
     return f"""---
 {_front_matter(record)}---
 
@@ -51,7 +53,7 @@ def model_card(record: Record, name: str) -> str:
 {share_of_all(record)}; \
 embeddings, norms and the output head are not pruned.
 
-{HONEST}
+{size_remark(record)}
 
 ## Scores
 
@@ -75,7 +77,7 @@ seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
 {load_snippet(name, record)}
 ```
 
-`masks.safetensors` holds the keep masks, `llmprune.json` the full record (recipe, calibration fingerprint, \
+{masks}, `llmprune.json` the full record (recipe, calibration fingerprint, \
 every matrix, versions).
 `llmprune inspect` recounts the zeros.
 
@@ -88,7 +90,8 @@ every matrix, versions).
 def load_snippet(name: str, record: Record) -> str:
     """Python code that loads a folder or repository with a class of transformers."""
     quoted, auto_class = json.dumps(name, ensure_ascii=False), record["model"].get("auto_class", CAUSAL)
-    return f"""from transformers import {auto_class}, AutoTokenizer
+    first = "import llmprune  # which knows packed weights\n" if "format" in record else ""
+    return f"""{first}from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained({quoted}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({quoted})"""

@@ -107,11 +107,18 @@ def seconds_by_phase(record: Mapping[str, Any]) -> str:
     return f"{seconds['total']:.1f}" + (f" ({times})" if times else "")
 
 
-HONEST = (
-    "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk nor "
-    "faster than the original. Runtimes that use the zeros (2:4 kernels, sparse formats, compression) can "
-    "make it so."
-)
+def size_remark(record: Mapping[str, Any]) -> str:
+    """What a user must know of the size and speed of what was written."""
+    if "format" in record:
+        return (
+            "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored. "
+            "transformers loads them where llmprune is installed and imported; without it, it stops. Whether "
+            "they are faster depends on the machine."
+        )
+    return (
+        "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk "
+        "nor faster than the original. llmprune convert makes it smaller (--to packed)."
+    )
 
 
 def method_of(record: Record) -> str:

@@ -14,7 +14,14 @@ from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import size_text
 from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines, with_error
-from llmprune.record.figures import HONEST, Record, method_of, score_rows, seconds_by_phase, sparsity_reached
+from llmprune.record.figures import (
+    Record,
+    method_of,
+    score_rows,
+    seconds_by_phase,
+    size_remark,
+    sparsity_reached,
+)
 from llmprune.record.record import calibrated_on
 
 
@@ -139,7 +146,7 @@ def html_report(record: Record, name: str) -> str:
         "<h2>Scores</h2>",
         _table(("", "dense", "pruned", "change", ""), scores) if scores else no_scores,
         *(f"<p>{html.escape(line)}</p>" for line in protocol_lines(record)),
-        f"<p>{html.escape(HONEST)}</p>",
+        f"<p>{html.escape(size_remark(record))}</p>",
         "<h2>Load</h2>",
         f"<pre>{html.escape(load_snippet(name, record))}</pre>",
         f"<details><summary>The recipe with every default</summary><pre>{recipe}</pre></details>",

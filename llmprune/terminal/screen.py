@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from llmprune.common.messages import size_text
 from llmprune.machine.interrupts import INTERRUPTS
 from llmprune.model.classes import CAUSAL
-from llmprune.record.figures import direction, duration, score_rows, seconds_by_phase, sparsity_reached
+from llmprune.record.figures import (
+    direction,
+    duration,
+    score_rows,
+    seconds_by_phase,
+    size_remark,
+    sparsity_reached,
+)
 from llmprune.terminal.console import Bars, Lines, Screen
 from llmprune.terminal.layout import GAP
 
@@ -131,8 +138,6 @@ def print_matrices(console: Screen, plan: Plan) -> None:
 
 def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> None:
     """Print the scores and totals of a run, and what can be done with its output."""
-    from llmprune.record.figures import HONEST
-
     console.verbatim()
     console.verbatim("Result", "bold")
     if scores := score_rows(record):
@@ -140,14 +145,16 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
         console.verbatim()
     console.table("", _totals(record, output))
     console.verbatim()
-    console.say(HONEST)
+    console.say(size_remark(record))
     console.verbatim()
     folder = shlex.quote(str(output))
-    auto_class = record["model"].get("auto_class", CAUSAL)
+    packed, auto_class = "format" in record, record["model"].get("auto_class", CAUSAL)
+    loading = f'{auto_class}.from_pretrained({json.dumps(str(output))}, dtype="auto")'
     steps = [
-        ("load it", f'{auto_class}.from_pretrained({json.dumps(str(output))}, dtype="auto")'),
+        ("load it", f"{'import llmprune; ' if packed else ''}{loading}"),
         ("recount it", f"llmprune inspect {folder}"),
         ("score it", f"llmprune eval {folder} --perplexity FILE"),
+        *([] if packed else [("pack it", f"llmprune convert {folder} --to packed --output {folder}-packed")]),
         ("share it", f"llmprune push {folder} YOUR-NAME/{shlex.quote(output.resolve().name)}"),
     ]
     _next_steps(console, steps)
