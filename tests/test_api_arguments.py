@@ -188,6 +188,7 @@ WRONG = {
     "offload": [None, 5, "disc", ["ram"]],
     "format": [None, 5, "zip", ["packed"]],
     "to": [None, 5, "gguf", ["packed"]],
+    "values": [None, 4, "int3", ["int8"]],
     "blocks": [5, True, "no.such.list"],
     "dequantize": [1, "yes", None],
     "tokenizer": ["demo", 5],

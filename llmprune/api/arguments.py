@@ -228,6 +228,7 @@ CHECKS: Mapping[str, Check] = {
     "dtype": _dtype,
     "offload": _text,
     "to": _text,
+    "values": _text,
     "format": _text,
     "tokenizer": _tokenizer,
     "revision": _maybe_text,

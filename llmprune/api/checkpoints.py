@@ -14,7 +14,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import CONFIG, RECORD
-from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed import VALUES, Packed
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.checkpoint.replacement import input_files
 from llmprune.checkpoint.writer import CheckpointWriter
@@ -213,6 +213,7 @@ def convert(
     *,
     to: str,
     output: AnyPath,
+    values: str = "same",
     overwrite: bool = False,
     resume: bool = False,
     restart: bool = False,
@@ -222,7 +223,7 @@ def convert(
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint in another format, without any loss, block by block.
+    """Write a checkpoint in another format, block by block, and but for `values` without any loss.
 
     A conversion that broke off goes on with `resume`.
 
@@ -231,6 +232,8 @@ def convert(
         to: `packed` (of each sparse matrix the kept values and a bit per weight; a matrix that would not
             become smaller stays as it is) or `dense` (what every program loads).
         output: the folder to write.
+        values: how kept values are packed: `same` (as they are), or rounded to `int8` or `int4` with a scale
+            for every 128 columns of a row.
         overwrite: replace an output of llmprune in that folder, once the new one is complete.
         resume: continue where an earlier conversion into this folder stopped.
         restart: throw away what an unfinished one left in this folder.
@@ -249,18 +252,24 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {shown(to)}")
+    if values not in VALUES:
+        raise ValueError(f"values must be one of {', '.join(VALUES)}, got {shown(values)}")
+    if to == "dense" and values != "same":
+        raise ValueError(f"values {values} are for packed folders; leave them out with --to dense")
     how = OpenOptions(
         device="cpu", revision=revision, trust_remote_code=trust_remote_code, blocks=blocks, dtype="float32"
     )
     opened, started = open_model(path, how), time.monotonic()
     if to == "dense" and not isinstance(opened.source, Packed):
         raise ValueError(f"{path} is dense already")
+    if to == "packed" and isinstance(opened.source, Packed) and values == opened.source.values:
+        raise ValueError(f"{path} is packed with these values already")
     inputs = input_files([("the model", opened.folder)])
     target = Path(output).expanduser()
     writer = CheckpointWriter(target, overwrite=overwrite, resume=resume, restart=restart, inputs=inputs)
     try:
         with reporting(reporter, progress, processes.ALONE) as report:
-            record = Conversion(opened, to, trust_remote_code).write(writer, report)
+            record = Conversion(opened, to, values, trust_remote_code).write(writer, report)
         writer.complete()
     finally:
         writer.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from llmprune.checkpoint.files import NAMES
 from llmprune.checkpoint.reader import Checkpoint, TensorInfo
 from llmprune.common.messages import shown
 from llmprune.kernels import packing, products
+from llmprune.numerics import grids
 
 METHOD = "llmprune"  # quant_method in config.json: other loaders refuse it
 VERSION = 1
-GROUP = 128  # dense columns that share a scale
+GROUP = grids.GROUP  # dense columns that share a scale
 WORD = 64  # columns of a mask word
-BITS = (16, 8, 4)  # of a value: 16 stands for values as they are, in their own dtype
+VALUES = {"same": 16, "int8": 8, "int4": 4}  # bits of a value; 16 stands for values as they are
+BITS = tuple(VALUES.values())
 PACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("", "_mask", "_rows", "_scale")  # what is added to the name of a packed tensor
 
@@ -80,7 +82,7 @@ class Layout:
 
 
 def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The parts of a packed tensor with values as they are, by what is added to its name.
+    """The parts of a packed tensor, by what is added to its name; its values are rounded where bits are few.
 
     Args:
         dense: the tensor.
@@ -88,8 +90,14 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
             column j, and 1 means kept.
         layout: of the tensor.
     """
-    values = packing.compress(layout.matrix(dense).contiguous(), mask)
-    return {"": values, "_mask": mask, "_rows": rows_of(mask, layout.columns)}
+    matrix, rows = layout.matrix(dense).contiguous(), rows_of(mask, layout.columns)
+    if layout.bits == 16:
+        return {"": packing.compress(matrix, mask), "_mask": mask, "_rows": rows}
+    matrix = matrix.float().masked_fill(~packing.keep_of(mask, layout.columns), 0.0)
+    scales = grids.scales_of(matrix, layout.bits)
+    values = packing.compress(grids.codes_of(matrix, scales, layout.bits), mask)
+    values = packing.pack_nibbles(values, mask, layout.columns) if layout.bits == 4 else values
+    return {"": values, "_mask": mask, "_rows": rows, "_scale": scales}
 
 
 def rows_of(mask: Tensor, columns: int) -> Tensor:
@@ -136,10 +144,12 @@ class Packing:
 
     Args:
         layouts: of the tensors that may be packed, by name.
+        bits: of a value.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout]) -> None:
-        self.layouts = dict(layouts)
+    def __init__(self, layouts: Mapping[str, Layout], bits: int = 16) -> None:
+        self.layouts = {name: replace(layout, bits=bits) for name, layout in layouts.items()}
+        self._bits = bits
 
     def parts(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is stored of some tensors: those that become smaller are packed, the others stay as they are.
@@ -168,7 +178,7 @@ class Packing:
         """
         packed = {name: layout for name, layout in self.layouts.items() if f"{name}_mask" in headers}
         kept = {name: int(load(f"{name}_rows")[-1]) for name in packed}
-        return entry_of(packed, kept, 16)
+        return entry_of(packed, kept, self._bits)
 
 
 def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor | None:
@@ -218,6 +228,12 @@ class Packed:
         for name, layout in self.layouts.items():
             size = math.prod(layout.shape) * layout.dtype.itemsize
             self.tensors[name] = TensorInfo(layout.shape, layout.dtype, size, NAMES[layout.dtype])
+
+    @property
+    def values(self) -> str:
+        """How its values are packed, see `VALUES`."""
+        bits = {layout.bits for layout in self.layouts.values()} or {16}
+        return next(name for name, number in VALUES.items() if number in bits)
 
     def load_mask(self, name: str) -> Tensor:
         """The mask of a packed tensor, uint8 [R, 8 ceil(C / 64)]."""

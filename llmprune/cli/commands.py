@@ -239,6 +239,7 @@ def convert(
     as_json: bool,
     quiet: bool,
     to: Annotated[str, typer.Option(help="packed (sparse matrices take less room) or dense.")],
+    values: Annotated[str, typer.Option(help="Kept values: same, int8 or int4.")] = "same",
     **options: Any,
 ) -> None:
     """Write a checkpoint in another format: packed or dense."""
@@ -246,7 +247,7 @@ def convert(
     from llmprune.terminal import screen
 
     console, converted = _with_terminal(
-        as_json, quiet, lambda terminal: api.convert(path, to=to, reporter=terminal, **options)
+        as_json, quiet, lambda terminal: api.convert(path, to=to, values=values, reporter=terminal, **options)
     )
     screen.print_converted(console, converted)
     if as_json:

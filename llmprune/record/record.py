@@ -207,6 +207,15 @@ def converted(
     }
 
 
+def with_rows(record: Record, rows: list[Record]) -> Record:
+    """The record with other numbers of zeros, by the name of the matrix; the rest of every row stays."""
+    found = {row["name"]: row for row in rows}
+    matrices = [{**row, "sparsity": found[row["name"]]["sparsity"]} for row in record["matrices"]]
+    zeros = sum(row["zeros"] for row in rows)
+    totals = {**record["totals"], "zeros": zeros, "sparsity": zeros / record["totals"]["weights"]}
+    return record | {"matrices": matrices, "totals": totals}
+
+
 def environment(device: torch.device, dtype: torch.dtype, processes: int = 1) -> Record:
     """What a run depends on besides its input: versions of packages, device, dtype, number of processes."""
     from importlib.metadata import version

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint import masks as mask_files
-from llmprune.checkpoint.contents import MASKS, RECORD
+from llmprune.checkpoint.contents import CONFIG, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
-from llmprune.checkpoint.packed import Packed, Packing
-from llmprune.checkpoint.reader import read_ahead, read_record
+from llmprune.checkpoint.packed import VALUES, Packed, Packing
+from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.common.version import __version__
+from llmprune.evaluation.audit import recount
 from llmprune.kernels import packing
 from llmprune.model.opening import Model
 from llmprune.model.target import Target
@@ -34,11 +35,13 @@ class Conversion:
     Attributes:
         model: the checkpoint.
         to: `dense` or `packed`.
+        values: how kept values are packed: `same`, `int8` or `int4`.
         code: whether Python files of the checkpoint are copied.
     """
 
     model: Model
     to: str
+    values: str = "same"
     code: bool = False
 
     def write(self, writer: CheckpointWriter, reporter: RunReporter) -> Record:
@@ -51,7 +54,7 @@ class Conversion:
         shapes = {t.key: t.shape for t in targets}
         check_space(writer.output, sum(t.bytes for t in model.source.tensors.values()))
         shards = len(skeleton.blocks) + 1
-        packer = Packing(packed_layouts(skeleton)) if self.to == "packed" else None
+        packer = Packing(packed_layouts(skeleton), VALUES[self.values]) if self.to == "packed" else None
         writer.begin(self._identity(), shards, shapes, files.companions(self.code), packing=packer)
         done = len(writer.finished)
         reporter.stage(f"writing blocks, {self.to}", shards)
@@ -70,7 +73,7 @@ class Conversion:
         model.check()
         writer.index()
         reporter.step()
-        record = self._record(writer, time.monotonic() - started)
+        record = self._record(writer, self._stored(writer), time.monotonic() - started)
         self._write_pages(writer, record)
         writer.finish()
         return record
@@ -126,19 +129,31 @@ class Conversion:
         assert folder is not None
         files = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
         return {
-            "convert": self.to,
+            "convert": [self.to, self.values],
             "files": {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()},
             "version": __version__,
         }
 
-    def _record(self, writer: CheckpointWriter, seconds: float) -> Record:
+    def _stored(self, writer: CheckpointWriter) -> list[Record]:
+        """The rows of the record: where values were rounded, with the zeros that this has made."""
+        rows = writer.rows
+        if self.values == "same":
+            return rows
+        source = Packed(Checkpoint(writer.folder), read_json(writer.folder / CONFIG)["quantization_config"])
+        counts = {count.name: count for count in recount(source, all_targets(self.model.skeleton))}
+        return [
+            {**row, "sparsity": counts[row["name"]].sparsity, "zeros": counts[row["name"]].zeros}
+            for row in rows
+        ]
+
+    def _record(self, writer: CheckpointWriter, rows: list[Record], seconds: float) -> Record:
         """The record of the source in its new format; a short one where the source has none."""
         folder = self.model.folder
         assert folder is not None
         known = read_record(folder) if (folder / RECORD).is_file() else None
-        return records.converted(
-            known, self.model, writer, records.PACKED if self.to == "packed" else {}, seconds
-        )
+        form = {"format": {"name": "packed", "values": self.values}} if self.to == "packed" else {}
+        record = records.converted(known, self.model, writer, form, seconds)
+        return records.with_rows(record, rows) if self.values != "same" else record
 
     @staticmethod
     def _write_pages(writer: CheckpointWriter, record: Record) -> None:

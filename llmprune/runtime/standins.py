@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from llmprune.checkpoint.packed import Layout
-from llmprune.kernels.packing import expand
+from llmprune.kernels.packing import byte_rows, expand
 
 
 class Rows(NamedTuple):
@@ -30,8 +30,10 @@ class Rows(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The rows [n, C]."""
-        sums = self.parts["_rows"]
-        first, last = int(sums[self.start]), int(sums[self.stop])
+        starts = self.parts["_rows"]
+        if self.layout.bits == 4:  # where the bytes of a row begin is not said by the number of values before
+            starts = byte_rows(self.parts["_mask"], self.layout.columns)
+        first, last = int(starts[self.start]), int(starts[self.stop])
         scale = self.parts.get("_scale")
         return expand(
             self.parts[""][first:last],
