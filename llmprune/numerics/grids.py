@@ -45,7 +45,8 @@ def _grouped(weight: Tensor) -> Tensor:
 
 def _codes(groups: Tensor, step: Tensor, bits: int) -> Tensor:
     largest = _largest(bits)
-    return torch.nan_to_num(groups / step).round_().clamp_(-largest, largest)
+    codes: Tensor = torch.nan_to_num(groups / step).round_().clamp_(-largest, largest)
+    return codes
 
 
 def _largest(bits: int) -> int:

@@ -14,7 +14,7 @@ from llmprune.machine.processes import Team
 from llmprune.numerics.counts import all_finite
 
 SAMPLE_TOKENS = 1024
-EXPERT_BYTES = 1 << 30  # of the Gram matrices of experts that are in memory together
+EXPERT_BYTES = 1 << 29  # of the Gram matrices of experts that are in memory together
 
 
 def sample_positions(sequences: int, tokens: int, seed: int, size: int = SAMPLE_TOKENS) -> Tensor:
@@ -136,7 +136,7 @@ class StatsSums:
         return all(all_finite(tensor) for tensor in (*self._sums.values(), *self._samples))
 
     def result(self) -> InputStats:
-        """The statistics, averaged over the tokens."""
+        """The statistics, averaged over the tokens. Nothing can be added afterwards."""
         return InputStats(self.count, self.tokens, self._values())
 
     def _values(self) -> dict[Need, Tensor]:
@@ -152,9 +152,9 @@ class StatsSums:
             between = sums["means"] / n - (sums["sum"] / n).square()
             values[Need.VARIANCE] = (sums["within"] / n + between.clamp_min(0)).float()
         if Need.GRAM in self.needs:
-            values[Need.GRAM] = sums["gram"] / n
+            values[Need.GRAM] = sums["gram"].div_(n)  # in place: it may be the largest tensor there is
         if Need.CROSS in self.needs:
-            values[Need.CROSS] = sums["cross"] / n
+            values[Need.CROSS] = sums["cross"].div_(n)
         if Need.SAMPLE in self.needs:
             values[Need.SAMPLE] = torch.cat(self._samples)
         return values
