@@ -73,6 +73,12 @@ INLINE uint64_t word_at(const uint8_t *p) {
   return m;
 }
 
+/* Asks for what is wanted soon: the processor alone looks less far ahead than memory is slow (1.2 to 1.6x). */
+INLINE void ahead(const uint8_t *values, const uint8_t *mask) {
+  __builtin_prefetch(values + 4096);
+  if (mask) __builtin_prefetch(mask + 1024);
+}
+
 INLINE int width_of(int kind) { return kind == FP32 ? 4 : kind == INT8 || kind == INT4 ? 1 : 2; }
 
 INLINE float as_float(uint32_t bits) {
@@ -260,6 +266,7 @@ INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
     double sums[MOST] = {0};
     const float *x = (const float *)j->x;
     for (int64_t w = 0; p && w < j->W; w++) {
+      ahead(p, mask + 8 * w);
       p = decode_portable(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float s[8] = {0};
@@ -359,6 +366,7 @@ T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
     __m256 sums[MOST][2], v[8];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm256_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
+      ahead(p, mask + 8 * w);
       p = decode256(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m256 a = sums[c][0], b = sums[c][1];
@@ -445,6 +453,7 @@ T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
     __m512 sums[MOST][2], v[4];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
+      ahead(p, mask + 8 * w);
       p = decode512(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m512 a = _mm512_fmadd_ps(v[0], _mm512_loadu_ps(x), sums[c][0]);
@@ -468,8 +477,10 @@ T512BF INLINE void product_bf16(job *j, int64_t r0, int64_t r1, const int n) {
     UNROLL for (int c = 0; c < n; c++) a[c] = b[c] = _mm512_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++, x += 2 * WORD * n) {
       uint64_t m = word_at(mask + 8 * w);
+      ahead(p, mask + 8 * w);
       __m512i v = _mm512_maskz_expand_epi16((uint32_t)m, load512(p));
       p += 2 * __builtin_popcount((uint32_t)m);
+      ahead(p, 0);
       __m512i u = _mm512_maskz_expand_epi16((uint32_t)(m >> 32), load512(p));
       p += 2 * __builtin_popcount((uint32_t)(m >> 32));
       UNROLL for (int c = 0; c < n; c++) {
@@ -530,6 +541,7 @@ T512 static void lay_bytes(job *j, const uint8_t *x, int kind, uint8_t *to) {
 
 /* One word as unsigned bytes, `offset` where nothing is kept. */
 T512 INLINE __m512i bytes512(int kind, const uint8_t **p, uint64_t m, __m512i offset) {
+  ahead(*p, 0);
   __m512i v = kind == INT4 ? nibbles512(*p) : _mm512_xor_si512(load512(*p), offset);
   int kept = __builtin_popcountll(m);
   *p += kind == INT4 ? (kept + 1) / 2 : kept;
@@ -563,6 +575,7 @@ T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const i
         _mm512_store_ps(scales + 16 * c, _mm512_mul_ps(own, _mm512_loadu_ps(x_scales)));
       int64_t whole = j->W - 2 * g0 >= 2 * count ? count : count - 1;
       for (int64_t g = 0; g < whole; g++, mask += 16, x += BLOCK * n) {
+        ahead(p, mask);
         uint64_t m[2] = {word_at(mask), word_at(mask + 8)};
         p = group512(kind, n, p, m, x, scales + g, sums);
       }
@@ -639,6 +652,7 @@ INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
     float32x4_t sums[MOST][2], v[16];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = vdupq_n_f32(0);
     for (int64_t w = 0; p && w < j->W; w++) {
+      ahead(p, mask + 8 * w);
       p = decode_neon(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float32x4_t a = sums[c][0], b = sums[c][1];
@@ -775,6 +789,11 @@ static void expand_raw4(job *j, int64_t a, int64_t b) { expand_raw(j, a, b, 4); 
 INLINE void store_floats(const job *j, const float *v, uint8_t *out, int64_t w) {
   int64_t left = j->m.C - w * WORD, count = left < WORD ? left : WORD;
   uint16_t halves[WORD];
+  if (j->to == BF16 && count == WORD) {
+    for (int i = 0; i < WORD; i++) halves[i] = to_bf16(v[i]);
+    memcpy(out + 2 * WORD * w, halves, 2 * WORD);
+    return;
+  }
   if (j->to == FP32) {
     memcpy(out + 4 * WORD * w, v, (size_t)(4 * count));
     return;
@@ -783,25 +802,45 @@ INLINE void store_floats(const job *j, const float *v, uint8_t *out, int64_t w) 
   memcpy(out + 2 * WORD * w, halves, (size_t)(2 * count));
 }
 
-#define EXPAND_FLOATS(name, attributes, decode, vector)                                                       \
+#ifdef X86
+/* The same for AVX-512. No NaN comes here: scales are finite. */
+T512 INLINE void store512(const job *j, const float *v, uint8_t *out, int64_t w) {
+  int64_t left = j->m.C - w * WORD;
+  UNROLL for (int k = 0; k < WORD; k += 16) {
+    uint32_t there = left - k >= 16 ? 0xffff : left > k ? (1u << (left - k)) - 1 : 0;
+    __m512i f = _mm512_load_si512(v + k);
+    if (j->to == FP32) {
+      _mm512_mask_storeu_epi32(out + 4 * (WORD * w + k), (__mmask16)there, f);
+    } else {
+      __m512i odd = _mm512_and_si512(_mm512_srli_epi32(f, 16), _mm512_set1_epi32(1));
+      __m512i sum = _mm512_add_epi32(_mm512_add_epi32(f, _mm512_set1_epi32(0x7fff)), odd);
+      __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+      _mm256_mask_storeu_epi16(out + 2 * (WORD * w + k), (__mmask16)there, half);
+    }
+  }
+}
+#endif
+
+#define EXPAND_FLOATS(name, attributes, decode, vector, store)                                                       \
   attributes INLINE void name(job *j, int64_t r0, int64_t r1, int kind) {                                     \
     float v[WORD] __attribute__((aligned(64)));                                                               \
     for (int64_t r = r0; r < r1; r++) {                                                                       \
       const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;                                  \
       uint8_t *out = j->out + (r - j->first) * j->m.C * width_of(j->to);                                      \
       for (int64_t w = 0; p && w < j->W; w++) {                                                               \
+        ahead(p, mask + 8 * w);                                                                               \
         p = decode(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v); \
-        store_floats(j, v, out, w);                                                                           \
+        store(j, v, out, w);                                                                                  \
       }                                                                                                       \
     }                                                                                                         \
   }                                                                                                           \
   FIVE(name, attributes)
 
-EXPAND_FLOATS(floats_portable, , decode_portable, float)
+EXPAND_FLOATS(floats_portable, , decode_portable, float, store_floats)
 
 #ifdef X86
-EXPAND_FLOATS(floats_avx2, T256, decode256, __m256)
-EXPAND_FLOATS(floats_avx512, T512, decode512, __m512)
+EXPAND_FLOATS(floats_avx2, T256, decode256, __m256, store_floats)
+EXPAND_FLOATS(floats_avx512, T512, decode512, __m512, store512)
 
 T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
   for (int64_t r = r0; r < r1; r++) {
@@ -829,6 +868,7 @@ T512 INLINE void expand512(job *j, int64_t r0, int64_t r1, int width) {
     uint8_t *out = j->out + (r - j->first) * j->m.C * width;
     for (int64_t i = 0; p && i < j->m.C; i += step, out += 64, mask += step / 8) {
       uint64_t b = 0;
+      ahead(p, 0);
       __m512i v = load512(p);
       memcpy(&b, mask, (size_t)(step / 8));
       v = width == 1   ? _mm512_maskz_expand_epi8(b, v)
@@ -847,7 +887,7 @@ T512 static void expand512_2(job *j, int64_t a, int64_t b) { expand512(j, a, b, 
 T512 static void expand512_4(job *j, int64_t a, int64_t b) { expand512(j, a, b, 4); }
 #endif
 #ifdef ARM
-EXPAND_FLOATS(floats_neon, , decode_neon, float32x4_t)
+EXPAND_FLOATS(floats_neon, , decode_neon, float32x4_t, store_floats)
 #endif
 
 static rows_function expander(const job *j, int raw) {
