@@ -673,8 +673,8 @@ def explicit(sizes: dict[str, int], fixed: dict[str, float], sparsity: float) ->
 def packed_parts(dense: np.ndarray, keep: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, mask uint8 [R, 8 ceil(C / 64)] and row starts of a matrix, one entry after another.
 
-    For 4 bits `dense` holds q of -8 to 7, and the values are nibbles q + 8, low nibble first, those of every 64
-    columns on bytes of their own.
+    For 4 bits `dense` holds q of -8 to 7, and the values are nibbles q + 8, low nibble first, those of every
+    64 columns on bytes of their own.
     """
     rows, columns = dense.shape
     words = -(-columns // 64)
@@ -699,7 +699,7 @@ def packed_parts(dense: np.ndarray, keep: np.ndarray, bits: int) -> tuple[np.nda
 def packed_product(
     x: np.ndarray, dense: np.ndarray, keep: np.ndarray, scale: np.ndarray | None
 ) -> np.ndarray:
-    """y [n, R] = x [n, C] W^T, w = kept q times the scale [R, ceil(C / 128)] of its 128 columns, in float64."""
+    """y [n, R] = x [n, C] W^T, w = kept q times the scale [R, ceil(C / 128)] of its columns, in float64."""
     y = np.zeros((len(x), len(dense)))
     for r in range(len(dense)):
         for j in range(dense.shape[1]):

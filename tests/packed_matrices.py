@@ -68,7 +68,9 @@ class Case:
         """What x in bytes may move y [n, R]: half a step of each group of 128 columns, times its weights."""
         wide = (0, -self.shape[1] % 128)
         step = torch.nn.functional.pad(x.double(), wide).abs().unflatten(1, (-1, 128)).amax(-1) / 127
-        weights = torch.nn.functional.pad((self.dense * self.keep).double().abs(), wide).unflatten(1, (-1, 128))
+        weights = torch.nn.functional.pad((self.dense * self.keep).double().abs(), wide).unflatten(
+            1, (-1, 128)
+        )
         return step / 2 @ (weights.sum(-1) * self.scale.double()).t()
 
 

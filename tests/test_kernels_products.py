@@ -167,7 +167,9 @@ def test_it_compiles_and_gives_no_gradient_but_shapes():
     shape = (8, 192)
     case = Case(shape, torch.float32, pattern(shape, "some"))
     packed = case.checked()
-    compiled = torch.compile(lambda x: products.packed_linear(x, *packed) + 1, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: products.packed_linear(x, *packed) + 1, fullgraph=True, backend="eager"
+    )
     x = rows_of_x(3, 192, torch.float32)
     assert torch.equal(compiled(x), products.packed_linear(x, *packed) + 1)
     torch.library.opcheck(

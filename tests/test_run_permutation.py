@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import cut_off, ready
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,7 +21,6 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe.loading import load
 from llmprune.run.permuter import ChannelPermuter
-from runs import cut_off, ready
 
 TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 

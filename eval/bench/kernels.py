@@ -1,8 +1,8 @@
 """The native products with packed weights against torch's dense ones: bf16, int8 and int4.
 
-`kernels.py [--shapes 4096x11008] [--sparsities 0.5,0.7,0.8,2:4] [--rows 1]` prints a table per shape and number
-of rows of x. All are measured in turn in one run, each over several matrices that fill the last-level cache more
-than twice; times are medians. A copy's bandwidth counts what it reads and what it writes.
+`kernels.py [--shapes 4096x11008] [--sparsities 0.5,0.7,0.8,2:4] [--rows 1]` prints a table per shape and
+number of rows of x. All are measured in turn in one run, each over several matrices that fill the last-level
+cache more than twice; times are medians. A copy's bandwidth counts what it reads and what it writes.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def size_of(parts):
 
 
 def rotated(make_call, parts):
-    """Calls over copies of `parts` that together fill the cache more than twice: a function, and its bytes."""
+    """A function that calls over copies of `parts`, filling the cache more than twice, and its bytes."""
     count = max(4, 1 + 2 * CACHE // max(1, size_of(parts)))
     copies = [tuple(p.clone() if isinstance(p, torch.Tensor) else p for p in parts) for _ in range(count)]
     turn = iter(range(1 << 60))
@@ -111,14 +111,21 @@ def table(shape, n, arguments):
     torch.manual_seed(0)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(n, shape[1]).bfloat16()
     named, errors = contestants(weight, x, arguments)
-    seconds = medians(named, arguments.repeats, time.thread_time if arguments.one_thread else time.perf_counter)
+    seconds = medians(
+        named, arguments.repeats, time.thread_time if arguments.one_thread else time.perf_counter
+    )
     copy = named["copy"][1] / seconds["copy"]
-    print(f"\n{shape[0]} x {shape[1]}, {n} row{'s' * (n > 1)} of x: {library.status()}; a copy {copy / 1e9:.1f} GB/s\n")
+    print(
+        f"\n{shape[0]} x {shape[1]}, {n} row{'s' * (n > 1)} of x: {library.status()};"
+        f" a copy {copy / 1e9:.1f} GB/s\n"
+    )
     print("| | ms | against torch bf16 | against torch's own | GB/s | of a copy | relative error |")
     print("|---|---|---|---|---|---|---|")
     results = {}
     for name, (_, count) in named.items():
-        own = next((f"torch {k}" for k in ("int8", "int4") if k in name and f"torch {k}" in named), "torch bf16")
+        own = next(
+            (f"torch {k}" for k in ("int8", "int4") if k in name and f"torch {k}" in named), "torch bf16"
+        )
         speed = count / seconds[name]
         results[name] = {
             "ms": seconds[name] * 1e3,
@@ -138,7 +145,9 @@ def table(shape, n, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="4096x11008")
     parser.add_argument("--sparsities", default="0.5,0.7,0.8,2:4")
     parser.add_argument("--rows", default="1", help="rows of x, with commas between")

@@ -1,4 +1,4 @@
-"""Finds or makes the native library of `packed.c`: beside the source, else in the user's cache, else compiled.
+"""Finds or makes the native library of `packed.c`: beside the source, in the user's cache, or compiled.
 
 The file's name holds the hash of the source, so an old library is never taken for a new source. Nothing is
 loaded from a folder that another user could write to.
@@ -34,7 +34,7 @@ def library_name() -> str:
 
 
 def candidates() -> list[Path]:
-    """Libraries that stand ready: the one shipped beside the source, and the one in the cache if it is safe."""
+    """Libraries that stand ready: one shipped beside the source, and one in the cache if it is safe."""
     beside = SOURCE.with_name(library_name())
     found = [beside] if beside.is_file() else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # RuntimeError: no home folder
@@ -83,7 +83,9 @@ def _check_private(folder: Path) -> None:
     """Refuses a folder that another user owns or may write to, also by way of the folder above it."""
     own = folder.lstat()
     if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.geteuid() or own.st_mode & 0o077:
-        raise ValueError(f"{shown(str(folder))} is not this user's alone: make it so with chmod 700, or remove it")
+        raise ValueError(
+            f"{shown(str(folder))} is not this user's alone: make it so with chmod 700, or remove it"
+        )
     above = folder.parent.stat()
     if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
         raise ValueError(f"{shown(str(folder.parent))} can be written to by everybody: use chmod o-w")

@@ -158,7 +158,7 @@ static int prepare(job *j, uint8_t *tail) {
   j->from = size > far ? size - far : 0;
   j->tail = tail;
   if (row_start(&j->m, 0) != 0 || row_start(&j->m, j->m.R) != size / width_of(j->m.kind)) return BAD_ROWS;
-  memcpy(tail, j->m.values + j->from, (size_t)(size - j->from));
+  if (size > 0) memcpy(tail, j->m.values + j->from, (size_t)(size - j->from));
   memset(tail + (size - j->from), 0, (size_t)far);
   return OK;
 }
@@ -672,32 +672,48 @@ FIVE(product_neon, )
 
 /* ---- which path --------------------------------------------------------------------------------------- */
 
+#ifdef X86
+static void cpuid(uint32_t leaf, uint32_t part, uint32_t *r) { /* eax, ebx, ecx, edx */
+  __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(part));
+}
+
+/* The best path of this processor. Not __builtin_cpu_supports, which some compilers' libraries answer with no. */
+static int best_x86(void) {
+  uint32_t r[4], low, high, most, first[4];
+  cpuid(0, 0, r), most = r[0];
+  cpuid(1, 0, first);
+  const uint32_t base = 1u << 12 | 1u << 23 | 1u << 27 | 1u << 28 | 1u << 29; /* FMA POPCNT OSXSAVE AVX F16C */
+  if (most < 7 || (first[2] & base) != base) return PORTABLE;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  cpuid(7, 0, r);
+  const uint32_t b2 = 1u << 3 | 1u << 5;                                     /* BMI AVX2 */
+  const uint32_t b5 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;             /* F DQ BW VL */
+  const uint32_t c5 = 1u << 1 | 1u << 6 | 1u << 11;                          /* VBMI VBMI2 VNNI */
+  if ((low & 0x6) != 0x6 || (r[1] & b2) != b2) return PORTABLE;              /* the system saves ymm */
+  if ((low & 0xe6) != 0xe6 || (r[1] & b5) != b5 || (r[2] & c5) != c5) return AVX2; /* and zmm */
+  if (r[0] < 1) return AVX512;
+  cpuid(7, 1, r);
+  return r[0] >> 5 & 1 ? AVX512BF16 : AVX512;
+}
+#endif
+
 EXPORT int llmprune_has(int path) {
   if (path == PORTABLE) return 1;
-#ifdef ARM
+#if defined(ARM)
   return path == NEON;
-#endif
-#ifdef X86
-  int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-             __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
-  int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-               __builtin_cpu_supports("avx512vnni");
-  if (path == AVX2) return avx2;
-  if (path == AVX512) return avx512;
-  if (path == AVX512BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
+#elif defined(X86)
+  static int best = 0; /* two threads may find it at once: the same */
+  if (!best) best = best_x86();
+  return path >= AVX2 && path <= best;
+#else
   return 0;
+#endif
 }
 
 EXPORT int llmprune_version(void) { return 1; }
 
 /* To be called once, before anything else. `parallel` may be NULL: one thread. */
 EXPORT void llmprune_setup(parallel_function parallel) {
-#ifdef X86
-  __builtin_cpu_init();
-#endif
   fill_tables();
   parallel_for = parallel;
 }
