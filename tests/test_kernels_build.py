@@ -133,6 +133,17 @@ def test_a_library_beside_the_source_comes_first(quick, monkeypatch):
 
 
 @COMPILER
+def test_a_library_is_shipped_beside_the_source(quick, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE", Path(shutil.copy(build.SOURCE, quick)))
+    assert build.candidates() == []
+    shipped = build.ship(["cc"])
+    assert build.candidates() == [shipped]
+    monkeypatch.setattr(build, "_run", lambda command: "no such target")
+    with pytest.raises(ValueError, match="the compiler zig cc failed: no such target"):
+        build.ship(["zig", "cc"])
+
+
+@COMPILER
 def test_a_damaged_library_is_built_again(quick):
     made = build.build()
     made.write_bytes(b"\x7fELF rubbish")

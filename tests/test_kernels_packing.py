@@ -142,7 +142,7 @@ def damaged(case, draw):
         how = draw(st.sampled_from(["value", "shorter", "longer", "strided", "type", "gone"]))
         flat = part.view(-1)
         if how == "value" and len(flat):
-            others = {"rows": [-1, 10**6], "scale": [-1.0, torch.nan, torch.inf]}.get(name, [0, 1, 255, 77])
+            others = {"rows": [-1, 10**6], "scale": [-1.0, torch.nan, torch.inf]}.get(name, [0, 1, 127, 77])
             flat[data_index(draw, flat)] = draw(st.sampled_from(others))
         else:
             part = {

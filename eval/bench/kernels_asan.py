@@ -1,8 +1,9 @@
 """The native kernels under AddressSanitizer and the sanitizer of undefined behaviour, on random matrices in
 buffers of exactly their size.
 
-`kernels_asan.py [--cases 300]`. For another processor, where an emulator runs its programs and the compiler has
-no sanitizers for it: `--compiler 'python -m ziglang cc -target aarch64-linux-musl' --plain --runner qemu-aarch64`.
+`kernels_asan.py [--cases 300]`. For another processor, where an emulator runs its programs and the compiler
+has no sanitizers for it:
+`--compiler 'python -m ziglang cc -target aarch64-linux-musl' --plain --runner qemu-aarch64`.
 """
 
 import argparse

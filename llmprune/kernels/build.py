@@ -71,6 +71,15 @@ def build() -> Path:
     raise ValueError(reason)
 
 
+def ship(compiler: list[str]) -> Path:
+    """Compiles the library beside the source, for a release wheel of this machine's kind."""
+    path = SOURCE.with_name(library_name())
+    if reason := _compile(compiler, path):
+        raise ValueError(reason)
+    path.chmod(0o755)
+    return path
+
+
 def _compilers() -> list[list[str]]:
     found = [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
     if importlib.util.find_spec("ziglang") is not None:
