@@ -63,7 +63,7 @@ def test_the_operator_takes_any_number_of_rows(values, native, monkeypatch):
     for dtype in FLOATS:
         x = rows_of_x(40, shape[1], dtype)
         wanted = case.product(x)
-        for n in (1, 2, 16, 17, 40):
+        for n in (1, 2, 16, 17, 33, 40):
             y = products.packed_linear(x[:n], *packed, exact=True)
             assert y.dtype == dtype and y.shape == (n, 13)
             assert error(y, wanted[:n]) < ROUNDING[dtype], (dtype, n)

@@ -1,7 +1,7 @@
 """Products with packed weights: the operator `llmprune::packed_linear`. n rows of x, R outputs, C inputs.
 
-Up to 16 rows of x go through the fused native kernel, which reads the packed bytes once for all of them. More
-rows, and any where there is no native code, go through blocks of dense rows and torch's own product.
+Few rows of x, 16 or 32, go through the fused native kernel, which reads the packed bytes once for 16 of them.
+More rows, and any where there is no native code, go through blocks of dense rows and torch's own product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmprune.kernels.packing import expand_rows
 
 __all__ = ["Packed", "by_blocks", "check", "checked", "fused", "packed_linear"]
 
-FUSED = 16  # rows of x; above, dense blocks are faster
+_AT_ONCE = 16  # rows of x that the fused kernel takes
 _BLOCK_BYTES = 4 << 20  # of a block of dense rows
 
 _operators = torch.library.Library("llmprune", "FRAGMENT")
@@ -34,7 +34,7 @@ def packed_linear(x: Tensor, *packed: Any, exact: bool = False) -> Tensor:
     Args:
         x: bfloat16, float16 or float32.
         packed: the fields of a `Packed` that `checked` has made: values, mask, rows, scale, columns, bits.
-        exact: never round x. Otherwise, with int8 and int4 values, up to 16 rows and AVX-512, x is rounded to
+        exact: never round x. Otherwise, with int8 and int4 values, up to 32 rows and AVX-512, x is rounded to
             signed bytes with a scale per 128 columns.
     """
     result: Tensor = torch.ops.llmprune.packed_linear(x, *packed, exact)
@@ -67,8 +67,9 @@ def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
     packed = Packed(*fields)
     _check_call(x, packed)
     flat = x.reshape(-1, packed.columns).contiguous()
-    if 0 < len(flat) <= FUSED and library.available():
-        y = fused(flat, packed, exact).to(x.dtype)
+    if library.available() and 0 < len(flat) <= most_fused(flat, packed, exact):
+        parts = flat.tensor_split(-(-len(flat) // _AT_ONCE))
+        y = torch.cat([fused(part, packed, exact) for part in parts]).to(x.dtype)
     else:
         y = by_blocks(flat, packed)
     return y.view(*x.shape[:-1], len(packed.mask))
@@ -79,6 +80,14 @@ def _shape(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
 
 
 torch.library.register_fake("llmprune::packed_linear", _shape, lib=_operators)
+
+
+def most_fused(x: Tensor, packed: Packed, exact: bool) -> int:
+    """How many rows of x the fused kernel is faster for than blocks of dense rows."""
+    path = library.loaded().path
+    bytes_of_x = packed.scale is not None and not exact and path >= library.PATHS["avx512"]
+    both = x.dtype == packed.values.dtype == torch.bfloat16 and path == library.PATHS["avx512-bf16"]
+    return 2 * _AT_ONCE if bytes_of_x or both else _AT_ONCE
 
 
 def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tensor:
