@@ -76,10 +76,10 @@ def test_the_operator_takes_any_number_of_rows(values, native, monkeypatch):
 
 @NATIVE
 def test_many_blocks_of_rows_and_many_threads(monkeypatch):
-    monkeypatch.setattr(products, "_BLOCK_BYTES", 16 * 330 * 2)
-    shape = (67, 330)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 1)
+    shape = (150, 330)
     case = Case(shape, torch.bfloat16, pattern(shape, "some"))
-    x = rows_of_x(20, 330, torch.bfloat16)
+    x = rows_of_x(40, 330, torch.bfloat16)
     assert error(products.packed_linear(x, *case.checked()), case.product(x)) < 4e-3
     keep = pattern((700, 1000), "some")
     keep[:600] = False  # the rows that hold something are few

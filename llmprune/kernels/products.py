@@ -18,7 +18,7 @@ from llmprune.kernels.packing import expand_rows
 __all__ = ["Packed", "by_blocks", "check", "checked", "fused", "packed_linear"]
 
 _AT_ONCE = 16  # rows of x that the fused kernel takes
-_BLOCK_BYTES = 4 << 20  # of a block of dense rows
+_BLOCK_BYTES = 8 << 20  # of a block of dense rows
 
 _operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
@@ -116,15 +116,13 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
     rows, columns = len(packed.mask), packed.columns
-    most = max(16, _BLOCK_BYTES // (columns * dtype.itemsize))
-    wide = (
-        dtype == torch.float16 and packed.scale is not None
-    )  # the native code scales to float32 or bfloat16
+    most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
+    wide = dtype == torch.float16 and packed.scale is not None  # the native code scales to float32 or bfloat16
     block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
-    y = torch.empty((rows, len(x)), dtype=dtype)
-    across = x.to(dtype).t()
+    y = torch.empty((len(x), rows), dtype=x.dtype)
+    x = x.to(dtype)
     for first in range(0, rows, most):
         part = block[: min(most, rows - first)]
         expand_rows(packed, first, part)
-        torch.mm(part.to(dtype), across, out=y[first : first + len(part)])
-    return y.t().to(x.dtype).contiguous()
+        y[:, first : first + len(part)] = x @ part.to(dtype).t()
+    return y
