@@ -664,3 +664,46 @@ def explicit(sizes: dict[str, int], fixed: dict[str, float], sparsity: float) ->
     """The sparsity left for the matrices that are not fixed."""
     rest = sum(size for name, size in sizes.items() if name not in fixed)
     return (sparsity * sum(sizes.values()) - sum(sizes[n] * s for n, s in fixed.items())) / rest
+
+
+# --- packed matrices, from the text of the layout
+# -------------------------------------------------------------------------------------------------
+
+
+def packed_parts(dense: np.ndarray, keep: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, mask uint8 [R, 8 ceil(C / 64)] and row starts of a matrix, one entry after another.
+
+    For 4 bits `dense` holds q of -8 to 7, and the values are nibbles q + 8, low nibble first, those of every
+    64 columns on bytes of their own.
+    """
+    rows, columns = dense.shape
+    words = -(-columns // 64)
+    mask, values, starts = np.zeros((rows, 8 * words), np.uint8), [], [0]
+    for r in range(rows):
+        kept = 0
+        for w in range(words):
+            nibbles = []
+            for j in range(64 * w, min(64 * w + 64, columns)):
+                if keep[r, j]:
+                    mask[r, j // 8] |= 1 << (j % 8)
+                    nibbles.append(dense[r, j])
+            kept += len(nibbles)
+            if bits == 4:
+                nibbles = [int(q) + 8 for q in nibbles] + [0] * (len(nibbles) % 2)
+                nibbles = [low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)]
+            values += nibbles
+        starts.append(starts[-1] + kept)
+    return np.array(values, np.uint8 if bits == 4 else dense.dtype), mask, np.array(starts)
+
+
+def packed_product(
+    x: np.ndarray, dense: np.ndarray, keep: np.ndarray, scale: np.ndarray | None
+) -> np.ndarray:
+    """y [n, R] = x [n, C] W^T, w = kept q times the scale [R, ceil(C / 128)] of its columns, in float64."""
+    y = np.zeros((len(x), len(dense)))
+    for r in range(len(dense)):
+        for j in range(dense.shape[1]):
+            if keep[r, j]:
+                weight = float(dense[r, j]) * (1.0 if scale is None else float(scale[r, j // 128]))
+                y[:, r] += _f64(x[:, j]) * weight
+    return y

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import llmprune
 from llmprune.checkpoint.masks import read_masks
 from llmprune.checkpoint.packed import Layout, Packing
-from llmprune.kernels.packing import bits_of
+from llmprune.kernels.layout import bits_of
 from llmprune.model.opening import open_model
 from runs import cut_off
 

@@ -11,8 +11,8 @@ import time
 import torch
 
 from llmprune.checkpoint.packed import Layout, pack, unpack
+from llmprune.kernels.layout import bits_of
 from llmprune.kernels.library import status
-from llmprune.kernels.packing import bits_of
 
 
 def seconds(work, repeats):
@@ -59,9 +59,8 @@ def main():
         print(json.dumps(found))
         return
     print(f"{shape[0]} x {shape[1]}, {torch.get_num_threads()} threads, {status()}\n")
-    print(
-        "| values | sparsity | bytes per weight | pack GB/s | unpack GB/s | copy GB/s |\n|---|---|---|---|---|---|"
-    )
+    print("| values | sparsity | bytes per weight | pack GB/s | unpack GB/s | copy GB/s |")
+    print("|---|---|---|---|---|---|")
     for row in found:
         rates = " | ".join(f"{row[name]:.2f}" for name in ("pack", "unpack", "copy"))
         print(f"| {row['dtype']} | {row['sparsity']:.0%} | {row['bytes_per_weight']:.3f} | {rates} |")

@@ -18,13 +18,13 @@ from torch import Tensor
 from llmprune.checkpoint.files import NAMES
 from llmprune.checkpoint.reader import Checkpoint, TensorInfo
 from llmprune.common.messages import shown
-from llmprune.kernels import packing, products
+from llmprune.kernels import layout as bits_and_rows
+from llmprune.kernels import packing
+from llmprune.kernels.layout import GROUP, WORD, bits_of, keep_of
 from llmprune.numerics import grids
 
 METHOD = "llmprune"  # quant_method in config.json: other loaders refuse it
 VERSION = 1
-GROUP = grids.GROUP  # dense columns that share a scale
-WORD = 64  # columns of a mask word
 VALUES = {"same": 16, "int8": 8, "int4": 4}  # bits of a value; 16 stands for values as they are
 BITS = tuple(VALUES.values())
 PACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,16 +93,16 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
     matrix, rows = layout.matrix(dense).contiguous(), rows_of(mask, layout.columns)
     if layout.bits == 16:
         return {"": packing.compress(matrix, mask), "_mask": mask, "_rows": rows}
-    matrix = matrix.float().masked_fill(~packing.keep_of(mask, layout.columns), 0.0)
-    scales = grids.scales_of(matrix, layout.bits)
-    values = packing.compress(grids.codes_of(matrix, scales, layout.bits), mask)
+    matrix = matrix.float().masked_fill(~keep_of(mask, layout.columns), 0.0)
+    scales = grids.scales_of(matrix, layout.bits, GROUP)
+    values = packing.compress(grids.codes_of(matrix, scales, layout.bits, GROUP), mask)
     values = packing.pack_nibbles(values, mask, layout.columns) if layout.bits == 4 else values
     return {"": values, "_mask": mask, "_rows": rows, "_scale": scales}
 
 
 def rows_of(mask: Tensor, columns: int) -> Tensor:
     """The kept values before each row and, last, of all: int32 [R + 1], int64 where that number is large."""
-    sums = packing.row_sums(mask, columns)
+    sums = bits_and_rows.row_sums(mask, columns)
     return sums.to(torch.int64 if int(sums[-1]) >= 1 << 31 else torch.int32)
 
 
@@ -127,7 +127,7 @@ def unpack(parts: Mapping[str, Tensor], layout: Layout, name: str) -> Tensor:
 def check(parts: Mapping[str, Tensor], layout: Layout, name: str) -> None:
     """Raise `ValueError` unless the parts of a packed tensor fit together in every bit."""
     try:
-        products.check(
+        bits_and_rows.check(
             parts[""],
             parts["_mask"],
             parts["_rows"],
@@ -188,7 +188,7 @@ def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor |
     parts = [masks.get(f"{name}.{number}") for number in range(layout.stacked)]
     if all(part is None for part in parts):
         return None
-    whole = packing.bits_of(torch.ones(layout.rows // layout.stacked, layout.columns, dtype=torch.bool))
+    whole = bits_of(torch.ones(layout.rows // layout.stacked, layout.columns, dtype=torch.bool))
     return torch.cat([whole if part is None else widened(part, layout.columns) for part in parts])
 
 

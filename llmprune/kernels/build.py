@@ -1,4 +1,4 @@
-"""Finds or makes the native library of `packed.c`: beside the source, else in the user's cache, else compiled.
+"""Finds or makes the native library of `packed.c`: beside the source, in the user's cache, or compiled.
 
 The file's name holds the hash of the source, so an old library is never taken for a new source. Nothing is
 loaded from a folder that another user could write to.
@@ -34,7 +34,7 @@ def library_name() -> str:
 
 
 def candidates() -> list[Path]:
-    """Libraries that stand ready: the one shipped beside the source, and the one in the cache if it is safe."""
+    """Libraries that stand ready: one shipped beside the source, and one in the cache if it is safe."""
     beside = SOURCE.with_name(library_name())
     found = [beside] if beside.is_file() else []
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # RuntimeError: no home folder
@@ -69,6 +69,15 @@ def build() -> Path:
     except (OSError, RuntimeError) as error:
         reason = f"the library cannot be kept in the cache ({first_line(error)})"
     raise ValueError(reason)
+
+
+def ship(compiler: list[str]) -> Path:
+    """Compiles the library beside the source, for a release wheel of this machine's kind."""
+    path = SOURCE.with_name(library_name())
+    if reason := _compile(compiler, path):
+        raise ValueError(reason)
+    path.chmod(0o755)
+    return path
 
 
 def _compilers() -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Packing without native code, in numpy and torch: the same bits, slower. R rows, C columns, W = ceil(C / 64)."""
+"""Packing without native code, in numpy and torch: the same bits. R rows, C columns, W = ceil(C / 64)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Products with packed weights, as the torch operator `llmprune::packed_linear`. n rows of x, R outputs, C inputs.
+"""Products with packed weights: the operator `llmprune::packed_linear`. n rows of x, R outputs, C inputs.
 
-Up to 16 rows of x go through the fused native kernel, which reads the packed bytes once for all of them. More
-rows, and any where there is no native code, go through blocks of dense rows and torch's own product.
+Few rows of x, 16 or 32, go through the fused native kernel, which reads the packed bytes once for 16 of them.
+More rows, and any where there is no native code, go through blocks of dense rows and torch's own product.
 """
 
 from __future__ import annotations
@@ -12,65 +12,20 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels import library
-from llmprune.kernels.packing import Packed, byte_rows, check_scale, counts, expand_rows, mask_width
+from llmprune.kernels.layout import FLOATS, Packed, check, check_parts, checked, mask_width
+from llmprune.kernels.packing import expand_rows
 
-FUSED = 16  # rows of x; above, dense blocks are faster
-_BLOCK_BYTES = 4 << 20  # of a block of dense rows
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_DTYPES = {32: (torch.float32,), 16: _FLOATS, 8: (torch.int8,), 4: (torch.uint8,)}
+__all__ = ["Packed", "by_blocks", "check", "checked", "fused", "packed_linear"]
 
-_operators = torch.library.Library("llmprune", "DEF")
+_AT_ONCE = 16  # rows of x that the fused kernel takes
+_BLOCK_BYTES = 8 << 20  # of a block of dense rows
+
+_operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
     "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor rows, Tensor? scale, int columns, int bits,"
     " bool exact=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def check(
-    values: Tensor,
-    mask: Tensor,
-    rows: Tensor,
-    scale: Tensor | None,
-    shape: tuple[int, int],
-    bits: int,
-) -> None:
-    """Refuses a packed matrix whose parts do not fit one another, in one line. Reads every bit of the mask.
-
-    `rows` are sums of values, also for int4, as a file has them.
-    """
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"a packed matrix has rows and columns, not the shape {list(shape)}")
-    _check_parts(values, mask, rows, bits)
-    if len(mask) != shape[0]:
-        raise ValueError(f"the mask has {len(mask)} rows, the matrix {shape[0]}")
-    if (scale is None) != (bits > 8):
-        raise ValueError(f"values of {bits} bits have {'a' if bits <= 8 else 'no'} scale")
-    if scale is not None:
-        check_scale(scale, shape)
-    each, taken = counts(mask, shape[1])
-    kept = each.cumsum(0)
-    if int(rows[0]) != 0 or not torch.equal(rows[1:].long(), kept):
-        raise ValueError("the row starts do not fit the mask: they must be the sums of its bits, from 0 on")
-    wanted = int(taken.sum() if bits == 4 else kept[-1])
-    if len(values) != wanted:
-        raise ValueError(
-            f"the mask keeps {int(kept[-1])} values, which are {wanted} entries of {values.dtype}, not {len(values)}"
-        )
-
-
-def checked(
-    values: Tensor,
-    mask: Tensor,
-    rows: Tensor,
-    scale: Tensor | None,
-    shape: tuple[int, int],
-    bits: int,
-) -> Packed:
-    """A packed matrix for `packed_linear`, checked. `rows` as in a file: for int4 they become starts in bytes."""
-    check(values, mask, rows, scale, shape, bits)
-    starts = byte_rows(mask, shape[1]) if bits == 4 else rows
-    return Packed(values, mask, starts, scale, shape[1], bits)
 
 
 def packed_linear(x: Tensor, *packed: Any, exact: bool = False) -> Tensor:
@@ -79,34 +34,17 @@ def packed_linear(x: Tensor, *packed: Any, exact: bool = False) -> Tensor:
     Args:
         x: bfloat16, float16 or float32.
         packed: the fields of a `Packed` that `checked` has made: values, mask, rows, scale, columns, bits.
-        exact: never round x. Otherwise, with int8 and int4 values, up to 16 rows and AVX-512, x is rounded to
+        exact: never round x. Otherwise, with int8 and int4 values, up to 32 rows and AVX-512, x is rounded to
             signed bytes with a scale per 128 columns.
     """
     result: Tensor = torch.ops.llmprune.packed_linear(x, *packed, exact)
     return result
 
 
-def _check_parts(values: Tensor, mask: Tensor, rows: Tensor, bits: int) -> None:
-    if bits not in _DTYPES or values.dtype not in _DTYPES[bits]:
-        raise ValueError(f"values of {bits} bits cannot be {values.dtype}; bits are 32, 16, 8 or 4")
-    for name, part, dimensions in (("values", values, 1), ("mask", mask, 2), ("rows", rows, 1)):
-        if part.ndim != dimensions or not part.is_contiguous() or part.device.type != "cpu":
-            raise ValueError(
-                f"{name} must be contiguous, of {dimensions} dimension{'s' * (dimensions > 1)} and on the CPU,"
-                f" not {list(part.shape)} on {part.device}"
-            )
-    if mask.dtype != torch.uint8 or rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"the mask must be uint8 and the rows int32 or int64, not {mask.dtype} and {rows.dtype}"
-        )
-    if len(rows) != len(mask) + 1:
-        raise ValueError(f"{len(mask)} rows of mask want {len(mask) + 1} row starts, not {len(rows)}")
-
-
 def _check_call(x: Tensor, packed: Packed) -> None:
-    """What costs nothing to look at; all else was seen by `check`, and the native code follows no bad start."""
-    _check_parts(*packed[:3], packed.bits)
-    if x.dtype not in _FLOATS or x.ndim < 1 or x.shape[-1] != packed.columns:
+    """What costs nothing to look at: `check` saw the rest, and the native code follows no bad start."""
+    check_parts(*packed[:3], packed.bits)
+    if x.dtype not in FLOATS or x.ndim < 1 or x.shape[-1] != packed.columns:
         raise ValueError(
             f"x must be bfloat16, float16 or float32 [..., {packed.columns}], not {x.dtype} {list(x.shape)}"
         )
@@ -129,16 +67,27 @@ def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
     packed = Packed(*fields)
     _check_call(x, packed)
     flat = x.reshape(-1, packed.columns).contiguous()
-    if 0 < len(flat) <= FUSED and library.available():
-        y = fused(flat, packed, exact).to(x.dtype)
+    if library.available() and 0 < len(flat) <= most_fused(flat, packed, exact):
+        parts = flat.tensor_split(-(-len(flat) // _AT_ONCE))
+        y = torch.cat([fused(part, packed, exact) for part in parts]).to(x.dtype)
     else:
         y = by_blocks(flat, packed)
     return y.view(*x.shape[:-1], len(packed.mask))
 
 
-@torch.library.register_fake("llmprune::packed_linear", lib=_operators)
 def _shape(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
+
+
+torch.library.register_fake("llmprune::packed_linear", _shape, lib=_operators)
+
+
+def most_fused(x: Tensor, packed: Packed, exact: bool) -> int:
+    """How many rows of x the fused kernel is faster for than blocks of dense rows."""
+    path = library.loaded().path
+    bytes_of_x = packed.scale is not None and not exact and path >= library.PATHS["avx512"]
+    both = x.dtype == packed.values.dtype == torch.bfloat16 and path == library.PATHS["avx512-bf16"]
+    return 2 * _AT_ONCE if bytes_of_x or both else _AT_ONCE
 
 
 def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tensor:
@@ -167,15 +116,15 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
     rows, columns = len(packed.mask), packed.columns
-    most = max(16, _BLOCK_BYTES // (columns * dtype.itemsize))
+    most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
     wide = (
         dtype == torch.float16 and packed.scale is not None
     )  # the native code scales to float32 or bfloat16
     block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
-    y = torch.empty((rows, len(x)), dtype=dtype)
-    across = x.to(dtype).t()
+    y = torch.empty((len(x), rows), dtype=x.dtype)
+    x = x.to(dtype)
     for first in range(0, rows, most):
         part = block[: min(most, rows - first)]
         expand_rows(packed, first, part)
-        torch.mm(part.to(dtype), across, out=y[first : first + len(part)])
-    return y.t().to(x.dtype).contiguous()
+        y[:, first : first + len(part)] = x @ part.to(dtype).t()
+    return y

@@ -1,6 +1,6 @@
-"""Rounding of weights to a symmetric grid: a weight becomes a code of a few bits times the scale of its group.
+"""Rounding of weights to a symmetric grid: a weight becomes a code of a few bits times its group's scale.
 
-R rows, C columns, G = ceil(C / 128) groups of neighbouring columns.
+R rows, C columns, G groups of neighbouring columns.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-GROUP = 128
 # Of a scale that leaves no weight out: with few bits it pays to cut off the largest weights.
 _SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 
 
-def scales_of(weight: Tensor, bits: int) -> Tensor:
+def scales_of(weight: Tensor, bits: int, group: int) -> Tensor:
     """The scales of a weight [R, C], bfloat16 [R, G]: of several that with the least squared error.
 
-    Zeros, such as pruned weights, cost no error with any scale.
+    A scale is that of `group` columns. Zeros, such as pruned weights, cost no error with any scale.
     """
-    groups = _grouped(weight.float())
+    groups = _grouped(weight.float(), group)
     most = groups.abs().amax(dim=-1) / _largest(bits)
     best = torch.full_like(most, torch.inf)
     scales = most.to(torch.bfloat16)
@@ -31,16 +30,17 @@ def scales_of(weight: Tensor, bits: int) -> Tensor:
     return scales.contiguous()
 
 
-def codes_of(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+def codes_of(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """The codes of a weight [R, C] with scales [R, G]: int8 [R, C], the nearest of the grid."""
-    codes = _codes(_grouped(weight.float()), scales.float()[..., None], bits)
+    codes = _codes(_grouped(weight.float(), group), scales.float()[..., None], bits)
     whole: Tensor = codes.flatten(-2)[:, : weight.shape[1]]
     return whole.to(torch.int8).contiguous()
 
 
-def _grouped(weight: Tensor) -> Tensor:
-    """[R, G, 128]; the last group is filled up with zeros."""
-    return pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(-1, (-1, GROUP))
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    """[R, G, columns of a group]; the last group is filled up with zeros."""
+    whole: Tensor = pad(weight, (0, -weight.shape[1] % group))
+    return whole.unflatten(-1, (-1, group))
 
 
 def _codes(groups: Tensor, step: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_r
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.common.version import __version__
 from llmprune.evaluation.audit import recount
-from llmprune.kernels import packing
+from llmprune.kernels.layout import bits_of
 from llmprune.model.opening import Model
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets, packed_layouts, targets_of
@@ -113,7 +113,7 @@ class Conversion:
                 # Without masks the bytes count: -0.0 is kept, so that nothing is lost.
                 known = given.get(target.key)
                 keep = _nonzero(weight) if known is None else known | (weight != 0)
-                bits = packing.bits_of(keep)[:, : -(-columns // 8)].contiguous()
+                bits = bits_of(keep)[:, : -(-columns // 8)].contiguous()
             zeros = zeros_of(weight)
             row = {
                 "name": target.key,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint.packed import GROUP, PARTS, Layout, check
-from llmprune.kernels.packing import Packed, byte_rows, expand, mask_width
+from llmprune.checkpoint.packed import PARTS, Layout, check
+from llmprune.kernels.layout import GROUP, Packed, byte_rows, mask_width
+from llmprune.kernels.packing import expand
 from llmprune.kernels.products import packed_linear
 from llmprune.runtime.standins import Standin
 

@@ -21,8 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checkpoint.packed import GROUP, METHOD, VERSION, Layout, Packed, read_parts
+from llmprune.checkpoint.packed import METHOD, VERSION, Layout, Packed, read_parts
 from llmprune.checkpoint.reader import Checkpoint
+from llmprune.kernels.layout import GROUP
 from llmprune.model.conversion import Group, groups_of, renamed
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target

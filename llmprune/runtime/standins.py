@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from llmprune.checkpoint.packed import Layout
-from llmprune.kernels.packing import byte_rows, expand
+from llmprune.kernels.layout import byte_rows
+from llmprune.kernels.packing import expand
 
 
 class Rows(NamedTuple):
