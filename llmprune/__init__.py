@@ -16,10 +16,31 @@ from llmprune.machine.threads import settle
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 settle(os.environ)
 
-__all__ = ["__version__", "evaluate", "inspect", "load", "prune", "push", "run_model"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "mask_apply",
+    "mask_check",
+    "mask_diff",
+    "prune",
+    "push",
+    "run_model",
+]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, inspect, load, prune, push, run_model
+    from llmprune.api import (
+        evaluate,
+        inspect,
+        load,
+        mask_apply,
+        mask_check,
+        mask_diff,
+        prune,
+        push,
+        run_model,
+    )
 
 
 def __getattr__(name: str) -> Any:

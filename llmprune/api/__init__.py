@@ -1,7 +1,21 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
 from llmprune.api.checkpoints import evaluate, inspect, load, push
+from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.result import DryRun, Result, plan_summary
 
-__all__ = ["DryRun", "Result", "evaluate", "inspect", "load", "plan_summary", "prune", "push", "run_model"]
+__all__ = [
+    "DryRun",
+    "Result",
+    "evaluate",
+    "inspect",
+    "load",
+    "mask_apply",
+    "mask_check",
+    "mask_diff",
+    "plan_summary",
+    "prune",
+    "push",
+    "run_model",
+]

@@ -14,7 +14,15 @@ from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import size_text
 from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines, with_error
-from llmprune.record.figures import HONEST, Record, method_of, score_rows, seconds_by_phase, sparsity_reached
+from llmprune.record.figures import (
+    HONEST,
+    Record,
+    masks_given,
+    method_of,
+    score_rows,
+    seconds_by_phase,
+    sparsity_reached,
+)
 from llmprune.record.record import calibrated_on
 
 
@@ -44,9 +52,10 @@ def write(folder: Path, record: Record, name: str, before: Record | None = None)
 
 
 def _choices(record: Record) -> list[tuple[str, str]]:
-    """Rows on what the program chose itself: why this recipe, and what its allocator measured."""
+    """Rows on what chose the masks: why this recipe, masks that were given, what its allocator measured."""
     recipe = record["recipe"]
     rows = [("recipe", recipe["chosen"])] if recipe.get("chosen") else []
+    rows += [("masks", masks_given(record))] if "masks" in record else []
     for what, measured in record.get("allocation", {}).items():
         values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         rows.append((f"{recipe['allocator']['name']}: {what}", values))
@@ -82,6 +91,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
     """The rows of the table at the top of the report."""
     model, totals, environment = record["model"], record["totals"], record["environment"]
     rows = "{samples} x {sequence_length} tokens".format(**record["calibration"])
+    calibrated = bool(record["calibration"]["samples"])
     source, seed = calibrated_on(record["calibration"]), record["calibration"]["seed"]
     dense, written = (size_text(totals["bytes"][key]) for key in ("dense", "written"))
     return [
@@ -89,7 +99,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("method", method_of(record)),
         *_choices(record),
         ("sparsity reached", sparsity_reached(record)),
-        ("calibration", f"{rows} of {source}, seed {seed}"),
+        ("calibration", f"{rows} of {source}, seed {seed}" if calibrated else "none"),
         ("weights on disk", f"{dense} dense, {written} written"),
         ("peak memory", size_text(totals["peak_memory_bytes"])),
         ("seconds", seconds_by_phase(record)),
@@ -125,7 +135,7 @@ def html_report(record: Record, name: str) -> str:
     `name` is the folder's, without its path.
     """
     scores = [(s.name, s.dense, with_error(s), s.change, s.note) for s in score_rows(record)]
-    no_scores = "<p>Not scored: made with llmprune prune.</p>"
+    no_scores = "<p>Not scored: made without evaluation.</p>"
     recipe, plot = html.escape(as_yaml(record["recipe"])), _plot(record["matrices"])
     columns = ("matrix", "shape", "pattern", "sparsity", "relative error", "steps")
     parts = [
