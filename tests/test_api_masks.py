@@ -180,6 +180,15 @@ def test_what_the_record_beside_the_masks_says_holds_no_path(pruned, tiny_llama,
         assert result.record["masks"]["model"] == told
 
 
+def test_a_damaged_record_beside_the_masks_is_refused(pruned, tiny_llama, refused, tmp_path, work):
+    folder = shutil.copytree(pruned.output, tmp_path / "copy")
+    (folder / "llmprune.json").write_text("{")
+    refused(r"cannot read .*llmprune\.json", masks=folder, sparsity=None)
+    with pytest.raises(ValueError, match=r"cannot read .*llmprune\.json"):
+        llmprune.mask_apply(tiny_llama, folder, "out")
+    assert everything(work) == {}
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "gpt2", "qwen3_next"])
 def test_applied_to_stacks_and_transposes_as_a_run_does(kind, tmp_path):
     if kind == "gpt2":
@@ -208,7 +217,7 @@ def test_applied_to_stacks_and_transposes_as_a_run_does(kind, tmp_path):
 def test_a_matrix_without_a_mask_stays_dense_and_is_named(tiny_llama, pruned, tmp_path):
     left = "model.layers.1.mlp.up_proj.weight"
     masks = changed(pruned.output, tmp_path / "some", lambda masks: masks.pop(left))
-    with pytest.warns(UserWarning, match=rf"1 matrices have no mask and stay dense: {left}"):
+    with pytest.warns(UserWarning, match=rf"without a mask, so dense as before: {left}$"):
         result = llmprune.mask_apply(tiny_llama, masks, tmp_path / "out")
     assert result.record["masks"] == {"digest": Masks(masks).digest, "dense": [left]}
     assert torch.equal(weights(tmp_path / "out")[left], weights(tiny_llama)[left])
@@ -470,7 +479,7 @@ def test_the_commands(typed, tiny_llama, pruned):
     zeros = pruned.record["totals"]["zeros"]
     assert code == 1 and json.loads(out)["filled"] == zeros
     assert err.splitlines()[-1].startswith(f"llmprune: {zeros:,} of {zeros:,} pruned weights of ")
-    assert err.splitlines()[-1].endswith("in 14 matrices; llmprune mask apply makes them zero again")
+    assert err.splitlines()[-1].endswith("in 14 of 14 matrices; llmprune mask apply makes them zero again")
     code, out, err = typed("mask", "check", tiny_llama)
     assert code == 1 and len(err.splitlines()) == 1 and "name the masks with --masks FILE" in err
     assert typed("mask", "apply", tiny_llama)[0] == 2

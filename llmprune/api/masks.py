@@ -103,8 +103,8 @@ def mask_apply(
         model = open_model(path, how)
         masking = Masking(given, all_targets(model.skeleton), model.label)
         if masking.dense:
-            some = ", ".join(masking.dense[:3]) + (" ..." if len(masking.dense) > 3 else "")
-            remark_to(report, f"{len(masking.dense)} matrices have no mask and stay dense: {some}")
+            more = f" and {len(masking.dense) - 3} more" if len(masking.dense) > 3 else ""
+            remark_to(report, f"without a mask, so dense as before: {', '.join(masking.dense[:3])}{more}")
         options = Options(
             output=target,
             inputs=input_files([(MODEL, model.folder), ("the masks", given.path)]),

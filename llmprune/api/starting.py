@@ -9,6 +9,7 @@ from typing import Any
 from llmprune.checkpoint.masks import Masks
 from llmprune.recipe import loading as recipes
 from llmprune.recipe.types import Recipe
+from llmprune.record.record import origin
 
 
 def overrides(recipe: Any, given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
@@ -48,7 +49,12 @@ def _others(wanted: str, masks: Masks) -> ValueError:
 
 
 def check_given(recipe: Recipe, masks: Masks | None) -> None:
-    """Raise `ValueError` where a recipe starts from masks and none are given."""
+    """Raise `ValueError` where a recipe starts from masks and none are given.
+
+    Also where the record beside given masks is damaged, which the run's own record will quote.
+    """
+    if masks is not None:
+        origin(masks)
     if recipe.masks and masks is None:
         raise ValueError(
             f"recipe {recipe.name!r} starts from masks {recipe.masks}; give their file with --masks FILE"

@@ -89,8 +89,8 @@ def check(
     if as_json:
         emit(found)
     if found["filled"]:
-        matrices = sum(1 for matrix in found["matrices"] if matrix["filled"])
+        matrices = [bool(matrix["filled"]) for matrix in found["matrices"]]
         raise ValueError(
-            f"{found['filled']:,} of {found['pruned']:,} pruned weights of {path} are filled, in {matrices} "
-            "matrices; llmprune mask apply makes them zero again"
+            f"{found['filled']:,} of {found['pruned']:,} pruned weights of {path} are filled, in "
+            f"{sum(matrices)} of {len(matrices)} matrices; llmprune mask apply makes them zero again"
         )

@@ -50,10 +50,9 @@ class Application(Production):
         model, masking = self.model, self._masking
         shapes = {target.key: target.shape for target in masking.targets}
         check_space(self.options.output, predict_disk(model.source, shapes))
-        before = records.opening(model, self._recipe(), _NO_ROWS, self._digest(), 1)
-        origin = records.origin(masking.masks)
-        origin["masks"] |= {"dense": masking.dense} if masking.dense else {}
-        before |= origin
+        before = records.origin(masking.masks)
+        before["masks"] |= {"dense": masking.dense} if masking.dense else {}
+        before |= records.opening(model, self._recipe(), _NO_ROWS, self._digest(), 1)
         record = self._made_before(before)
         if record is None:
             self._begin(before, masking)
