@@ -10,12 +10,12 @@ import pytest
 import torch
 from other_models import save
 from outputs import everything, one_line, weights
-from runs import cut_off
 from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune.checkpoint.masks import MaskFile, Masks, pack, read_masks
 from llmprune.record import figures
+from runs import cut_off
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
 
