@@ -18,10 +18,33 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 settle(os.environ)
 install()
 
-__all__ = ["__version__", "convert", "evaluate", "inspect", "load", "prune", "push", "run_model"]
+__all__ = [
+    "__version__",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "mask_apply",
+    "mask_check",
+    "mask_diff",
+    "prune",
+    "push",
+    "run_model",
+]
 
 if TYPE_CHECKING:
-    from llmprune.api import convert, evaluate, inspect, load, prune, push, run_model
+    from llmprune.api import (
+        convert,
+        evaluate,
+        inspect,
+        load,
+        mask_apply,
+        mask_check,
+        mask_diff,
+        prune,
+        push,
+        run_model,
+    )
 
 
 def __getattr__(name: str) -> Any:

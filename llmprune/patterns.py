@@ -176,3 +176,14 @@ def parse(text: str, scope: str = "row") -> Pattern:
     if not match:
         raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {shown(text)}")
     return NM(int(match[1]), int(match[2]))
+
+
+def exact_pattern(keep: Tensor) -> NM | None:
+    """The N:M pattern that a keep mask [R, C] satisfies exactly, of M = 4, 8 and 16 the first; else None."""
+    for width in (4, 8, 16):
+        if keep.shape[1] % width == 0:
+            counts = true_per_row(keep.reshape(-1, width))
+            kept = int(counts[0])
+            if 0 < kept < width and bool((counts == kept).all()):
+                return NM(kept, width)
+    return None

@@ -18,8 +18,18 @@ from llmprune import api
 from llmprune.api import arguments
 from llmprune.recipe import loading as recipes
 
-FUNCTIONS = ("prune", "run_model", "evaluate", "inspect", "convert", "push", "load")
-NEEDED = {"push": {"repository": "me/x"}, "convert": {"to": "packed", "output": "out"}}
+FUNCTIONS = (
+    "prune",
+    "run_model",
+    "evaluate",
+    "inspect",
+    "convert",
+    "push",
+    "load",
+    "mask_diff",
+    "mask_apply",
+    "mask_check",
+)
 RECIPE = {"pruner": {"name": "wanda"}, "sparsity": 0.25, "calibration": {"samples": 4, "sequence_length": 32}}
 
 
@@ -203,6 +213,9 @@ WRONG = {
     "evaluation": ["builtin", {"perplexity": "builtin"}, 5],
     "reporter": [print, 5, object()],
     "progress": ["yes", 1, 0],
+    "a": [5, b"folder", None, ""],
+    "b": [5, b"folder", None, ""],
+    "masks": [5, b"file", ""],
     "overwrite": [1, "yes", None],
     "resume": [1, "yes", None],
     "restart": [1, "yes", None],
@@ -239,8 +252,15 @@ def calls():
 def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmprune.run.corridor.prune_blocks", lambda *_: pytest.fail("work began"))
-    first = {"push": "folder", "prune": "model", "run_model": "model"}.get(function, "path")
-    given = {first: tiny_llama, **NEEDED.get(function, {}), name: value}
+    needed = {
+        "push": {"folder": tiny_llama, "repository": "me/x"},
+        "convert": {"path": tiny_llama, "to": "packed", "output": "out"},
+        "prune": {"model": tiny_llama},
+        "run_model": {"model": tiny_llama},
+        "mask_diff": {"a": tiny_llama, "b": tiny_llama},
+        "mask_apply": {"path": tiny_llama, "masks": "masks.safetensors", "output": "out"},
+    }
+    given = {**needed.get(function, {"path": tiny_llama}), name: value}
     with pytest.raises(ValueError) as refused:
         getattr(llmprune, function)(**given)
     message = str(refused.value)

@@ -33,7 +33,7 @@ def test_help_is_quick_and_names_every_command(started):
     # Processor time, which a busy machine does not stretch.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
     assert (done.returncode, done.stderr) == (0, "")
-    assert set(re.findall(r"^│ (\w+) ", done.stdout, re.M)) == COMMANDS
+    assert set(re.findall(r"^│ (\w+) ", done.stdout, re.M)) == COMMANDS | {"mask"}
     assert "llmprune run demo --sparsity 0.7" in done.stdout
 
 
@@ -55,9 +55,9 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", [*sorted(COMMANDS), "mask diff", "mask apply", "mask check"])
 def test_every_command_has_help(typed, command):
-    code, out, err = typed(command, "--help")
+    code, out, err = typed(*command.split(), "--help")
     assert (code, err) == (0, "")
     assert "--json" in out and "--quiet" in out
 
@@ -68,7 +68,7 @@ def test_every_command_has_help(typed, command):
         (
             "prune",
             "recipe sparsity pattern pruner refiner allocator calibration samples seqlen seed device "
-            "dtype set",
+            "dtype masks set",
         ),
         ("prune", "output overwrite dry-run json quiet"),
         ("run", "recipe sparsity perplexity eval-seqlen tasks suite include-tasks limit"),

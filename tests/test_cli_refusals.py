@@ -13,7 +13,7 @@ from damage import rewrite
 from outputs import everything, old_output
 
 from llmprune import __main__ as program
-from llmprune.cli import commands as cli
+from llmprune.cli import frame
 from llmprune.hub import download as hub
 
 
@@ -92,7 +92,7 @@ def test_the_program_survives_failures_of_any_kind(typed, monkeypatch, error):
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr(frame, "debug", False)
     monkeypatch.setattr(sys, "argv", ["llmprune", "--debug", "inspect", "demoo"])
     with pytest.raises(ValueError, match="demoo"):
         program.main()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.patterns import NM, PublishedThreshold, Unstructured, parse
+from llmprune.patterns import NM, PublishedThreshold, Unstructured, exact_pattern, parse
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 
@@ -91,3 +91,16 @@ def test_a_broken_mask_is_noticed():
         Unstructured("row").check(keep, 0.5)
     with pytest.raises(ValueError, match="group of 4"):
         NM(2, 4).check(torch.ones(2, 8, dtype=torch.bool), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "columns", "found"),
+    [("2:4", 48, "2:4"), ("1:4", 48, "1:4"), ("3:8", 48, "3:8"), ("5:16", 48, "5:16"), ("2:4", 20, "2:4")],
+)
+def test_the_pattern_that_a_mask_holds_exactly(pattern, columns, found):
+    score = torch.rand(6, columns, generator=torch.Generator().manual_seed(0))
+    keep = parse(pattern).select(score, 0.5)
+    assert str(exact_pattern(keep)) == found
+    keep[5, -1] = ~keep[5, -1]
+    assert exact_pattern(keep) is None
+    assert exact_pattern(torch.ones(6, columns, dtype=torch.bool)) is None

@@ -1,6 +1,7 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
 from llmprune.api.checkpoints import convert, evaluate, inspect, load, push
+from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.result import DryRun, Result, plan_summary
 
@@ -11,6 +12,9 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "mask_apply",
+    "mask_check",
+    "mask_diff",
     "plan_summary",
     "prune",
     "push",

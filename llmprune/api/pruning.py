@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.api import arguments
+from llmprune.api import arguments, starting
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
+from llmprune.checkpoint.masks import masks_at
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
 from llmprune.common.messages import shown
@@ -20,6 +21,7 @@ from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
 from llmprune.model.opening import Model, OpenOptions, open_model
 from llmprune.planning import choice
+from llmprune.planning.given import given
 from llmprune.planning.plan import check_offload
 from llmprune.recipe import loading as recipes
 from llmprune.recipe.types import Recipe
@@ -58,6 +60,7 @@ def prune(
     offload: str = "auto",
     format: str = "dense",
     settings: Mapping[str, Any] | None = None,
+    masks: AnyPath | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -108,6 +111,8 @@ def prune(
         format: of the weights in that folder: `dense`, which every program loads, or `packed`, which is
             smaller and loads where llmprune is: of the pruned matrices the kept values and a bit per weight.
         settings: any recipe fields by dotted key, such as `{"pruner.damp": 0.05}`.
+        masks: a file of keep masks, or an output folder that holds one, to start from: they take the place of
+            the recipe's pruner, and its refiner and updates follow as usual.
         tokenizer: a transformers tokenizer; needed for text with a model in memory, else the checkpoint's
             own.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
@@ -132,7 +137,7 @@ def prune(
     check_offload(offload)
     if format not in ("dense", "packed"):
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
-    given = {
+    wanted = {
         "pattern": pattern,
         "sparsity": sparsity,
         "pruner": pruner,
@@ -145,10 +150,13 @@ def prune(
         "seed": seed,
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }
-    overrides = {key: value for key, value in given.items() if value is not None} | dict(settings or {})
+    overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
     limit = _time_limit(time_limit)
     named: Any = choice.LIGHT if recipe is None else recipe
+    start = None if masks is None else masks_at(Path(masks).expanduser())
+    overrides |= {} if start is None else starting.overrides(named, overrides, start)
     chosen = recipes.load(named, overrides)  # checked before any long work
+    starting.check_given(chosen, start)
     compute_dtype = _compute_dtype(chosen, str(dtype))
     team = processes.current()
 
@@ -176,6 +184,7 @@ def prune(
         if recipe is None:
             chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
             named = chosen.name
+        begun = None if start is None else team.in_turn(lambda: given(start, chosen, opened))
         if output is None:
             target = default_output(opened, chosen, recipes.load(named))
         else:
@@ -184,7 +193,7 @@ def prune(
         limited = time_limit is not None or (recipe is None and chosen.name == choice.BEST)
         options = Options(
             output=target,
-            inputs=_inputs(opened, recipe, chosen, evaluation),
+            inputs=[*_inputs(opened, recipe, chosen, evaluation), *input_files(starting.inputs(start))],
             overwrite=overwrite,
             resume=resume,
             restart=restart,
@@ -194,7 +203,7 @@ def prune(
             time_limit=(limit * 60 or None) if limited else None,
             remarks=choice.inherited(overrides, chosen) if recipe is None else (),
         )
-        request = Request(chosen, source, evaluation)
+        request = Request(chosen, source, evaluation, begun)
         if dry_run:
             check_output(target, overwrite or resume, options.inputs)
             work, _ = planned(opened, request, options, team, report)

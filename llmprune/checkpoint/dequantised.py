@@ -103,15 +103,10 @@ class Dequantised:
     def _steps(self, pair: _Pair, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns that share a scale."""
         scales = self.source.tensors[pair.scales].shape
-        rows, columns = scales[-2:] if len(scales) > 1 else (1, 1)
-        fits = len(scales) in (0, 1, len(shape)) and torch.Size(scales).numel() > 0
-        if fits and (len(scales) > 1 or torch.Size(scales).numel() == 1):
-            down, across = self._group or (1, 1)
-            if (-(-shape[-2] // down), -(-shape[-1] // across)) == (rows, columns):
-                return down, across
-            if shape[-2] % rows == 0 and shape[-1] % columns == 0:
-                return shape[-2] // rows, shape[-1] // columns
-        raise _misfit(pair, shape, scales)
+        steps = scale_steps(shape, scales, self._group)
+        if steps is None:
+            raise _misfit(pair, shape, scales)
+        return steps
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, dequantised."""
@@ -145,6 +140,26 @@ class Dequantised:
     def check(self) -> None:
         """Raise `ValueError` if a weight file has changed."""
         self.source.check()
+
+
+def scale_steps(
+    shape: tuple[int, ...], scales: tuple[int, ...], group: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None where the scales do not fit the matrix.
+
+    Args:
+        shape: of the matrix. scales: the shape of its scales.
+        group: what the config says of it.
+    """
+    rows, columns = scales[-2:] if len(scales) > 1 else (1, 1)
+    fits = len(scales) in (0, 1, len(shape)) and torch.Size(scales).numel() > 0
+    if fits and (len(scales) > 1 or torch.Size(scales).numel() == 1):
+        down, across = group or (1, 1)
+        if (-(-shape[-2] // down), -(-shape[-1] // across)) == (rows, columns):
+            return down, across
+        if shape[-2] % rows == 0 and shape[-1] % columns == 0:
+            return shape[-2] // rows, shape[-1] // columns
+    return None
 
 
 def _values(packed: Tensor) -> Tensor:

@@ -6,18 +6,23 @@ A mask [R, C] is stored as uint8 [R, ceil(C / 8)]. Column j is bit j % 8 (0 the 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.checkpoint.files import layout, raw
+from llmprune.checkpoint.contents import MASKS
+from llmprune.checkpoint.files import Entry, WeightFile, layout, raw
 from llmprune.common.messages import shown
+from llmprune.numerics.counts import true_per_row
 
 
 def pack(keep: Tensor) -> Tensor:
@@ -63,21 +68,79 @@ class MaskFile:
         self._file.close()
 
 
+class Masks:
+    """The keep masks of a file, read one at a time.
+
+    Attributes:
+        path: of the file.
+        shapes: weight name -> (R, C).
+
+    Raises:
+        ValueError: the file is no mask file, is damaged, or changes while it is in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = WeightFile(path)
+            with safe_open(path, framework="pt") as handle:
+                listed = json.loads((handle.metadata() or {})["shapes"])
+            self.shapes = {name: _shape_of(name, entry, listed) for name, entry in self._file.entries.items()}
+            self._file.check()
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None
+        if not self.shapes:
+            raise ValueError(f"{path} holds no masks")
+
+    def load(self, name: str) -> Tensor:
+        """One keep mask, bool [R, C]."""
+        return unpack(self._file.load(name), self.shapes[name][1])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A fingerprint of names, shapes and masks: SHA-256."""
+        whole = hashlib.sha256()
+        for name, shape in sorted(self.shapes.items()):
+            whole.update(repr((name, *shape)).encode() + raw(pack(self.load(name))))
+        return f"sha256:{whole.hexdigest()}"
+
+    @functools.cached_property
+    def sparsity(self) -> float:
+        """The share of weights that they prune."""
+        kept = sum(int(true_per_row(self.load(name)).sum()) for name in self.shapes)
+        return 1 - kept / sum(rows * columns for rows, columns in self.shapes.values())
+
+
+def _shape_of(name: str, entry: Entry, listed: Mapping[str, Any]) -> tuple[int, int]:
+    """The shape (R, C) of a mask, by the metadata. Raises an error where the stored bits do not fit it."""
+    shape = listed[name]
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise ValueError(f"{name} has shape {shape}")
+    rows, columns = shape
+    if entry.dtype != "U8" or entry.shape != (rows, -(-columns // 8)):
+        raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, not the bits of {rows} x {columns}")
+    return rows, columns
+
+
+def masks_at(path: Path) -> Masks:
+    """The masks of an output folder or of a file.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if path.is_dir() and not (path / MASKS).is_file():
+        raise ValueError(
+            f"{path} has no {MASKS}; name an output folder of llmprune prune, or a file of masks"
+        )
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}; name a file of masks or an output folder")
+    return Masks(path / MASKS if path.is_dir() else path)
+
+
 def read_masks(path: Path) -> dict[str, Tensor]:
     """Every keep mask of a file, bool [R, C] by weight name.
 
     Raises `ValueError` if it is no mask file or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as handle:
-            shapes = json.loads((handle.metadata() or {})["shapes"])
-            masks = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        for name, packed in masks.items():
-            rows, columns = shapes[name]
-            if packed.dtype != torch.uint8 or list(packed.shape) != [rows, -(-columns // 8)]:
-                raise ValueError(
-                    f"{name} is {packed.dtype} {list(packed.shape)}, not the bits of {rows} x {columns}"
-                )
-        return {name: unpack(packed, shapes[name][1]) for name, packed in masks.items()}
-    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None
+    masks = Masks(path)
+    return {name: masks.load(name) for name in masks.shapes}

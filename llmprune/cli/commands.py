@@ -6,18 +6,23 @@ torch and transformers are imported only when a command runs, so that `--help` a
 from __future__ import annotations
 
 import functools
-import inspect as inspection
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from llmprune.cli import ending
+from llmprune.cli import ending, frame, mask
+from llmprune.cli.frame import command
+from llmprune.cli.frame import console as _console
+from llmprune.cli.frame import emit as _emit
+from llmprune.cli.frame import flag as _flag
+from llmprune.cli.frame import quiet_libraries as _quiet_libraries
+from llmprune.cli.frame import with_terminal as _with_terminal
+from llmprune.cli.frame import write as _write
 from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SCORING, WRITING
-from llmprune.terminal.console import OutputClosed, Screen, draw_alone
+from llmprune.terminal.console import OutputClosed, Screen
 
 app = typer.Typer(
     add_completion=False,
@@ -25,45 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_debug = False
-
-
-def _command(
-    *groups: tuple[inspection.Parameter, ...],
-) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Register a command whose options are its own parameters and those of the groups.
-
-    An error in it becomes one line on stderr and an exit code.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., None]:
-        hints = get_type_hints(function, include_extras=True)
-        own = inspection.signature(function).parameters.values()
-        parameters = {
-            p.name: p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
-            for p in own
-            if p.kind is not p.VAR_KEYWORD
-        }
-        # A command may name an option of a group to use it itself; the group still says what the option is.
-        for group in groups:
-            parameters |= {p.name: p for p in group}
-
-        @functools.wraps(function)
-        def call(**options: Any) -> None:
-            ending.guarded(lambda: function(**options), _debug)
-
-        call.__signature__ = inspection.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in parameters.values()}
-        del call.__wrapped__  # else typer would read the signature of the function instead
-        app.command()(call)
-        return call
-
-    return register
-
-
-def _flag(name: str, help: str, **more: Any) -> Any:
-    """An option without a value. With its flag named, typer adds no `--no-...` to it."""
-    return typer.Option(name, help=help, **more)
+app.add_typer(mask.app)
+_command = functools.partial(command, app)
 
 
 def _show_version(asked: bool) -> None:
@@ -86,51 +54,7 @@ def _program(
 
     Start with: llmprune run demo --sparsity 0.7
     """
-    global _debug
-    _debug = debug
-
-
-def _emit(value: Any) -> None:
-    """Print the result as JSON on stdout; of several processes, only the first."""
-    if not ending.follows():
-        _write(json.dumps(value))
-
-
-def _write(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise OutputClosed from None
-
-
-def _console(as_json: bool, quiet: bool) -> Screen:
-    return Screen(stderr=as_json, quiet=quiet or ending.follows())
-
-
-def _with_terminal(as_json: bool, quiet: bool, work: Callable[[Any], Any]) -> tuple[Screen, Any]:
-    """The console, and the result of `work` called with a terminal that draws its progress there."""
-    from llmprune.terminal.screen import Terminal
-
-    _quiet_libraries(quiet)
-    terminal = Terminal(_console(as_json, quiet))
-    try:
-        return terminal.console, work(terminal)
-    finally:
-        terminal.close()
-
-
-def _quiet_libraries(quiet: bool) -> None:
-    """Silence the messages and bars of the libraries: the program prints its own progress."""
-    import logging
-
-    import huggingface_hub
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    draw_alone(downloads=not quiet)
-    if quiet:
-        logging.getLogger("llmprune").setLevel(logging.ERROR)
-        huggingface_hub.utils.logging.set_verbosity_error()
+    frame.debug = debug
 
 
 def _prune_command(

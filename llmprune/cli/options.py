@@ -81,6 +81,7 @@ PRUNING = (
         "Minutes that recipe best may take, by estimate, to be the default (LLMPRUNE_TIME_LIMIT, else 60).",
     ),
     _switch("dry_run", "Print the plan with every matrix, then stop."),
+    _option("masks", Path, "Start from these keep masks, in the place of the recipe's pruner."),
     _option("settings", list[str], "Any recipe field: dotted.key=value. Repeatable.", flag="--set"),
 )
 

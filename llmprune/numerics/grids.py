@@ -40,12 +40,13 @@ def codes_of(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
 def _grouped(weight: Tensor, group: int) -> Tensor:
     """[R, G, columns of a group]; the last group is filled up with zeros."""
     whole: Tensor = pad(weight, (0, -weight.shape[1] % group))
-    return whole.unflatten(-1, (-1, group))
+    groups: Tensor = whole.unflatten(-1, (-1, group))
+    return groups
 
 
 def _codes(groups: Tensor, step: Tensor, bits: int) -> Tensor:
     largest = _largest(bits)
-    codes: Tensor = torch.nan_to_num(groups / step).round_().clamp_(-largest, largest)
+    codes: Tensor = torch.nan_to_num(groups / step).round().clamp(-largest, largest)
     return codes
 
 

@@ -204,7 +204,7 @@ def _matrices(
     allocated = _allocated(recipe, free, _block_numbers(skeleton), findings, rules)
     matrices = {}
     for target in pruned:
-        _check_stored_dtype(target, skeleton)
+        check_stored_dtype(target, skeleton)
         rule = rules[target.name]
         ruled = rule and (target.name in fixed or rule.pattern)
         reason = f"rule {rule.match!r}" if rule and ruled else recipe.allocator.name
@@ -228,7 +228,8 @@ def _block_numbers(skeleton: Skeleton) -> dict[str, int]:
     return {t.name: number for number, name in blocks for t in targets_of(skeleton, name)}
 
 
-def _check_stored_dtype(target: Target, skeleton: Skeleton) -> None:
+def check_stored_dtype(target: Target, skeleton: Skeleton) -> None:
+    """Raise `ValueError` for a matrix whose stored type cannot be pruned."""
     if skeleton.source.tensors[target.tensor].dtype is None:
         raise ValueError(
             f"{target.tensor} is stored in an integer or 8-bit type; prune the original checkpoint, "

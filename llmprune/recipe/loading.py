@@ -13,6 +13,7 @@ from typing import Any
 from llmprune import patterns, registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import parse_yaml, read_yaml, shipped, shipped_names
+from llmprune.recipe.given import NAME
 from llmprune.recipe.types import (
     PRECISIONS,
     SUMS,
@@ -158,9 +159,14 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     if not values.get("pruner"):
         raise ValueError("a recipe needs a pruner, for example 'pruner: wanda'")
     fields = {k: v for k, v in values.items() if v is not None}
+    given = _typed("masks", fields.get("masks", ""), str)
+    if given:
+        del fields["pruner"]
     for key, room in (("pruner", "pruners"), ("refiner", "refiners"), ("allocator", "allocators")):
         if key in fields:
             fields[key] = _algorithm(room, fields[key])
+    if given:
+        fields["pruner"] = AlgorithmSpec(name=NAME)
     updates = fields.get("update", [])
     updates = updates if isinstance(updates, list) else [updates]
     fields["update"] = tuple(_algorithm("updates", update) for update in updates)

@@ -11,6 +11,7 @@ from typing import Any
 from llmprune import patterns, registry
 from llmprune.common.messages import shown
 from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner, Step
+from llmprune.recipe.given import GivenMasks
 
 DEFAULT_SPARSITY = 0.5
 
@@ -113,7 +114,12 @@ class ExpertsSpec:
 
 
 # Keys of a recipe that are absent from records where they are as usual.
-UNMENTIONED = {"sums": "exact", "precision": "stored", "experts": dataclasses.asdict(ExpertsSpec())}
+UNMENTIONED = {
+    "sums": "exact",
+    "precision": "stored",
+    "experts": dataclasses.asdict(ExpertsSpec()),
+    "masks": "",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,7 @@ class Recipe:
         calibration: where calibration rows come from.
         experts: how the matrices of experts are pruned.
         seed: seed of everything random.
+        masks: a fingerprint of the masks that take the place of the pruner; empty where it prunes.
         chosen: why, where the program chose the recipe or a case of it.
     """
 
@@ -153,10 +160,13 @@ class Recipe:
     calibration: CalibrationSpec = CalibrationSpec()
     experts: ExpertsSpec = ExpertsSpec()
     seed: int = 0
+    masks: str = ""
     chosen: str = ""
 
     def build_pruner(self) -> Pruner:
-        """The pruner with its options."""
+        """The pruner with its options; what stands for it where masks are given."""
+        if self.masks:
+            return GivenMasks()
         pruner: Pruner = registry.build("pruners", self.pruner.name, self.pruner.options)
         return pruner
 
@@ -197,6 +207,8 @@ class Recipe:
         """The recipe's scope, else the pruner's own."""
         if self.scope:
             return self.scope
+        if self.masks:
+            return GivenMasks.scope
         pruner: Any = registry.find("pruners", self.pruner.name)
         return str(pruner.scope)
 

@@ -12,7 +12,15 @@ import yaml
 from llmprune.checkpoint.contents import CARD, RECORD
 from llmprune.checkpoint.reader import read_record
 from llmprune.model.classes import CAUSAL
-from llmprune.record.figures import Record, ScoreRow, method_of, score_rows, share_of_all, size_remark
+from llmprune.record.figures import (
+    Record,
+    ScoreRow,
+    masks_given,
+    method_of,
+    score_rows,
+    share_of_all,
+    size_remark,
+)
 from llmprune.record.record import calibrated_on
 from llmprune.text.mixture import is_file, plain_sources
 
@@ -38,7 +46,7 @@ def model_card(record: Record, name: str) -> str:
     `name` is the folder's, without its path, or the repository's; it stands where the card says how to load
     it.
     """
-    model, totals, calibration = record["model"], record["totals"], record["calibration"]
+    model, totals = record["model"], record["totals"]
     source = " ".join(model["source"].split())
     at = f" (commit `{model['revision']}`)" if model["revision"] else ""
     holder = "The weight files hold" if "format" in record else "`masks.safetensors` holds"
@@ -49,6 +57,7 @@ def model_card(record: Record, name: str) -> str:
 # {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
 
 {source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
+{_masks_line(record)}\
 {totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, \
 {share_of_all(record)}; \
 embeddings, norms and the output head are not pruned.
@@ -60,9 +69,7 @@ embeddings, norms and the output head are not pruned.
 {_scores_section(record)}
 ## Recipe
 
-Calibrated on {calibration["samples"]} x {calibration["sequence_length"]} tokens of \
-{calibrated_on(calibration)}, \
-seed {calibration["seed"]}, tokens `{calibration["digest"]}`.
+{_calibration_line(record["calibration"])}
 
 <details><summary>The recipe with every default</summary>
 
@@ -85,6 +92,20 @@ every matrix, versions).
 
 {_licence_section(model)}
 """
+
+
+def _calibration_line(calibration: dict[str, Any]) -> str:
+    """On which tokens it was calibrated."""
+    if not calibration["samples"]:
+        return "Not calibrated: nothing was computed, the masks were applied as they are."
+    rows = f"{calibration['samples']} x {calibration['sequence_length']} tokens"
+    seed, digest = calibration["seed"], calibration["digest"]
+    return f"Calibrated on {rows} of {calibrated_on(calibration)}, seed {seed}, tokens `{digest}`."
+
+
+def _masks_line(record: Record) -> str:
+    """Where the masks came from, where they were given."""
+    return f"The masks were given: {masks_given(record)}.\n" if "masks" in record else ""
 
 
 def load_snippet(name: str, record: Record) -> str:
@@ -111,7 +132,7 @@ def _again(record: Record) -> str:
     model, source = record["model"], record["calibration"]["source"]
     local_model = "/" not in model["source"] and model["source"] != "demo"
     local_text = source.endswith("in memory") or any(map(is_file, plain_sources(source)))
-    if local_model or local_text:
+    if local_model or local_text or "masks" in record:  # a file that a recipe cannot name
         return ""
     revision = f" --revision {model['revision']}" if model["revision"] else ""
     command = f"llmprune prune {model['source']}{revision} --recipe recipe.yaml"
@@ -140,7 +161,7 @@ def _front_matter(record: Record) -> str:
 def _scores_section(record: Record) -> str:
     scores = score_rows(record)
     if not scores:
-        return "Not scored: made with `llmprune prune`.\n"
+        return "Not scored: made without evaluation.\n"
     table = "\n".join(f"| {s.name} | {s.dense} | {with_error(s)} | {s.change} | {s.note} |" for s in scores)
     protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
     return f"""| | dense | pruned | change | |

@@ -121,6 +121,13 @@ def size_remark(record: Mapping[str, Any]) -> str:
     )
 
 
+def masks_given(record: Mapping[str, Any]) -> str:
+    """Where given masks came from, in words: the base model and the recipe, as far as known, and a digest."""
+    masks = record["masks"]
+    of = f"those of {masks['model']} (recipe {masks['recipe']}), " if "model" in masks else ""
+    return f"{of}{masks['digest']}"
+
+
 def method_of(record: Record) -> str:
     """The method in words: pruner, refiner, updates, pattern, recipe, and what differs from the defaults."""
     recipe = record["recipe"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from llmprune.checkpoint.contents import SCHEMA
+from llmprune.checkpoint.contents import MASKS, RECORD, SCHEMA
 from llmprune.checkpoint.journal import Identity
+from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.version import __version__
 from llmprune.contracts import CalibrationSet
@@ -66,6 +69,28 @@ def _as_opened(model: Model) -> Record:
         **({"blocks": skeleton.given_blocks} if skeleton.given_blocks else {}),
         **({"dequantized": True} if model.options.dequantize else {}),
     }
+
+
+def origin(masks: Masks) -> Record:
+    """The entry `masks` of the record: which masks were given, and what the record beside them says."""
+    found: Record = {"digest": masks.digest}
+    if masks.path.name == MASKS and (masks.path.parent / RECORD).is_file():
+        beside = read_record(masks.path.parent)
+        model, recipe = (beside.get(key) for key in ("model", "recipe"))
+        if isinstance(model, dict) and isinstance(recipe, dict):
+            revision = model.get("revision")
+            found |= {
+                "model": _without_path(str(model.get("source"))),
+                "revision": revision if isinstance(revision, str) else None,
+                "recipe": _without_path(str(recipe.get("name"))),
+            }
+    return {"masks": found}
+
+
+def _without_path(name: str) -> str:
+    """A hub id or another name as it is; of a path only its last part."""
+    local = name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if local else name
 
 
 def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[int, float]) -> Record:
@@ -130,7 +155,7 @@ def complete(
     """The record of a run that has pruned every matrix and is not scored yet.
 
     Args:
-        before: the record as it was at the start, see `opening` and `allocation`.
+        before: the record as it was at the start, see `opening`, `origin` and `allocation`.
         matrices: what each matrix contributes to the record.
         seconds: the time each phase took.
         private: the peak of the memory that belongs to the process alone, in bytes; None where unknown.
@@ -139,7 +164,7 @@ def complete(
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
     zeros = sum(m["zeros"] for m in matrices)
     times = {phase: round(value, 3) for phase, value in seconds.items()}
-    kept = ("schema", "model", "recipe", "calibration", "allocation", "format")
+    kept = ("schema", "model", "recipe", "masks", "calibration", "allocation", "format")
     return {
         **{key: before[key] for key in kept if key in before},
         "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],

@@ -16,6 +16,7 @@ from llmprune.common.messages import size_text
 from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines, with_error
 from llmprune.record.figures import (
     Record,
+    masks_given,
     method_of,
     score_rows,
     seconds_by_phase,
@@ -56,9 +57,10 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def _choices(record: Record) -> list[tuple[str, str]]:
-    """Rows on what the program chose itself: why this recipe, and what its allocator measured."""
+    """Rows on what chose the masks: why this recipe, masks that were given, what its allocator measured."""
     recipe = record["recipe"]
     rows = [("recipe", recipe["chosen"])] if recipe.get("chosen") else []
+    rows += [("masks", masks_given(record))] if "masks" in record else []
     for what, measured in record.get("allocation", {}).items():
         values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         rows.append((f"{recipe['allocator']['name']}: {what}", values))
@@ -94,6 +96,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
     """The rows of the table at the top of the report."""
     model, totals, environment = record["model"], record["totals"], record["environment"]
     rows = "{samples} x {sequence_length} tokens".format(**record["calibration"])
+    calibrated = bool(record["calibration"]["samples"])
     source, seed = calibrated_on(record["calibration"]), record["calibration"]["seed"]
     dense, written = (size_text(totals["bytes"][key]) for key in ("dense", "written"))
     return [
@@ -101,7 +104,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("method", method_of(record)),
         *_choices(record),
         ("sparsity reached", sparsity_reached(record)),
-        ("calibration", f"{rows} of {source}, seed {seed}"),
+        ("calibration", f"{rows} of {source}, seed {seed}" if calibrated else "none"),
         ("weights on disk", f"{dense} dense, {written} written"),
         ("peak memory", size_text(totals["peak_memory_bytes"])),
         ("seconds", seconds_by_phase(record)),
@@ -137,7 +140,7 @@ def html_report(record: Record, name: str) -> str:
     `name` is the folder's, without its path.
     """
     scores = [(s.name, s.dense, with_error(s), s.change, s.note) for s in score_rows(record)]
-    no_scores = "<p>Not scored: made with llmprune prune.</p>"
+    no_scores = "<p>Not scored: made without evaluation.</p>"
     recipe, plot = html.escape(as_yaml(record["recipe"])), _plot(record["matrices"])
     columns = ("matrix", "shape", "pattern", "sparsity", "relative error", "steps")
     parts = [

@@ -82,7 +82,7 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
 
     On every process module and shard end with the same weights, and the block with the same masks and rows.
     """
-    methods, team = Methods.of(run.recipe), run.team
+    methods, team = Methods.of(run.recipe, run.masks), run.team
     owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
     rows: dict[str, Row] = {}
     weights: dict[str, Tensor] = {}

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.contracts import InputStats, Job, Pruned, Pruner, Step
+from llmprune.model.masking import Masking
 from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite, zeros_of
 from llmprune.planning.plan import MatrixPlan
+from llmprune.recipe.given import GivenMasks
 from llmprune.recipe.types import AlgorithmSpec, Recipe
 from llmprune.statistics.sums import relative_error
 
@@ -35,12 +37,12 @@ class Methods:
     least: int = 0  # tokens that statistics of an expert must be of
 
     @staticmethod
-    def of(recipe: Recipe) -> Methods:
-        """Built with the options of the recipe."""
+    def of(recipe: Recipe, masks: Masking | None = None) -> Methods:
+        """Built with the options of the recipe; `masks` take the place of its pruner."""
         experts = recipe.experts
         all_tokens = "all-tokens" in (experts.fewer, f"{experts.tokens}-tokens")
         return Methods(
-            recipe.build_pruner(),
+            GivenMasks(masks.keep) if masks else recipe.build_pruner(),
             recipe.pruner.name,
             recipe.build_steps(),
             recipe.seed,
@@ -49,9 +51,14 @@ class Methods:
         )
 
     def for_tokens(self, target: Target, tokens: int) -> Methods:
-        """The methods for a matrix that has seen so many tokens: magnitude where they are too few."""
+        """The methods for a matrix that has seen so many tokens: magnitude where they are too few.
+
+        Masks that were given need no tokens, and stay as they are.
+        """
         if tokens and (tokens >= self.least or not target.routed):
             return self
+        if isinstance(self.pruner, GivenMasks):
+            return replace(self, steps=())
         magnitude: Pruner = registry.build("pruners", "magnitude", {})
         return replace(self, pruner=magnitude, pruner_name="magnitude", steps=())
 

@@ -20,6 +20,7 @@ from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
 from llmprune.planning.advice import on_texts
 from llmprune.planning.estimate import with_times
+from llmprune.planning.given import Given
 from llmprune.planning.plan import Findings, Resources, make_plan, with_scoring
 from llmprune.recipe.types import CalibrationSpec, Recipe
 from llmprune.run.measures import measure
@@ -40,11 +41,13 @@ class Request:
         recipe: how to prune.
         calibration: what to calibrate on; None for the recipe's own source.
         evaluation: what to score, dense and pruned; None for no scores.
+        given: the masks to start from; None where the recipe's pruner makes them.
     """
 
     recipe: Recipe
     calibration: Source | None = None
     evaluation: EvaluationSpec | None = None
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def planned(
     Args:
         known: what the allocator found out about this run before, if it did.
     """
-    evaluation, recipe = request.evaluation, request.recipe
+    evaluation, recipe, given = request.evaluation, request.recipe, request.given
     prepared = team.in_turn(lambda: evaluation.prepare(model)) if evaluation is not None else None
     rows = team.on_first(lambda: build_calibration(model, recipe, request.calibration, reporter))
     samples, length = rows.tokens.shape
@@ -102,7 +105,9 @@ def planned(
     plan = make_plan(recipe, model.skeleton, samples, length, resources)  # refuses what cannot be planned
     around = options.output.resolve()
     folder = next(parent for parent in around.parents if parent.is_dir())
-    run = Run(recipe, plan, model, rows, team, reporter, folder)
+    if given is not None:
+        plan = dataclasses.replace(plan, matrices=given.matrices)
+    run = Run(recipe, plan, model, rows, team, reporter, folder, given.masking if given else None)
     started = time.monotonic()
     findings = known(run) or _findings(run, resources)
     if any(findings):
@@ -114,6 +119,7 @@ def planned(
         plan = with_scoring(plan, model.skeleton, texts, bool(prepared.tasks))
     unnamed = request.calibration is None and request.recipe.calibration.source == "auto"
     remarks = on_texts(model, unnamed and not model.remote, evaluation)
+    remarks += given.remarks if given else ()
     plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
     plan = team.on_first(lambda: with_times(plan, recipe, model, prepared, team.size))
     reporter.plan(model, recipe, plan, rows, options.output)

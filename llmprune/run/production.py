@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from llmprune.checkpoint.journal import Identity, difference
@@ -54,7 +54,8 @@ class Production:
         before = self._opening(work) | records.allocation(work.recipe, work.plan.measures, work.plan.losses)
         record = team.on_first(lambda: self._made_before(before))
         if record is None:
-            team.on_first(lambda: self._begin(before, work.plan))
+            team.on_first(lambda: self._begin(before, work.plan.matrices))
+            team.on_first(lambda: self._keep_findings(work.plan))
             dense = self._dense(evaluation)
             record = self._prune(work, before)
         elif evaluation and not _scored(record, evaluation):
@@ -72,8 +73,9 @@ class Production:
 
     def _opening(self, work: Run) -> Record:
         """The part of the record that is known before the work."""
+        masks = records.origin(work.masks.masks) if work.masks else {}
         before = records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
-        return before | (records.PACKED if self.options.packed else {})
+        return before | masks | (records.PACKED if self.options.packed else {})
 
     def _layouts(self) -> dict[str, Layout]:
         """How the tensors that may be packed are packed; none for a dense output."""
@@ -128,16 +130,20 @@ class Production:
             )
         return None
 
-    def _begin(self, before: Record, plan: Plan) -> None:
+    def _begin(self, before: Record, matrices: Container[str]) -> None:
+        """Start writing. `matrices`: the names of those that will have a mask."""
         assert self.writer is not None
         skeleton = self.model.skeleton
-        targets = all_targets(skeleton)
-        shapes = {t.key: t.shape for t in targets if t.name in plan.matrices}
+        shapes = {t.key: t.shape for t in all_targets(skeleton) if t.name in matrices}
         files = self.model.files
         companions = files.companions(self.options.trust_remote_code) if files else None
         exact, shards = before["recipe"].get("precision") == "float32", len(skeleton.blocks) + 1
         packing = Packing(self._layouts()) if self.options.packed else None
         self.writer.begin(records.identity(before), shards, shapes, companions, exact, packing)
+
+    def _keep_findings(self, plan: Plan) -> None:
+        """Keep what the allocator found out, for a run that goes on with this one."""
+        assert self.writer is not None
         if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
             self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 

@@ -11,6 +11,7 @@ from llmprune.contracts import CalibrationSet
 from llmprune.machine.processes import Team
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.arguments import Store
+from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
 from llmprune.model.skeleton import Skeleton
 from llmprune.planning.plan import Plan
@@ -21,7 +22,11 @@ from llmprune.statistics.sums import sample_positions
 
 @dataclass(frozen=True)
 class Run:
-    """A run, ready to start. `folder` takes block inputs that do not fit into memory."""
+    """A run, ready to start.
+
+    `folder` takes block inputs that do not fit into memory. `masks`: those it starts from, where it is given
+    some.
+    """
 
     recipe: Recipe
     plan: Plan
@@ -30,6 +35,7 @@ class Run:
     team: Team
     reporter: RunReporter
     folder: Path
+    masks: Masking | None = None
 
     @property
     def skeleton(self) -> Skeleton:
