@@ -7,7 +7,6 @@ import pytest
 import torch
 from jobs import array
 from other_models import MODELS, SMALL, save
-from runs import cut_off, logits_by_block
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
@@ -16,6 +15,7 @@ from llmprune.evaluation.perplexity import windows
 from llmprune.model.opening import open_model
 from llmprune.model.targets import all_targets
 from llmprune.text.sources import evaluation_text
+from runs import cut_off, logits_by_block
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
 WANDA = {"recipe": "wanda", "sparsity": 0.5}

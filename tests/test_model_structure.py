@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from runs import logits_by_block
 from safetensors.torch import save_file
 
 import llmprune
 from llmprune.model import activations
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.targets import all_targets
+from runs import logits_by_block
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
 CODE = '''

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from runs import cut_off, ready
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +20,7 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe.loading import load
 from llmprune.run.permuter import ChannelPermuter
+from runs import cut_off, ready
 
 TOKENS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 

@@ -216,11 +216,10 @@ def test_halted_passes_prune_as_those_computed_again(tmp_path, monkeypatch, name
 
 
 def test_q_k_v_and_gate_up_share_one_accumulation(tmp_path):
-    from runs import ready
-
     from llmprune.contracts import Need
     from llmprune.recipe.loading import load
     from llmprune.run.observer import Observer
+    from runs import ready
 
     opened = open_model(save(llama(), tmp_path))
     skeleton = opened.skeleton
