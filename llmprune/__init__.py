@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "convert",
     "evaluate",
+    "generate",
     "inspect",
     "load",
     "mask_apply",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from llmprune.api import (
         convert,
         evaluate,
+        generate,
         inspect,
         load,
         mask_apply,

@@ -1,12 +1,13 @@
 """Packing and unpacking against the oracle, with and without native code, to the bit; and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_matrices import FLOATS, SAME, Case, error, pattern, rows_of_x
 
-from llmprune.kernels import layout, library, packing, products
+from llmprune.kernels import layout, library, packing, plain, products
 
 SHAPES = [(1, 1), (3, 64), (4, 65), (5, 130), (3, 520)]
 VALUES = (*FLOATS, "int8", "int4")
@@ -176,6 +177,15 @@ def test_whatever_passes_the_check_is_what_its_parts_say(code, data):
     y = products.packed_linear(x, *packed, exact=True)
     wanted = x.double() @ dense.double().t()
     assert torch.allclose(y.double(), wanted, rtol=1e-4, atol=1e-3 * float(1 + dense.abs().max()))
+
+
+def test_bits_are_counted_alike_by_numpy_1(monkeypatch):
+    mask = torch.randint(0, 256, (50, 24), dtype=torch.uint8)
+    mask[0], mask[1] = 0, 255
+    wanted = packing.keep_of(mask, 192).view(50, 3, 64).sum(dim=-1)
+    assert torch.equal(plain.word_counts(mask), wanted)
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert torch.equal(plain.word_counts(mask), wanted)
 
 
 def test_a_mask_bit_more_or_less_never_passes(code):

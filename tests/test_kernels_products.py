@@ -163,7 +163,7 @@ def test_x_in_bytes_keeps_what_is_not_a_number_and_what_is_nothing(values):
         assert products.packed_linear(torch.full((1, 300), small), *packed).abs().max() < 1e-30
 
 
-def test_it_compiles_and_gives_no_gradient_but_shapes():
+def test_the_operator_compiles_and_has_a_shape_without_data():
     shape = (8, 192)
     case = Case(shape, torch.float32, pattern(shape, "some"))
     packed = case.checked()

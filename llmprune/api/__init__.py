@@ -1,6 +1,6 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
-from llmprune.api.checkpoints import convert, evaluate, inspect, load, push
+from llmprune.api.checkpoints import convert, evaluate, generate, inspect, load, push
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.result import DryRun, Result, plan_summary
@@ -10,6 +10,7 @@ __all__ = [
     "Result",
     "convert",
     "evaluate",
+    "generate",
     "inspect",
     "load",
     "mask_apply",

@@ -69,6 +69,26 @@ def _whole(name: str, value: Any) -> int | None:
     return value
 
 
+def _some(name: str, value: Any) -> int:
+    found = _whole(name, value)
+    if found is None:
+        raise _wrong(name, "a whole number", value)
+    return found
+
+
+def _real(name: str, value: Any) -> float:
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise _wrong(name, "a number", value)
+    return float(found)
+
+
+def _maybe_function(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise _wrong(name, "a function that takes text", value)
+    return value
+
+
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong(name, "text", value)
@@ -232,6 +252,10 @@ CHECKS: Mapping[str, Check] = {
     "offload": _text,
     "to": _text,
     "values": _text,
+    "prompt": _text,
+    "max_new_tokens": _some,
+    "temperature": _real,
+    "stream": _maybe_function,
     "format": _text,
     "tokenizer": _tokenizer,
     "revision": _maybe_text,

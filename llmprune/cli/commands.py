@@ -21,7 +21,7 @@ from llmprune.cli.frame import flag as _flag
 from llmprune.cli.frame import quiet_libraries as _quiet_libraries
 from llmprune.cli.frame import with_terminal as _with_terminal
 from llmprune.cli.frame import write as _write
-from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SCORING, WRITING
+from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SAMPLING, SCORING, WRITING
 from llmprune.terminal.console import OutputClosed, Screen
 
 app = typer.Typer(
@@ -176,6 +176,30 @@ def convert(
     screen.print_converted(console, converted)
     if as_json:
         _emit(converted)
+
+
+@_command(SAMPLING, ORIGIN, OUTPUT)
+def generate(
+    path: _Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on with.", show_default=False)],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Try a dense or packed model: text as it comes, tokens per second, memory."""
+    from llmprune import api
+    from llmprune.terminal import screen
+
+    options.pop("blocks")
+    _quiet_libraries(True)
+    console = _console(as_json, quiet)
+    shown = None if quiet else console.piece
+    if shown:
+        shown(prompt)
+    generated = api.generate(path, prompt, stream=shown, **options)
+    screen.print_generated(console, generated)
+    if as_json:
+        _emit(generated)
 
 
 @_command(OUTPUT)

@@ -112,6 +112,12 @@ ORIGIN = (
     _option("blocks", str, "Name of the list of the model's blocks, where the wrong one is taken."),
 )
 
+SAMPLING = (
+    _option("max_new_tokens", int, "At most so many new tokens.", default=64),
+    _option("temperature", float, "Of sampling; 0 takes the likeliest token each time.", default=0.0),
+    _option("seed", int, "Seed of sampling.", default=0),
+)
+
 OUTPUT = (
     _switch("as_json", "The result as one JSON object on stdout, everything else on stderr.", flag="--json"),
     _switch("quiet", "Print errors only."),

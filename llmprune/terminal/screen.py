@@ -238,6 +238,23 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     _next_steps(console, steps)
 
 
+def print_generated(console: Screen, generated: Mapping[str, Any]) -> None:
+    """Print how fast text came."""
+    speed = generated["tokens_per_second"]
+    rows = [
+        ("new tokens", f"{generated['tokens']} after {generated['prompt_tokens']} of the prompt"),
+        ("first token", f"{generated['first_token_seconds']:.3f} s"),
+        ("speed", f"{speed:.1f} tokens/s" if speed else "one token says nothing of it"),
+        ("loading", f"{generated['load_seconds']:.1f} s, {generated['format']}"),
+        ("peak memory", size_text(generated["peak_memory_bytes"])),
+    ]
+    if generated["kernels"]:
+        rows.append(("kernels", generated["kernels"]))
+    console.verbatim()
+    console.verbatim()
+    console.table("Generated", rows)
+
+
 def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> None:
     """Print where a pushed folder is now, and what can be done with it. `public`: as the user asked."""
     visibility = "private" if pushed["private"] else "public"
