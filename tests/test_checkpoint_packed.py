@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import llmprune
 from llmprune.checkpoint.masks import read_masks
 from llmprune.checkpoint.packed import Layout, Packing
-from llmprune.kernels.layout import bits_of
+from llmprune.kernels.layout import bits_of, keep_of
 from llmprune.model.opening import open_model
+from llmprune.numerics import grids
 from runs import cut_off
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -149,7 +150,6 @@ def test_kept_zeros_and_signs_survive(dtype):
 
 def test_what_would_not_become_smaller_stays_dense(tmp_path):
     folder = make("gpt2", tmp_path / "in")
-    rules = {"rules": [{"match": "*.c_attn", "sparsity": 0.01}, {"match": "h.1.mlp.*", "skip": True}]}
     rules = {"rules": [{"match": "*.c_attn", "sparsity": 0.01}, {"match": "*.h.1.mlp.*", "skip": True}]}
     prune(folder, tmp_path / "packed", format="packed", settings=rules)
     packed = set(entry(tmp_path / "packed")["matrices"])
@@ -290,3 +290,60 @@ def test_damage_is_told_in_one_line(packed, tmp_path, what):
     one_line(caught.value)
     with pytest.raises(ValueError, match=r"damaged|version|packed|does not hold"):
         llmprune.load(folder)
+
+
+@pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
+def test_rounded_values_are_on_their_grid(tmp_path, kind, values, bits):
+    """q times scale, the nearest q; nothing that is not packed changes."""
+    prune(make(kind, tmp_path / "in"), tmp_path / "dense")
+    result = llmprune.convert(tmp_path / "dense", to="packed", values=values, output=tmp_path / "packed")
+    assert result["matrices"] and entry(tmp_path / "packed")["bits"] == bits
+    opened, dense = open_model(tmp_path / "packed"), tensors(tmp_path / "dense")
+    source, stored = opened.source, tensors(tmp_path / "packed")
+    for name, layout in source.layouts.items():
+        mask, scales = keep_of(stored[f"{name}_mask"], layout.columns), stored[f"{name}_scale"].float()
+        weight, found = layout.matrix(dense[name]), layout.matrix(source.load(name))
+        spread = scales.repeat_interleave(128, dim=1)[:, : layout.columns]
+        largest = 2 ** (bits - 1) - 1
+        codes = torch.zeros(weight.shape)
+        codes[mask] = unpacked(stored[name], mask, bits).float()
+        wanted = (weight / spread).nan_to_num().round().clamp(-largest, largest)
+        assert torch.equal(codes[mask], wanted[mask]) and not codes[~mask].any()
+        assert torch.equal(found, codes * spread)
+    assert all(torch.equal(stored[n], dense[n]) for n in dense if n not in source.layouts)
+    assert llmprune.inspect(tmp_path / "packed")["record_agrees"]
+    llmprune.convert(tmp_path / "packed", to="dense", output=tmp_path / "back")
+    assert same(tensors(tmp_path / "back"), {n: source.load(n) for n in source.tensors})
+    with pytest.raises(ValueError, match="is packed with these values already"):
+        llmprune.convert(tmp_path / "packed", to="packed", values=values, output=tmp_path / "x")
+
+
+def unpacked(stored, mask, bits):
+    """The codes of a packed tensor in order; those of 4 bits begin a new byte with every mask word."""
+    if bits == 8:
+        return stored
+    codes, place = [], 0
+    for row in mask:
+        for word in row.split(64):
+            kept = int(word.sum())
+            for number in range(kept):
+                byte = int(stored[place + number // 2])
+                codes.append((byte >> 4 if number % 2 else byte & 15) - 8)
+            place += -(-kept // 2)
+    assert place == len(stored)
+    return torch.tensor(codes, dtype=torch.int8)
+
+
+def test_a_scale_that_cuts_off_is_taken_where_it_is_better():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        scales = grids.scales_of(weight, bits, 128)
+        largest = (weight.unflatten(1, (2, 128)).abs().amax(-1) / (2 ** (bits - 1) - 1)).bfloat16()
+        error, plain = (error_of(weight, scale, bits) for scale in (scales, largest))
+        assert error <= plain and (bits == 8) == bool(torch.equal(scales, largest))
+
+
+def error_of(weight, scale, bits):
+    rounded = grids.codes_of(weight, scale, bits, 128) * scale.float().repeat_interleave(128, 1)
+    return float((rounded - weight).square().sum())

@@ -38,7 +38,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, stream: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._stream, self.times = stream, []
+        self._stream = stream
+        self.times: list[float] = []
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())  # first the prompt, then token by token
