@@ -21,7 +21,7 @@ from llmprune.cli.frame import flag as _flag
 from llmprune.cli.frame import quiet_libraries as _quiet_libraries
 from llmprune.cli.frame import with_terminal as _with_terminal
 from llmprune.cli.frame import write as _write
-from llmprune.cli.options import COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SAMPLING, SCORING, WRITING
+from llmprune.cli.options import BLOCKS, COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SAMPLING, SCORING, WRITING
 from llmprune.terminal.console import OutputClosed, Screen
 
 app = typer.Typer(
@@ -102,7 +102,7 @@ _Repository = Annotated[
 ]
 
 
-@_command(PRUNING, SCORING, COMPUTING, ORIGIN, READING, OUTPUT)
+@_command(PRUNING, SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def run(model: _Model, **options: Any) -> None:
     """Prune, save, evaluate dense and pruned, write the report: the main job."""
     from llmprune import api
@@ -110,7 +110,7 @@ def run(model: _Model, **options: Any) -> None:
     _prune_command(api.run_model, model, **options)
 
 
-@_command(PRUNING, COMPUTING, ORIGIN, READING, OUTPUT)
+@_command(PRUNING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def prune(model: _Model, **options: Any) -> None:
     """Prune and save, without evaluation."""
     from llmprune import api
@@ -118,7 +118,7 @@ def prune(model: _Model, **options: Any) -> None:
     _prune_command(api.prune, model, **options)
 
 
-@_command(SCORING, COMPUTING, ORIGIN, READING, OUTPUT)
+@_command(SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def eval(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score any checkpoint: perplexity and zero-shot tasks."""
     from llmprune import api
@@ -132,7 +132,7 @@ def eval(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
         _emit(scores)
 
 
-@_command(ORIGIN, OUTPUT)
+@_command(ORIGIN, BLOCKS, OUTPUT)
 def inspect(
     path: _Model,
     as_json: bool,
@@ -157,7 +157,7 @@ def inspect(
         raise ValueError(f"llmprune.json of {path} disagrees with its weights")
 
 
-@_command(WRITING, ORIGIN, OUTPUT)
+@_command(WRITING, ORIGIN, BLOCKS, OUTPUT)
 def convert(
     path: _Model,
     as_json: bool,
@@ -190,7 +190,6 @@ def generate(
     from llmprune import api
     from llmprune.terminal import screen
 
-    options.pop("blocks")
     _quiet_libraries(True)
     console = _console(as_json, quiet)
     shown = None if quiet else console.piece

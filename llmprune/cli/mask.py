@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli.frame import command, console, emit, flag, quiet_libraries, with_terminal
-from llmprune.cli.options import ORIGIN, OUTPUT, READING
+from llmprune.cli.options import BLOCKS, ORIGIN, OUTPUT, READING
 
 app = typer.Typer(
     name="mask",
@@ -35,7 +35,7 @@ def diff(a: _Masks, b: _Masks, as_json: bool, quiet: bool) -> None:
         emit(found)
 
 
-@command(app, ORIGIN, READING, OUTPUT)
+@command(app, ORIGIN, BLOCKS, READING, OUTPUT)
 def apply(
     path: _Model,
     as_json: bool,
@@ -69,7 +69,7 @@ def apply(
         emit({"output": str(result.output), **result.record})
 
 
-@command(app, ORIGIN, OUTPUT)
+@command(app, ORIGIN, BLOCKS, OUTPUT)
 def check(
     path: _Model,
     as_json: bool,

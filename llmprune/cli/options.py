@@ -109,8 +109,9 @@ COMPUTING = (
 ORIGIN = (
     _option("revision", str, "Hub revision of the model."),
     _switch("trust_remote_code", "Run Python code of the checkpoint or of task files."),
-    _option("blocks", str, "Name of the list of the model's blocks, where the wrong one is taken."),
 )
+
+BLOCKS = (_option("blocks", str, "Name of the list of the model's blocks, where the wrong one is taken."),)
 
 SAMPLING = (
     _option("max_new_tokens", int, "At most so many new tokens.", default=64),
