@@ -23,7 +23,8 @@ from llmprune.hub import download as hub
 SMALL = ("--samples", 4, "--seqlen", 64)
 
 
-COMMANDS = {"run", "prune", "push", "eval", "inspect", "methods", "recipes", "models"}
+COMMANDS = {"run", "prune", "push", "eval", "inspect", "convert", "generate"}
+COMMANDS |= {"methods", "recipes", "models"}
 
 
 def test_help_is_quick_and_names_every_command(started):

@@ -21,7 +21,17 @@ from llmprune.cli.frame import flag as _flag
 from llmprune.cli.frame import quiet_libraries as _quiet_libraries
 from llmprune.cli.frame import with_terminal as _with_terminal
 from llmprune.cli.frame import write as _write
-from llmprune.cli.options import BLOCKS, COMPUTING, ORIGIN, OUTPUT, PRUNING, READING, SAMPLING, SCORING, WRITING
+from llmprune.cli.options import (
+    BLOCKS,
+    COMPUTING,
+    ORIGIN,
+    OUTPUT,
+    PRUNING,
+    READING,
+    SAMPLING,
+    SCORING,
+    WRITING,
+)
 from llmprune.terminal.console import OutputClosed, Screen
 
 app = typer.Typer(

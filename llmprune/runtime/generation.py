@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from llmprune.common.messages import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -31,6 +33,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be a whole number from 1, got {self.tokens}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be a number from 0, got {self.temperature}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0, got {shown(self.seed)}")
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
