@@ -171,7 +171,7 @@ def test_scoring_in_two_threads_gives_the_scores_of_one(warm, tiny_llama):
 
 
 def test_models_that_another_thread_makes_meanwhile_have_weights(warm, make_llama):
-    from llmprune.model.opening import open_model
+    from llmprune.model.opening import OpenOptions, open_model
 
     stop, devices = threading.Event(), set()
 
@@ -180,9 +180,11 @@ def test_models_that_another_thread_makes_meanwhile_have_weights(warm, make_llam
             devices.add(nn.Linear(2, 2).weight.device.type)
 
     def opening():
-        for _ in range(10):
-            open_model(make_llama(), dtype="float32")
-        stop.set()
+        try:
+            for _ in range(10):
+                open_model(make_llama(), OpenOptions(dtype="float32"))
+        finally:
+            stop.set()
 
     assert in_threads(making, opening) == [None, None]
     assert devices == {"cpu"}
