@@ -31,9 +31,9 @@ def test_no_two_aliases_are_the_same():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("deepseek-v3", "float8 only, refused"),
-        ("deepseek-r1", "float8 only, refused"),
-        ("gpt-oss-20b", "mxfp4 only, refused"),
+        ("deepseek-v3", "float8 only: add --dequantize"),
+        ("deepseek-r1", "float8 only: add --dequantize"),
+        ("gpt-oss-20b", "mxfp4 only: add --dequantize"),
         ("llama-2-7b", "gated"),
         ("gemma-3n-e4b", "timm"),
     ],

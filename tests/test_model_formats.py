@@ -17,7 +17,7 @@ from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.quantised import check_dense
 
 ORIGINAL = "prune the original checkpoint in bfloat16, float16 or float32"
-METHODS = sorted({*AUTO_QUANTIZER_MAPPING, *AUTO_QUANTIZATION_CONFIG_MAPPING})
+METHODS = sorted({*AUTO_QUANTIZER_MAPPING, *AUTO_QUANTIZATION_CONFIG_MAPPING} - {"llmprune"})
 
 
 def configured(folder, **changes):
