@@ -139,7 +139,7 @@ def test_kept_zeros_and_signs_survive(dtype):
     stored = Packing({"x": layout}).parts({"x": weight}, {"x": bits})
     assert set(stored) == {"x", "x_mask", "x_rows"}
     size = sum(t.nbytes for t in stored.values())
-    assert size == layout.bytes(int(keep.sum()))
+    assert size == layout.bytes(bits_of(keep))
     assert size == dtype.itemsize * int(keep.sum()) + 37 * 8 * 3 + 4 * 38
     from llmprune.checkpoint.packed import unpack
 
@@ -347,3 +347,25 @@ def test_a_scale_that_cuts_off_is_taken_where_it_is_better():
 def error_of(weight, scale, bits):
     rounded = grids.codes_of(weight, scale, bits, 128) * scale.float().repeat_interleave(128, 1)
     return float((rounded - weight).square().sum())
+
+
+def test_damage_in_a_stack_of_experts_is_told_when_it_is_loaded(tmp_path):
+    prune(make("mixtral", tmp_path / "in"), tmp_path / "out", format="packed")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    file = next(f for f in (tmp_path / "out").glob("model*.safetensors") if name in load_file(f))
+    stored = load_file(file)
+    stored[f"{name}_rows"] = swapped(stored[f"{name}_rows"])
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"packed tensor '{name}' is damaged"):
+        llmprune.load(tmp_path / "out")
+
+
+def test_weights_of_several_dtypes_are_not_rounded_into_one(tmp_path):
+    folder = make("gpt2", tmp_path / "in")
+    stored = load_file(folder / ONE_FILE)
+    name = next(name for name in stored if name.endswith("h.1.mlp.c_fc.weight"))
+    stored[name] = stored[name].bfloat16()
+    save_file(stored, folder / ONE_FILE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"several dtypes \(bfloat16, float32\).*--values same"):
+        llmprune.convert(folder, to="packed", values="int4", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
-from llmprune.api.checkpoints import convert, evaluate, generate, inspect, load, push
+from llmprune.api.checkpoints import evaluate, inspect, load, push
+from llmprune.api.conversion import convert
+from llmprune.api.generation import generate
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.result import DryRun, Result, plan_summary

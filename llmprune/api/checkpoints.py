@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import CONFIG, RECORD
-from llmprune.checkpoint.packed import VALUES, Packed
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
-from llmprune.checkpoint.replacement import input_files
-from llmprune.checkpoint.writer import CheckpointWriter
-from llmprune.common.messages import shown
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import score
 from llmprune.hub import upload
@@ -28,21 +23,16 @@ from llmprune.machine import processes
 from llmprune.machine.state import libraries
 from llmprune.model.classes import CAUSAL, class_of
 from llmprune.model.config import check_folder, read_config
-from llmprune.model.opening import Model, OpenOptions, open_model, read_folder, recorded_blocks
+from llmprune.model.opening import Model, OpenOptions, counting_skeleton, open_model
 from llmprune.model.quantised import packing_entry
-from llmprune.model.skeleton import Skeleton
 from llmprune.model.targets import all_targets
-from llmprune.model.tokenizer import read_tokenizer
 from llmprune.planning import advice
 from llmprune.record.card import card_text
 from llmprune.record.record import environment
-from llmprune.run.repacking import Conversion
 from llmprune.run.reporter import RunReporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FORMATS = ("dense", "packed")
 
 
 @checked(path=arguments.any_model)
@@ -161,10 +151,8 @@ def inspect(
         ValueError: no such model, a damaged checkpoint, or a record that is not of this program.
     """
     located = locate(os.fspath(path), revision, trust_remote_code, check_folder)
-    config = read_config(located.folder, trust_remote_code)
-    _, source = read_folder(located.folder)
-    named = blocks or recorded_blocks(located.folder)
-    skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code, named)
+    skeleton = counting_skeleton(located.folder, trust_remote_code, blocks)
+    source = skeleton.source
     counts = audit.recount(source, all_targets(skeleton))
     source.check()
     weights, zeros = sum(count.weights for count in counts), sum(count.zeros for count in counts)
@@ -206,91 +194,6 @@ def _agrees(record: dict[str, Any], counts: list[audit.Count]) -> bool:
         raise ValueError(
             "llmprune.json is not a record of this program; remove it or restore the original"
         ) from None
-
-
-@checked()
-def convert(
-    path: AnyPath,
-    *,
-    to: str,
-    output: AnyPath,
-    values: str = "same",
-    overwrite: bool = False,
-    resume: bool = False,
-    restart: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    blocks: str | None = None,
-    reporter: RunReporter | None = None,
-    progress: bool | None = None,
-) -> dict[str, Any]:
-    """Write a checkpoint in another format, block by block, and but for `values` without any loss.
-
-    A conversion that broke off goes on with `resume`.
-
-    Args:
-        path: `demo`, an alias, a hub id or a folder: dense or packed, of llmprune or not.
-        to: `packed` (of each sparse matrix the kept values and a bit per weight; a matrix that would not
-            become smaller stays as it is) or `dense` (what every program loads).
-        output: the folder to write.
-        values: how kept values are packed: `same` (as they are), or rounded to `int8` or `int4` with a scale
-            for every 128 columns of a row.
-        overwrite: replace an output of llmprune in that folder, once the new one is complete.
-        resume: continue where an earlier conversion into this folder stopped.
-        restart: throw away what an unfinished one left in this folder.
-        revision: branch, tag or commit of a model of the hub; None for its default branch.
-        trust_remote_code: run Python code of the checkpoint.
-        blocks: the list of the model's blocks by name; None as for `evaluate`.
-        reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
-        progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
-
-    Returns:
-        A dict with `output`, `format`, `bytes` (`dense` and `written`), `matrices` (how many are packed),
-        `dense` (the names of those that are not) and `seconds`.
-
-    Raises:
-        ValueError: bad input, before any long work; one line says what was received and what to do.
-    """
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {shown(to)}")
-    if values not in VALUES:
-        raise ValueError(f"values must be one of {', '.join(VALUES)}, got {shown(values)}")
-    if to == "dense" and values != "same":
-        raise ValueError(f"values {values} are for packed folders; leave them out with --to dense")
-    how = OpenOptions(
-        device="cpu", revision=revision, trust_remote_code=trust_remote_code, blocks=blocks, dtype="float32"
-    )
-    opened, started = open_model(path, how), time.monotonic()
-    if to == "dense" and not isinstance(opened.source, Packed):
-        raise ValueError(f"{path} is dense already")
-    if to == "packed" and isinstance(opened.source, Packed) and values == opened.source.values:
-        raise ValueError(f"{path} is packed with these values already")
-    inputs = input_files([("the model", opened.folder)])
-    target = Path(output).expanduser()
-    writer = CheckpointWriter(target, overwrite=overwrite, resume=resume, restart=restart, inputs=inputs)
-    try:
-        with reporting(reporter, progress, processes.ALONE) as report:
-            record = Conversion(opened, to, values, trust_remote_code).write(writer, report)
-        writer.complete()
-    finally:
-        writer.close()
-    return _conversion(target, to, record, time.monotonic() - started)
-
-
-def _conversion(output: Path, to: str, record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What `convert` returns of the folder it has written."""
-    entry = packing_entry(read_json(output / CONFIG)) or {"matrices": {}}
-    names = {row["name"] for row in record["matrices"]}
-    stacks = entry.get("stacks", {})
-    packed = {n for n in names if n in entry["matrices"] or n.rpartition(".")[0] in stacks}
-    return {
-        "output": str(output),
-        "format": to,
-        "bytes": record["totals"]["bytes"],
-        "matrices": len(packed),
-        "dense": sorted(names - packed),
-        "seconds": round(seconds, 3),
-    }
 
 
 @checked()
@@ -385,58 +288,3 @@ def load(
         model = getattr(transformers, name).from_pretrained(located.folder, **chosen)
     source.check()
     return model
-
-
-@checked()
-def generate(
-    path: AnyPath,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    stream: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Let a model go on with a text, to try a dense or packed checkpoint out.
-
-    Args:
-        path: `demo`, an alias, a hub id or a folder, dense or packed.
-        prompt: the text.
-        max_new_tokens: at most so many tokens.
-        temperature: of sampling; 0 takes the likeliest token each time.
-        seed: of sampling.
-        revision: branch, tag or commit of a model of the hub; None for its default branch.
-        trust_remote_code: run Python code of the checkpoint.
-        stream: called with the text piece by piece, as it comes.
-
-    Returns:
-        A dict with `text`, `prompt_tokens`, `tokens`, `first_token_seconds`, `tokens_per_second` (after the
-        first token), `load_seconds`, `format`, `kernels` (of packed weights; None for dense ones) and
-        `peak_memory_bytes`.
-
-    Raises:
-        ValueError: no such model, no tokenizer, or values out of range.
-    """
-    from llmprune.kernels.library import status
-    from llmprune.runtime.generation import Sampling
-    from llmprune.runtime.generation import generate as go_on
-
-    sampling = Sampling(tokens=max_new_tokens, temperature=temperature, seed=seed)
-    sampling.check()
-    located = locate(os.fspath(path), revision, trust_remote_code)
-    tokenizer = read_tokenizer(located.folder, trust_remote_code)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer, which text needs; put its files into the folder")
-    packed = packing_entry(read_json(located.folder / CONFIG)) is not None
-    started = time.monotonic()
-    model = load(path, revision=revision, trust_remote_code=trust_remote_code).eval()
-    loaded = time.monotonic() - started
-    return {
-        **go_on(model, tokenizer, prompt, sampling, stream or (lambda text: None)),
-        "load_seconds": round(loaded, 3),
-        "format": "packed" if packed else "dense",
-        "kernels": status() if packed else None,
-        "peak_memory_bytes": devices.peak_memory(),
-    }

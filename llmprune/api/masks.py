@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.api.result import Result
@@ -17,10 +15,9 @@ from llmprune.checkpoint.replacement import MODEL, input_files
 from llmprune.evaluation import audit
 from llmprune.hub.download import locate
 from llmprune.machine import processes
-from llmprune.model.config import check_folder, read_config
+from llmprune.model.config import check_folder
 from llmprune.model.masking import Masking
-from llmprune.model.opening import OpenOptions, open_model, read_folder, recorded_blocks
-from llmprune.model.skeleton import Skeleton
+from llmprune.model.opening import OpenOptions, counting_skeleton, open_model
 from llmprune.model.targets import all_targets
 from llmprune.run.application import Application
 from llmprune.run.preparation import Options
@@ -154,13 +151,10 @@ def mask_check(
             f"{located.label} has no {MASKS} beside its weights; name the masks with --masks FILE"
         )
     given = masks_at(located.folder if masks is None else Path(masks).expanduser())
-    config = read_config(located.folder, trust_remote_code)
-    _, source = read_folder(located.folder)
-    named = blocks or recorded_blocks(located.folder)
-    skeleton = Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code, named)
+    skeleton = counting_skeleton(located.folder, trust_remote_code, blocks)
     masking = Masking(given, all_targets(skeleton), located.label)
-    counts = audit.filled(source, masking)
-    source.check()
+    counts = audit.filled(skeleton.source, masking)
+    skeleton.source.check()
     return {
         "model": located.label,
         "matrices": counts,

@@ -74,11 +74,14 @@ class Layout:
         stacked = matrix.view(*((self.stacked,) if self.stacked else ()), -1, self.columns)
         return stacked.mT.contiguous()
 
-    def bytes(self, kept: int) -> int:
-        """Bytes of the packed tensor with so many kept values of 16 or 8 bits."""
-        value = self.dtype.itemsize if self.bits == 16 else 1
+    def bytes(self, mask: Tensor) -> int:
+        """Bytes of all parts of the packed tensor with this mask."""
+        each, taken = bits_and_rows.counts(mask, self.columns)
+        kept = int(each.sum())
+        values = {16: self.dtype.itemsize * kept, 8: kept, 4: int(taken.sum())}[self.bits]
         scales = 0 if self.bits == 16 else 2 * self.rows * -(-self.columns // GROUP)
-        return value * kept + 8 * self.rows * self.words + 4 * (self.rows + 1) + scales
+        starts = (8 if kept >= 1 << 31 else 4) * (self.rows + 1)
+        return values + mask.nbytes + starts + scales
 
 
 def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
             column j, and 1 means kept.
         layout: of the tensor.
     """
-    matrix, rows = layout.matrix(dense).contiguous(), rows_of(mask, layout.columns)
+    matrix, rows = layout.matrix(dense).contiguous(), bits_and_rows.row_sums(mask, layout.columns)
     if layout.bits == 16:
         return {"": packing.compress(matrix, mask), "_mask": mask, "_rows": rows}
     matrix = matrix.float().masked_fill(~keep_of(mask, layout.columns), 0.0)
@@ -98,12 +101,6 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
     values = packing.compress(grids.codes_of(matrix, scales, layout.bits, GROUP), mask)
     values = packing.pack_nibbles(values, mask, layout.columns) if layout.bits == 4 else values
     return {"": values, "_mask": mask, "_rows": rows, "_scale": scales}
-
-
-def rows_of(mask: Tensor, columns: int) -> Tensor:
-    """The kept values before each row and, last, of all: int32 [R + 1], int64 where that number is large."""
-    sums = bits_and_rows.row_sums(mask, columns)
-    return sums.to(torch.int64 if int(sums[-1]) >= 1 << 31 else torch.int32)
 
 
 def widened(bits: Tensor, columns: int) -> Tensor:
@@ -145,9 +142,18 @@ class Packing:
     Args:
         layouts: of the tensors that may be packed, by name.
         bits: of a value.
+
+    Raises:
+        ValueError: values of several dtypes are to be rounded, which the format cannot tell apart.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], bits: int = 16) -> None:
+        dtypes = sorted({str(layout.dtype).removeprefix("torch.") for layout in layouts.values()})
+        if bits != 16 and len(dtypes) > 1:
+            raise ValueError(
+                f"the matrices are of several dtypes ({', '.join(dtypes)}), and rounded values become one; "
+                "use --values same"
+            )
         self.layouts = {name: replace(layout, bits=bits) for name, layout in layouts.items()}
         self._bits = bits
 
@@ -165,9 +171,10 @@ class Packing:
             if layout is None or mask is None:
                 stored[name] = tensor
                 continue
-            packed = pack(tensor, mask, layout)
-            smaller = sum(t.nbytes for t in packed.values()) < tensor.nbytes
-            stored |= {name + part: t for part, t in packed.items()} if smaller else {name: tensor}
+            if layout.bytes(mask) < tensor.nbytes:
+                stored |= {name + part: t for part, t in pack(tensor, mask, layout).items()}
+            else:
+                stored[name] = tensor
         return stored
 
     def entry(self, headers: Mapping[str, TensorInfo | Any], load: Callable[[str], Tensor]) -> dict[str, Any]:

@@ -14,13 +14,6 @@ import typer
 from rich.console import Console
 
 from llmprune.cli import ending, frame, mask
-from llmprune.cli.frame import command
-from llmprune.cli.frame import console as _console
-from llmprune.cli.frame import emit as _emit
-from llmprune.cli.frame import flag as _flag
-from llmprune.cli.frame import quiet_libraries as _quiet_libraries
-from llmprune.cli.frame import with_terminal as _with_terminal
-from llmprune.cli.frame import write as _write
 from llmprune.cli.options import (
     BLOCKS,
     COMPUTING,
@@ -41,23 +34,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(mask.app)
-_command = functools.partial(command, app)
+_command = functools.partial(frame.command, app)
 
 
 def _show_version(asked: bool) -> None:
     if asked:
         from llmprune.common.version import __version__
 
-        _write(__version__)
+        frame.write(__version__)
         raise typer.Exit
 
 
 @app.callback()
 def _program(
-    debug: Annotated[bool, _flag("--debug", "Show tracebacks.")] = False,
+    debug: Annotated[bool, frame.flag("--debug", "Show tracebacks.")] = False,
     version: Annotated[
         bool,
-        _flag("--version", "Print the version.", is_eager=True, callback=_show_version),
+        frame.flag("--version", "Print the version.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     """Prune a pretrained language model after training, score it, and save it where others can load it.
@@ -81,7 +74,7 @@ def _prune_command(
     from llmprune.terminal import screen
 
     options["settings"] = dict(parse_assignment(text) for text in settings or ())
-    console, result = _with_terminal(
+    console, result = frame.with_terminal(
         as_json, quiet, lambda terminal: work(model, reporter=terminal, **options)
     )
     try:
@@ -92,7 +85,7 @@ def _prune_command(
             screen.print_result(console, result.record, result.output)
             summary = {"output": str(result.output), **result.record}
         if as_json:
-            _emit(summary)
+            frame.emit(summary)
     except (KeyboardInterrupt, OutputClosed) as error:
         if not isinstance(
             result, api.DryRun
@@ -134,12 +127,12 @@ def eval(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     from llmprune import api
     from llmprune.terminal import screen
 
-    console, scores = _with_terminal(
+    console, scores = frame.with_terminal(
         as_json, quiet, lambda terminal: api.evaluate(path, reporter=terminal, **options)
     )
     screen.print_scores(console, scores)
     if as_json:
-        _emit(scores)
+        frame.emit(scores)
 
 
 @_command(ORIGIN, BLOCKS, OUTPUT)
@@ -148,7 +141,7 @@ def inspect(
     as_json: bool,
     quiet: bool,
     strict: Annotated[
-        bool, _flag("--strict", "Fail where the record disagrees with the weights, or there is none.")
+        bool, frame.flag("--strict", "Fail where the record disagrees with the weights, or there is none.")
     ] = False,
     **options: Any,
 ) -> None:
@@ -156,11 +149,11 @@ def inspect(
     from llmprune import api
     from llmprune.terminal import screen
 
-    _quiet_libraries(quiet)
+    frame.quiet_libraries(quiet)
     counts = api.inspect(path, **options)
-    screen.print_counts(_console(as_json, quiet), counts)
+    screen.print_counts(frame.console(as_json, quiet), counts)
     if as_json:
-        _emit(counts)
+        frame.emit(counts)
     if strict and counts["record_agrees"] is None:
         raise ValueError(f"llmprune.json of {path} is not there: no record to check against")
     if strict and not counts["record_agrees"]:
@@ -180,12 +173,12 @@ def convert(
     from llmprune import api
     from llmprune.terminal import screen
 
-    console, converted = _with_terminal(
+    console, converted = frame.with_terminal(
         as_json, quiet, lambda terminal: api.convert(path, to=to, values=values, reporter=terminal, **options)
     )
     screen.print_converted(console, converted)
     if as_json:
-        _emit(converted)
+        frame.emit(converted)
 
 
 @_command(SAMPLING, ORIGIN, OUTPUT)
@@ -200,15 +193,15 @@ def generate(
     from llmprune import api
     from llmprune.terminal import screen
 
-    _quiet_libraries(True)
-    console = _console(as_json, quiet)
+    frame.quiet_libraries(True)
+    console = frame.console(as_json, quiet)
     shown = None if quiet else console.piece
     if shown:
         shown(prompt)
     generated = api.generate(path, prompt, stream=shown, **options)
     screen.print_generated(console, generated)
     if as_json:
-        _emit(generated)
+        frame.emit(generated)
 
 
 @_command(OUTPUT)
@@ -219,18 +212,18 @@ def push(
     quiet: bool,
     public: Annotated[
         bool,
-        _flag("--public", "Publish: a new repository is public, and one that is public may be written."),
+        frame.flag("--public", "Publish: a new repository is public, and one that is public may be written."),
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write, made where it is not there.")] = None,
     trust_remote_code: Annotated[
-        bool, _flag("--trust-remote-code", "Run Python code that comes with the folder.")
+        bool, frame.flag("--trust-remote-code", "Run Python code that comes with the folder.")
     ] = False,
 ) -> None:
     """Upload to the Hugging Face Hub with a model card; private unless asked."""
     from llmprune import api
     from llmprune.terminal import screen
 
-    console, pushed = _with_terminal(
+    console, pushed = frame.with_terminal(
         as_json,
         quiet,
         lambda terminal: api.push(
@@ -244,7 +237,7 @@ def push(
     )
     screen.print_pushed(console, pushed, public)
     if as_json:
-        _emit(pushed)
+        frame.emit(pushed)
 
 
 @_command(OUTPUT)
@@ -253,9 +246,9 @@ def methods(as_json: bool, quiet: bool) -> None:
     from llmprune.cli import lists
 
     found = lists.methods()
-    lists.print_methods(_console(as_json, quiet), found)
+    lists.print_methods(frame.console(as_json, quiet), found)
     if as_json:
-        _emit(found)
+        frame.emit(found)
 
 
 @_command(OUTPUT)
@@ -264,9 +257,9 @@ def recipes(as_json: bool, quiet: bool) -> None:
     from llmprune.cli import lists
 
     found = lists.recipes()
-    lists.print_recipes(_console(as_json, quiet), found)
+    lists.print_recipes(frame.console(as_json, quiet), found)
     if as_json:
-        _emit(found)
+        frame.emit(found)
 
 
 @_command(OUTPUT)
@@ -275,9 +268,9 @@ def models(as_json: bool, quiet: bool) -> None:
     from llmprune.cli import lists
 
     found = lists.models()
-    lists.print_models(_console(as_json, quiet), found)
+    lists.print_models(frame.console(as_json, quiet), found)
     if as_json:
-        _emit(found)
+        frame.emit(found)
 
 
 def main() -> None:

@@ -147,6 +147,14 @@ def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Check
     return files, source
 
 
+def counting_skeleton(folder: Path, trust_remote_code: bool, blocks: str | None) -> Skeleton:
+    """The skeleton of a folder whose weights are only counted; its tokenizer may be damaged."""
+    config = read_config(folder, trust_remote_code)
+    _, source = read_folder(folder)
+    named = blocks or recorded_blocks(folder)
+    return Skeleton(config, source, torch.float32, torch.device("cpu"), trust_remote_code, named)
+
+
 def _dense_config(data: bytes) -> bytes:
     """The content of a config.json without what it says of quantisation."""
     return json.dumps(without_quantisation(json.loads(data)), indent=2).encode() + b"\n"

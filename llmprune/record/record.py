@@ -24,7 +24,10 @@ from llmprune.recipe.types import Recipe
 from llmprune.record.figures import Record
 from llmprune.record.licence import read_licence
 
-PACKED: Record = {"format": {"name": "packed", "values": "same"}}  # of a record of packed weights
+
+def packed_form(values: str = "same") -> Record:
+    """The entry `format` of a record of packed weights. `values`: how they are packed."""
+    return {"format": {"name": "packed", "values": values}}
 
 
 def opening(model: Model, recipe: Recipe, rows: CalibrationSet, digest: str, processes: int) -> Record:

@@ -75,7 +75,7 @@ class Production:
         """The part of the record that is known before the work."""
         masks = records.origin(work.masks.masks) if work.masks else {}
         before = records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
-        return before | masks | (records.PACKED if self.options.packed else {})
+        return before | masks | (records.packed_form() if self.options.packed else {})
 
     def _layouts(self) -> dict[str, Layout]:
         """How the tensors that may be packed are packed; none for a dense output."""
@@ -229,24 +229,30 @@ class Production:
         self.writer.complete()
 
     def close(self, error: BaseException | None) -> None:
-        """Release the output.
+        """Release the output; an error is told what is kept of the run, see `close`."""
+        if self.writer is not None:
+            close(self.writer, error, self.options.output, len(self.model.skeleton.blocks), self._left)
 
-        An error gets two attributes: `kept`, what is kept of the run in words, and `resumable`, whether the
-        run can go on.
-        """
-        if self.writer is None:
-            return
-        moved, finished = self.writer.moved, self.writer.close()
-        if error is None or not (moved or finished):
-            return
-        blocks = len(self.model.skeleton.blocks)
-        kept = (
-            f"{self.options.output} is {self._left}"
-            if moved
-            else f"{finished} of {blocks} blocks are finished and kept"
-        )
-        error.kept = kept  # type: ignore[attr-defined]
-        error.resumable = not (moved and self._left == "finished")  # type: ignore[attr-defined]
+
+def close(
+    writer: CheckpointWriter, error: BaseException | None, output: Path, blocks: int, left: str
+) -> None:
+    """Close a writer.
+
+    An error gets two attributes: `kept`, what is kept of the run in words, and `resumable`, whether the run
+    can go on.
+
+    Args:
+        output: the folder as the user named it.
+        blocks: how many the run has.
+        left: how far the output is, once it is in place.
+    """
+    moved, finished = writer.moved, writer.close()
+    if error is None or not (moved or finished):
+        return
+    kept = f"{output} is {left}" if moved else f"{finished} of {blocks} blocks are finished and kept"
+    error.kept = kept  # type: ignore[attr-defined]
+    error.resumable = not (moved and left == "finished")  # type: ignore[attr-defined]
 
 
 def _differs(record: Record, now: Identity) -> str | None:

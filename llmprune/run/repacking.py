@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint import masks as mask_files
 from llmprune.checkpoint.contents import CONFIG, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
+from llmprune.checkpoint.masks import Masks, pack
 from llmprune.checkpoint.packed import VALUES, Packed, Packing
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, check_space
 from llmprune.common.version import __version__
 from llmprune.evaluation.audit import recount
-from llmprune.kernels.layout import bits_of
+from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets, packed_layouts, targets_of
@@ -78,8 +78,8 @@ class Conversion:
         writer.finish()
         return record
 
-    def _masks(self, targets: list[Target]) -> Mapping[str, Tensor]:
-        """The keep masks beside a dense checkpoint, bool [R, C] by the matrix's key; none where it has none.
+    def _masks(self, targets: list[Target]) -> Masking | None:
+        """The keep masks beside a dense checkpoint; None where it has none.
 
         Raises:
             ValueError: they are of other matrices.
@@ -87,18 +87,11 @@ class Conversion:
         assert self.model.folder is not None
         path = self.model.folder / MASKS
         if isinstance(self.model.source, Packed) or not path.is_file():
-            return {}
-        found, shapes = mask_files.read_masks(path), {t.key: t.shape for t in targets}
-        for name, keep in found.items():
-            if tuple(keep.shape) != shapes.get(name):
-                raise ValueError(
-                    f"{MASKS} has {name} of shape {list(keep.shape)}, and the checkpoint "
-                    f"{list(shapes.get(name, ()))}; remove {MASKS}, or restore the original"
-                )
-        return found
+            return None
+        return Masking(Masks(path), targets, self.model.label)
 
     def _rows(
-        self, block: str, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]
+        self, block: str, tensors: Mapping[str, Tensor], given: Masking | None
     ) -> Iterator[tuple[str, tuple[Tensor, Record]]]:
         """For each matrix of a block its mask as bits, uint8 [R, ceil(C / 8)], and its row of the record."""
         source = self.model.source
@@ -111,9 +104,9 @@ class Conversion:
             else:
                 # A weight that is kept may be zero, and one that is pruned may have been filled since.
                 # Without masks the bytes count: -0.0 is kept, so that nothing is lost.
-                known = given.get(target.key)
-                keep = _nonzero(weight) if known is None else known | (weight != 0)
-                bits = bits_of(keep)[:, : -(-columns // 8)].contiguous()
+                known = given is not None and target.name in given
+                keep = given.keep(target.name) | (weight != 0) if given and known else _nonzero(weight)
+                bits = pack(keep)
             zeros = zeros_of(weight)
             row = {
                 "name": target.key,
@@ -151,7 +144,7 @@ class Conversion:
         folder = self.model.folder
         assert folder is not None
         known = read_record(folder) if (folder / RECORD).is_file() else None
-        form = {"format": {"name": "packed", "values": self.values}} if self.to == "packed" else {}
+        form = records.packed_form(self.values) if self.to == "packed" else {}
         record = records.converted(known, self.model, writer, form, seconds)
         return records.with_rows(record, rows) if self.values != "same" else record
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.packed import PARTS, Layout, check
-from llmprune.kernels.layout import GROUP, Packed, byte_rows, mask_width
+from llmprune.kernels.layout import GROUP, Packed, mask_width
 from llmprune.kernels.packing import expand
 from llmprune.kernels.products import packed_linear
-from llmprune.runtime.standins import Standin
+from llmprune.runtime.standins import Standin, starts_of
 
 
 class PackedLinear(nn.Module):
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         if layout.bits != 16:
             scales = torch.empty(rows, -(-columns // GROUP), dtype=torch.bfloat16, device="meta")
             self.register_buffer("weight_scale", scales)
-        self._starts: Tensor | None = None  # of the rows, in bytes, where values have 4 bits
+        self._starts: Tensor | None = None
 
     @property
     def weight(self) -> Any:
@@ -71,13 +71,10 @@ class PackedLinear(nn.Module):
     def packed(self) -> Packed:
         """The matrix as the kernels take it."""
         parts, layout = self.parts(), self.layout
-        starts = parts["_rows"]
-        if layout.bits == 4:
-            if self._starts is None:
-                self._starts = byte_rows(parts["_mask"], layout.columns)
-            starts = self._starts
+        if self._starts is None:
+            self._starts = starts_of(parts, layout)
         bits = parts[""].dtype.itemsize * 8 if layout.bits == 16 else layout.bits
-        return Packed(parts[""], parts["_mask"], starts, parts.get("_scale"), layout.columns, bits)
+        return Packed(parts[""], parts["_mask"], self._starts, parts.get("_scale"), layout.columns, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of inputs [..., C] the outputs [..., R]."""

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checkpoint.packed import METHOD, VERSION, Layout, Packed, read_parts
+from llmprune.checkpoint.packed import METHOD, PARTS, VERSION, Layout, Packed, check, read_parts
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.kernels.layout import GROUP
 from llmprune.model.conversion import Group, groups_of, renamed
@@ -29,7 +29,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.runtime.layers import PackedLinear
-from llmprune.runtime.standins import PackedStack, Rows
+from llmprune.runtime.standins import PackedStack, Rows, starts_of
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -182,27 +182,24 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         stacks = {}
         for name, found in rows.items():
             _, _, shape, dtype = self._owners[name]
-            whole = all(
-                sum(_height(r.place) for r in found.get(e, ())) == self._rows(shape, turned[name])
-                for e in range(shape[0])
-            )
+            height = shape[2] if turned[name] else shape[1]
+            whole = all(sum(r.stop - r.start for r in found.get(e, ())) == height for e in range(shape[0]))
             if whole:
                 stacks[name] = PackedStack(shape, dtype, [found[e] for e in range(shape[0])], turned[name])
         return stacks
 
-    @staticmethod
-    def _rows(shape: torch.Size, turned: bool) -> int:
-        return shape[2] if turned else shape[1]
-
     def _pieces(self, model: Any, mapped: _Mapped) -> Iterable[tuple[str, int, bool, Rows]]:
         """Parameter, number of the matrix, whether it lies as [C, R], and rows of a packed tensor."""
         parts: dict[str, dict[str, Tensor]] = {}
+        starts: dict[str, Tensor] = {}
         for target in self._targets(model):
             layout = self._layouts.get(target.tensor)
             if layout is None:
                 continue
             if target.tensor not in parts:
                 parts[target.tensor] = read_parts(mapped.load, target.tensor, layout.bits)
+                check(parts[target.tensor], layout, target.tensor)
+                starts[target.tensor] = starts_of(parts[target.tensor], layout)
             first = (target.index or 0) * target.shape[0]
             for piece in target.pieces:
                 if (
@@ -213,6 +210,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     found = Rows(
                         parts[target.tensor],
                         layout,
+                        starts[target.tensor],
                         first + piece.stored.start,
                         first + piece.stored.stop,
                         piece.rows,
@@ -277,12 +275,8 @@ def _patterns(group: Group) -> tuple[str, ...]:
 
 def _stored(name: str, layouts: Mapping[str, Layout], checkpoint: Checkpoint) -> list[str]:
     """The names in the files of a tensor's parts."""
-    parts = (name, f"{name}_mask", f"{name}_rows", f"{name}_scale") if name in layouts else (name,)
-    return [part for part in parts if part in checkpoint.tensors]
-
-
-def _height(rows: slice | Tensor) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    parts = PARTS if name in layouts else ("",)
+    return [name + part for part in parts if name + part in checkpoint.tensors]
 
 
 def register() -> None:

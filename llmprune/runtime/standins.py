@@ -19,22 +19,21 @@ class Rows(NamedTuple):
 
     Attributes:
         parts: of the packed tensor, by what is added to its name. layout: of it.
+        starts: where the values of its rows begin, see `starts_of`.
         start, stop: which of its rows.
         place: which rows of the matrix they are.
     """
 
     parts: Mapping[str, Tensor]
     layout: Layout
+    starts: Tensor
     start: int
     stop: int
     place: slice | Tensor
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The rows [n, C]."""
-        starts = self.parts["_rows"]
-        if self.layout.bits == 4:  # where the bytes of a row begin is not said by the number of values before
-            starts = byte_rows(self.parts["_mask"], self.layout.columns)
-        first, last = int(starts[self.start]), int(starts[self.stop])
+        first, last = int(self.starts[self.start]), int(self.starts[self.stop])
         scale = self.parts.get("_scale")
         return expand(
             self.parts[""][first:last],
@@ -43,6 +42,11 @@ class Rows(NamedTuple):
             dtype,
             None if scale is None else scale[self.start : self.stop],
         )
+
+
+def starts_of(parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Where the values of each row begin: with 4 bits in bytes, which the number of values does not tell."""
+    return byte_rows(parts["_mask"], layout.columns) if layout.bits == 4 else parts["_rows"]
 
 
 class Standin:
