@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+VALUES = {"same": 16, "int8": 8, "int4": 4}  # bits of a packed value; 16 stands for values as they are
 
 
 class Need(Flag):
@@ -166,14 +167,16 @@ class Job:
 class Pruned:
     """A pruned matrix: `weight`, float32 [R, C], is zero wherever `keep`, bool [R, C], is False.
 
-    `score` [R, C] is the score that chose the mask; later steps
-    may use it. `notes` go into the matrix's row of the record.
+    `score` [R, C] is the score that chose the mask; later steps may use it. `notes` go into the matrix's row
+    of the record. `scales`, bfloat16 [R, ceil(C / 128)]: every weight is a whole number of a few bits times
+    its scale; None where weights are not rounded.
     """
 
     weight: Tensor
     keep: Tensor
     score: Tensor
     notes: Mapping[str, Any] = field(default_factory=dict)
+    scales: Tensor | None = None
 
 
 class Algorithm:
@@ -258,6 +261,9 @@ class BlockJob:
             gradients flow back to these weights.
         targets: the dense model's outputs of the same block, [n, T, D].
         add: sums tensors over all processes, in place.
+        scales: where the weights are whole numbers times a scale, as in `Pruned.scales`, bfloat16 and laid
+            out like the weights, with one entry for 128 columns; the tuned weights must be so too.
+        bits: of these numbers.
     """
 
     name: str
@@ -270,17 +276,20 @@ class BlockJob:
     targets: Callable[[list[int]], Tensor]
     add: Callable[..., None]
     generator: torch.Generator
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    bits: int = 0
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The tuned matrices of a block, laid out and named as in `BlockJob.weights`.
+    """The tuned matrices of a block, laid out and named as in `BlockJob.weights`, and `scales` as there.
 
     `notes` go into the record's row of every matrix.
     """
 
     weights: Mapping[str, Tensor]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class BlockStep(Algorithm, ABC):

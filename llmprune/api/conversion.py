@@ -9,11 +9,12 @@ from typing import Any
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.checkpoint.contents import CONFIG
-from llmprune.checkpoint.packed import VALUES, Packed
+from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_json
 from llmprune.checkpoint.replacement import MODEL, input_files
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.messages import shown
+from llmprune.contracts import VALUES
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.quantised import packing_entry

@@ -24,7 +24,7 @@ from llmprune.planning import choice
 from llmprune.planning.given import given
 from llmprune.planning.plan import check_offload
 from llmprune.recipe import loading as recipes
-from llmprune.recipe.types import Recipe
+from llmprune.recipe.types import ROUNDING, Recipe
 from llmprune.run.preparation import Options, Request, Source, planned
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
@@ -59,6 +59,7 @@ def prune(
     restart: bool = False,
     offload: str = "auto",
     format: str = "dense",
+    values: str | None = None,
     settings: Mapping[str, Any] | None = None,
     masks: AnyPath | None = None,
     tokenizer: Any = None,
@@ -110,6 +111,9 @@ def prune(
             where the plan fits into it).
         format: of the weights in that folder: `dense`, which every program loads, or `packed`, which is
             smaller and loads where llmprune is: of the pruned matrices the kept values and a bit per weight.
+        values: with format `packed`: kept values as they are (`same`), or rounded to `int8` or `int4` with a
+            scale for every 128 columns of a row. The rounding of a weight is made up for by the weights that
+            are rounded after it, and updates of whole blocks go on with rounded weights.
         settings: any recipe fields by dotted key, such as `{"pruner.damp": 0.05}`.
         masks: a file of keep masks, or an output folder that holds one, to start from: they take the place of
             the recipe's pruner, and its refiner and updates follow as usual.
@@ -137,6 +141,8 @@ def prune(
     check_offload(offload)
     if format not in ("dense", "packed"):
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
+    if values in ("int8", "int4") and format == "dense":
+        raise ValueError(f"values {values} are for packed folders; add --format packed")
     wanted = {
         "pattern": pattern,
         "sparsity": sparsity,
@@ -148,6 +154,7 @@ def prune(
         "calibration.sequence_length": seqlen,
         "calibration.chat_template": chat_template,
         "seed": seed,
+        "values": values,
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }
     overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
@@ -266,9 +273,11 @@ def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
     exchanged = [recipe.pruner.name] if recipe.pruner.name != own.pruner.name else []
     if (recipe.refiner and recipe.refiner.name) != (own.refiner and own.refiner.name):
         exchanged.append(recipe.refiner.name if recipe.refiner else "unrefined")
-    if (updates := [u.name for u in recipe.update]) != [u.name for u in own.update]:
+    updates, usual = ([u.name for u in chosen.update if u.name != ROUNDING] for chosen in (recipe, own))
+    if updates != usual:
         exchanged += updates or ["unchanged"]
-    return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount]))
+    bits = [f"int{recipe.bits}"] if recipe.bits else []
+    return Path("-".join([model.label.rpartition("/")[2], recipe.name, *exchanged, amount, *bits]))
 
 
 @checked()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from llmprune.checkpoint.files import NAMES
 from llmprune.checkpoint.reader import Checkpoint, TensorInfo
 from llmprune.common.messages import shown
+from llmprune.contracts import VALUES
 from llmprune.kernels import layout as bits_and_rows
 from llmprune.kernels import packing
 from llmprune.kernels.layout import GROUP, WORD, bits_of, keep_of
@@ -25,7 +27,6 @@ from llmprune.numerics import grids
 
 METHOD = "llmprune"  # quant_method in config.json: other loaders refuse it
 VERSION = 1
-VALUES = {"same": 16, "int8": 8, "int4": 4}  # bits of a value; 16 stands for values as they are
 BITS = tuple(VALUES.values())
 PACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("", "_mask", "_rows", "_scale")  # what is added to the name of a packed tensor
@@ -84,7 +85,7 @@ class Layout:
         return values + mask.nbytes + starts + scales
 
 
-def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
+def pack(dense: Tensor, mask: Tensor, layout: Layout, scales: Tensor | None = None) -> dict[str, Tensor]:
     """The parts of a packed tensor, by what is added to its name; its values are rounded where bits are few.
 
     Args:
@@ -92,12 +93,13 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout) -> dict[str, Tensor]:
         mask: its bits, uint8 [R, 8 ceil(C / 64)]; bit j % 8, the least significant first, of byte j // 8 is
             column j, and 1 means kept.
         layout: of the tensor.
+        scales: those its values were rounded with, bfloat16 [R, ceil(C / 128)]; None to choose some.
     """
     matrix, rows = layout.matrix(dense).contiguous(), bits_and_rows.row_sums(mask, layout.columns)
     if layout.bits == 16:
         return {"": packing.compress(matrix, mask), "_mask": mask, "_rows": rows}
     matrix = matrix.float().masked_fill(~keep_of(mask, layout.columns), 0.0)
-    scales = grids.scales_of(matrix, layout.bits, GROUP)
+    scales = grids.scales_of(matrix, layout.bits, GROUP) if scales is None else scales
     values = packing.compress(grids.codes_of(matrix, scales, layout.bits, GROUP), mask)
     values = packing.pack_nibbles(values, mask, layout.columns) if layout.bits == 4 else values
     return {"": values, "_mask": mask, "_rows": rows, "_scale": scales}
@@ -144,7 +146,8 @@ class Packing:
         bits: of a value.
 
     Raises:
-        ValueError: values of several dtypes are to be rounded, which the format cannot tell apart.
+        ValueError: there are no packed values of so many bits; or values of several dtypes are to be rounded,
+            which the format cannot tell apart.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], bits: int = 16) -> None:
@@ -154,15 +157,29 @@ class Packing:
                 f"the matrices are of several dtypes ({', '.join(dtypes)}), and rounded values become one; "
                 "use --values same"
             )
+        if bits not in BITS:
+            raise ValueError(f"packed values have 8 or 4 bits, got {bits}; write the rounded weights dense")
         self.layouts = {name: replace(layout, bits=bits) for name, layout in layouts.items()}
         self._bits = bits
 
-    def parts(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def values(self) -> str:
+        """How the values are packed, see `VALUES`."""
+        return next(name for name, bits in VALUES.items() if bits == self._bits)
+
+    def parts(
+        self,
+        tensors: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
         """What is stored of some tensors: those that become smaller are packed, the others stay as they are.
 
         Args:
             tensors: dense, by name.
             masks: the bits of their matrices as `masks.safetensors` has them; of a stack by `NAME.NUMBER`.
+            scales: those that the matrices were rounded with, bfloat16 [R, ceil(C / 128)], named likewise;
+                others are rounded here.
         """
         stored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -172,7 +189,8 @@ class Packing:
                 stored[name] = tensor
                 continue
             if layout.bytes(mask) < tensor.nbytes:
-                stored |= {name + part: t for part, t in pack(tensor, mask, layout).items()}
+                given = _scales_of(name, layout, scales)
+                stored |= {name + part: t for part, t in pack(tensor, mask, layout, given).items()}
             else:
                 stored[name] = tensor
         return stored
@@ -189,14 +207,27 @@ class Packing:
 
 
 def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask of a tensor, uint8 [R, 8 ceil(C / 64)]; None where none of its matrices is pruned."""
+    """The mask of a tensor, uint8 [R, 8 ceil(C / 64)]; None where it stays dense.
+
+    That is where none of its matrices is pruned, or one is not and would be rounded with the others.
+    """
     if not layout.stacked:
         return widened(masks[name], layout.columns) if name in masks else None
     parts = [masks.get(f"{name}.{number}") for number in range(layout.stacked)]
-    if all(part is None for part in parts):
+    absent = [part is None for part in parts]
+    if all(absent) or (any(absent) and layout.bits != 16):
         return None
     whole = bits_of(torch.ones(layout.rows // layout.stacked, layout.columns, dtype=torch.bool))
     return torch.cat([whole if part is None else widened(part, layout.columns) for part in parts])
+
+
+def _scales_of(name: str, layout: Layout, scales: Mapping[str, Tensor]) -> Tensor | None:
+    """The scales of a tensor among those given, [R, ceil(C / 128)]; None where there are none."""
+    if layout.bits == 16 or not scales:
+        return None
+    if not layout.stacked:
+        return scales.get(name)
+    return torch.cat([scales[f"{name}.{number}"] for number in range(layout.stacked)])
 
 
 def entry_of(layouts: Mapping[str, Layout], kept: Mapping[str, int], bits: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ from llmprune.checkpoint.packed import Packing
 from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.common.messages import size_text
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished block as it is written.
+
+    Attributes:
+        tensors: its tensors as they are stored in a dense checkpoint, by name.
+        masks: its packed keep masks by weight name.
+        rows: its rows of the record.
+        scales: of rounded weights, bfloat16 [R, ceil(C / 128)], by weight name.
+        exact: float32 results that a run must have to go on, by weight name; removed when it is complete.
+    """
+
+    tensors: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    rows: list[dict[str, Any]]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -222,53 +242,33 @@ class CheckpointWriter:
         self._wait()
         return [row for entry in self.journal.blocks for row in entry["rows"]]
 
-    def block(
-        self,
-        number: int,
-        tensors: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        rows: list[dict[str, Any]],
-        seconds: Mapping[str, float],
-        exact: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def block(self, number: int, shard: Shard, seconds: Mapping[str, float]) -> None:
         """Write a finished block in the background: shard and masks durably, then its line in the journal.
 
         Args:
             number: of the block, from 1.
-            tensors: its tensors as they are stored.
-            masks: its packed keep masks by weight name.
-            rows: its rows of the record.
+            shard: the block.
             seconds: the time it took, by stage.
-            exact: float32 results that a run must have to go on, by weight name; removed when it is complete.
         """
         self._wait()
-        self._pending = self._behind.submit(
-            self._write_block, number, tensors, masks, rows, dict(seconds), exact or {}
-        )
+        self._pending = self._behind.submit(self._write_block, number, shard, dict(seconds))
 
-    def _write_block(
-        self,
-        number: int,
-        tensors: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        rows: list[dict[str, Any]],
-        seconds: dict[str, float],
-        exact: Mapping[str, Tensor],
-    ) -> None:
-        stored = self._packing.parts(tensors, masks) if self._packing is not None else tensors
+    def _write_block(self, number: int, shard: Shard, seconds: dict[str, float]) -> None:
+        packing = self._packing
+        stored = packing.parts(shard.tensors, shard.masks, shard.scales) if packing else shard.tensors
         size, digest = save_tensors(self.folder / shard_name(number, self.shards), stored)
         if self._masks is not None:
-            self._masks.write(masks)
+            self._masks.write(shard.masks)
         entry = {
             "block": number,
             "file": shard_name(number, self.shards),
             "bytes": size,
             "sha256": digest,
-            "rows": rows,
+            "rows": shard.rows,
             "seconds": seconds,
         }
-        if exact:
-            _, entry["exact"] = save_tensors(self.folder / exact_name(number), exact)
+        if shard.exact:
+            _, entry["exact"] = save_tensors(self.folder / exact_name(number), shard.exact)
         self.journal.add(entry)
 
     def _wait(self) -> None:

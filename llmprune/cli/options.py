@@ -75,6 +75,7 @@ PRUNING = (
     *_KEPT,
     _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto"),
     _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
+    _option("values", str, "Kept values of a packed output: same, int8 or int4 (rounded, made up for)."),
     _option(
         "time_limit",
         float,

@@ -83,12 +83,22 @@ class Target:
         """The rows of a piece in a loaded parameter, a view [n, C] where `rows` is a slice."""
         return self._matrix(loaded, piece)[piece.rows]
 
-    def gather(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The matrix [R, C] from the parameters that hold it, by name."""
+    def grouped(self, parameter: str, shape: torch.Size, group: int) -> list[int]:
+        """The shape of a parameter with one entry for so many columns of its matrices."""
+        columns = -2 if parameter in self.turned else -1
+        sizes = list(shape)
+        sizes[columns] = -(-sizes[columns] // group)
+        return sizes
+
+    def gather(self, parameters: Mapping[str, Tensor], group: int = 1) -> Tensor:
+        """The matrix [R, C] from the parameters that hold it, by name.
+
+        `group`: of so many columns the parameters have one entry, see `grouped`; [R, ceil(C / group)].
+        """
         first = self.pieces[0]
         if len(self.pieces) == 1 and first.stored == slice(0, self.shape[0]):
             return self._place(parameters[first.parameter], first)
-        whole = parameters[first.parameter].new_empty(self.shape)
+        whole = parameters[first.parameter].new_empty(self.shape[0], -(-self.shape[1] // group))
         for piece in self.pieces:
             whole[piece.stored] = self._place(parameters[piece.parameter], piece)
         return whole

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmprune.contracts import InputStats, Job
 
 _MOST_DAMPING = 1.0
+Snap = Callable[[Tensor, int], Tensor]  # a column [R] and its number -> the nearest values of its grid
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
@@ -150,22 +151,94 @@ def sweep(
     """
     weight, keep = job.weight.clone(), torch.ones_like(job.weight, dtype=torch.bool)
     weight[:, job.stats.gram.diagonal() == 0] = 0
-    for a in range(0, weight.shape[1], step):
-        b = min(a + step, weight.shape[1])
-        errors = _sweep_block(weight[:, a:b], keep[:, a:b], factor[a:b, a:b], a, group, choose)
-        weight[:, b:].addmm_(errors, factor[a:b, b:], alpha=-1)
+
+    def settle(columns: Tensor, start: int) -> Callable[[Tensor, int], Tensor]:
+        kept = choose(columns.T, start)
+        keep[:, start : start + kept.shape[1]] = kept
+        factors = kept.T.to(weight.dtype)
+        return lambda column, j: column * factors[j]
+
+    _pass(weight, factor, step, group, settle)
     return weight.mul_(keep), keep
 
 
-def _sweep_block(
-    weight: Tensor,
-    keep: Tensor,
-    factor: Tensor,
-    start: int,
-    group: int,
-    choose: Callable[[Tensor, int], Tensor],
-) -> Tensor:
-    """Process one block of `weight` and `keep` [R, B] in place.
+def round_columns(weight: Tensor, keep: Tensor, factor: Tensor, snap: Snap) -> Tensor:
+    """GPTQ's pass over the columns (Frantar et al., arXiv 2210.17323), on a mask.
+
+    Each column is rounded, and the later columns make up for it. Pruned weights stay zero: what the columns
+    before would move them is made up for, too.
+
+    Args:
+        weight: [R, C].
+        keep: the mask, bool [R, C].
+        factor: U of `inverse_factor`.
+        snap: given a column [R] and its number, the nearest values that can be stored.
+
+    Returns: the rounded weight, [R, C].
+    """
+    weight, done = weight.clone(), torch.empty_like(weight)
+
+    def settle(columns: Tensor, start: int) -> Callable[[Tensor, int], Tensor]:
+        kept = keep[:, start : start + len(columns)].T.to(weight.dtype)
+
+        def rounded(column: Tensor, j: int) -> Tensor:
+            value = snap(column, start + j).mul_(kept[j])
+            done[:, start + j] = value
+            return value
+
+        return rounded
+
+    _pass(weight, factor, _COLUMNS, _COLUMNS, settle)
+    return done
+
+
+def descend(weight: Tensor, rounded: Tensor, keep: Tensor, matrix: Tensor, snap: Snap, passes: int) -> Tensor:
+    """Coordinate descent on rounded weights (QuantEase, Behdin et al., arXiv 2309.01885), on a mask.
+
+    Each column in turn takes the value of the grid that is nearest to the one at which
+    `(w - v)^T A (w - v)` is least while all other columns stay.
+
+    Args:
+        weight: W [R, C], whose outputs are wanted.
+        rounded: first V [R, C], zero off the mask.
+        keep: the mask, bool [R, C].
+        matrix: A [C, C], positive definite.
+        snap: as for `round_columns`.
+        passes: over the columns.
+    """
+    rounded, gradient = rounded.clone(), (weight - rounded) @ matrix
+    for _ in range(passes):
+        for a in range(0, weight.shape[1], _COLUMNS):
+            part = slice(a, min(a + _COLUMNS, weight.shape[1]))
+            kept, inside = keep[:, part].T.to(weight.dtype), matrix[part, part]
+            values, slope = rounded[:, part].T.contiguous(), gradient[:, part].T.contiguous()
+            moved = torch.empty_like(values)
+            for j in range(len(values)):
+                value = snap(values[j] + slope[j] / inside[j, j], a + j).mul_(kept[j])
+                moved[j] = value - values[j]
+                values[j] = value
+                slope.addr_(inside[j], moved[j], alpha=-1)
+            rounded[:, part] = values.T
+            gradient.addmm_(moved.T, matrix[part], alpha=-1)
+    return rounded
+
+
+_COLUMNS = 128  # per block of `round_columns` and `descend`
+# Given some columns, transposed to [K, R], and the number of the first: what a column of them becomes, by its
+# values and its number among them.
+Settling = Callable[[Tensor, int], Callable[[Tensor, int], Tensor]]
+
+
+def _pass(weight: Tensor, factor: Tensor, step: int, group: int, settle: Settling) -> None:
+    """One pass over the columns of `weight` [R, C], in place; see `sweep`."""
+    for a in range(0, weight.shape[1], step):
+        b = min(a + step, weight.shape[1])
+        errors = _pass_block(weight[:, a:b], factor[a:b, a:b], a, group, settle)
+        weight[:, b:].addmm_(errors, factor[a:b, b:], alpha=-1)
+
+
+def _pass_block(weight: Tensor, factor: Tensor, start: int, group: int, settle: Settling) -> Tensor:
+    """Process one block of `weight` [R, B] in place.
 
     Returns the errors [R, B] for the later columns to absorb.
     """
@@ -173,11 +246,9 @@ def _sweep_block(
     # Transposed, so that the columns that the inner loop reads and writes are contiguous.
     columns = weight.T.contiguous()
     for g in range(0, weight.shape[1], group):
-        part = slice(g, g + group)
-        keep[:, part] = choose(columns[part].T, start + g)
-        dropped = (~keep[:, part]).T.to(weight.dtype)
+        settled = settle(columns[g : g + group], start + g)
         for j in range(g, min(g + group, weight.shape[1])):
-            error = columns[j] * dropped[j - g] / factor[j, j]
+            error = (columns[j] - settled(columns[j], j - g)) / factor[j, j]
             columns[j:].addr_(factor[j, j:], error, alpha=-1)
             errors[:, j] = error
     weight.copy_(columns.T)

@@ -95,7 +95,9 @@ def predict_memory(
     passing = batch * (6 * widest + 8 * skeleton.width) * item
     # In float32: weights, masks, and a run of AdamW (weights, gradients, two moments); masks as bool; the
     # weights in the compute dtype; what the backward pass reads.
-    tuning = elements * (6 * 4 + 1 + item) + 4 * passing if recipe.build_block_steps() else 0
+    # Of rounded weights also the codes, their scales, what is computed with, and its gradients.
+    tuning = elements * ((6 + 5 * bool(recipe.bits)) * 4 + 1 + item) + 4 * passing
+    tuning = tuning if recipe.build_block_steps() else 0
     work += max(_pruning_bytes(recipe, shapes), tuning)
     if on_gpu:
         return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)

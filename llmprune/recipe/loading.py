@@ -13,9 +13,11 @@ from typing import Any
 from llmprune import patterns, registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import parse_yaml, read_yaml, shipped, shipped_names
+from llmprune.contracts import VALUES
 from llmprune.recipe.given import NAME
 from llmprune.recipe.types import (
     PRECISIONS,
+    ROUNDING,
     SUMS,
     AlgorithmSpec,
     CalibrationSpec,
@@ -152,7 +154,7 @@ DEFAULT_NAMES = {"allocator": "uniform"}
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values, those of a YAML file or a record, all of them checked."""
-    known = {f.name for f in dataclasses.fields(Recipe)}
+    known = {f.name for f in dataclasses.fields(Recipe)} | {"values"}
     for key in values:
         if key not in known:
             raise nearest("recipe key", key, known)
@@ -169,6 +171,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
         fields["pruner"] = AlgorithmSpec(name=NAME)
     updates = fields.get("update", [])
     updates = updates if isinstance(updates, list) else [updates]
+    updates = _with_rounding(updates, fields.pop("values", "same"))
     fields["update"] = tuple(_algorithm("updates", update) for update in updates)
     rules = _typed("rules", fields.get("rules", []), list)
     fields["rules"] = tuple(_part(Rule, "rule", rule) for rule in rules)
@@ -183,6 +186,16 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(**fields)
     _check(recipe)
     return recipe
+
+
+def _with_rounding(updates: list[Any], values: Any) -> list[Any]:
+    """The updates, with one that rounds to these values, unless they name it themselves."""
+    if not isinstance(values, str) or values not in VALUES:
+        raise ValueError(f"values must be one of {', '.join(VALUES)}, got {shown(values)}")
+    names = [update.get("name") if isinstance(update, dict) else update for update in updates]
+    if values == "same" or ROUNDING in names:
+        return updates
+    return [*updates, {"name": ROUNDING, "bits": VALUES[values]}]
 
 
 def _typed(key: str, value: Any, wanted: type) -> Any:
@@ -271,6 +284,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"permute must be true or false, got {shown(recipe.permute)}")
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0, got {shown(recipe.seed)}")
+    _check_rounding(recipe)
     spec = recipe.calibration
     for key, least in (("samples", 1), ("sequence_length", 2)):
         value = getattr(spec, key)
@@ -281,3 +295,16 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"rule {shown(rule.match)} both skips and sets a sparsity or pattern; keep one")
         if not rule.skip:
             rule_sparsity(recipe, rule)
+
+
+def _check_rounding(recipe: Recipe) -> None:
+    """Raise `ValueError` where something would move weights that are rounded already, or leave some out."""
+    on_matrices = [spec for spec, _ in recipe.build_steps()]
+    found = [spec for spec in on_matrices if spec.name == ROUNDING]
+    if len(found) > 1 or (found and on_matrices[-1] is not found[0]):
+        names = ", ".join(update.name for update in recipe.update)
+        raise ValueError(f"rounding must be the last update of a matrix, and stand there once, got {names}")
+    if found and found[0].targets != ("*",):
+        raise ValueError(
+            f"rounding is of every pruned matrix, got targets {shown(list(found[0].targets))}; leave them out"
+        )

@@ -14,7 +14,7 @@ from llmprune.contracts import Algorithm, Allocator, BlockStep, Pattern, Pruner,
 from llmprune.recipe.given import GivenMasks
 
 DEFAULT_SPARSITY = 0.5
-
+ROUNDING = "rounding"  # the update after which kept values are codes of a few bits
 
 # How input statistics are summed: over all tokens at once; or, as the published code of SparseGPT, Wanda and
 # DSnoT does, as running means over the sequences in float32, whose rounding decides some weights.
@@ -173,6 +173,12 @@ class Recipe:
     def build_steps(self) -> list[tuple[AlgorithmSpec, Step]]:
         """The refiner and those updates that work on one matrix, in the order they run."""
         return [(spec, step) for spec, step in self._built() if isinstance(step, Step)]
+
+    @property
+    def bits(self) -> int | None:
+        """Of the codes that kept values are rounded to; None where they are not rounded."""
+        found = [update.options["bits"] for update in self.update if update.name == ROUNDING]
+        return found[0] if found else None
 
     def build_block_steps(self) -> list[tuple[AlgorithmSpec, BlockStep]]:
         """The updates that work on a whole block, in the order they run, after all those of its matrices."""

@@ -8,7 +8,7 @@ import torch
 
 from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.reader import read_ahead
-from llmprune.checkpoint.writer import check_space
+from llmprune.checkpoint.writer import Shard, check_space
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import device as devices
 from llmprune.machine.processes import ALONE
@@ -95,7 +95,7 @@ class Application(Production):
                 rows = [self._masked(target, tensors, masks) for target in targets]
                 clock.lap("prune")
                 shard = {name: t for name, t in tensors.items() if name not in skeleton.shared}
-                writer.block(number + 1, shard, masks, rows, clock.seconds)
+                writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
                 clock.lap("write")
                 self.reporter.step()
                 del tensors, shard

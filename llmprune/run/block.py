@@ -45,7 +45,8 @@ class Block:
         originals: its dense parameters by their names in the block, where a companion keeps them.
         stats: statistics of the inputs of the matrices that are pruned already, by matrix, where a step on
             the whole block follows: they may be as large as the block.
-        masks: their packed keep masks. rows: their rows of the record. Both go by names in the checkpoint.
+        masks: their packed keep masks. scales: those of rounded weights, as in `Pruned.scales`.
+        rows: their rows of the record. All three go by names in the checkpoint.
         notes: more for the record, by matrix.
     """
 
@@ -61,6 +62,7 @@ class Block:
         self.exact: Tensors = {}
         self._keeps_exact = run.recipe.precision == "float32"
         self.masks: Tensors = {}
+        self.scales: Tensors = {}
         self.rows: list[Row] = []
         self.notes: dict[str, Row] = {}
         self._skeleton, self._parameters = run.skeleton, run.skeleton.parameters_of(self.name)

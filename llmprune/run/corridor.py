@@ -18,6 +18,7 @@ from llmprune.machine.device import exact_matmul
 from llmprune.machine.processes import share_out
 from llmprune.model.activations import BlockInputs
 from llmprune.model.target import Target
+from llmprune.numerics.grids import GROUP
 from llmprune.planning.needs import needs_dense, needs_of
 from llmprune.run.block import Block, BlockDone, Companion, blocks_of
 from llmprune.run.clock import Clock
@@ -86,26 +87,33 @@ def _prune_group(run: Run, block: Block, targets: list[Target], stats: Mapping[s
     owner = share_out({t.name: t.shape[0] * t.shape[1] for t in targets}, team.size)
     rows: dict[str, Row] = {}
     weights: dict[str, Tensor] = {}
+    rounded = run.recipe.bits is not None
     for target in targets:
         key, stored = target.key, block.shard[target.tensor]
         if owner[target.name] == team.rank:
             matrix = run.plan.matrices[target.name]
             with exact_matmul():
-                weight, keep, row = prune_matrix(target, matrix, stats.get(target.name), methods, stored)
-            weight, block.masks[key] = target.stored(weight), pack(keep)
-            rows[key] = {"name": key, **row, **block.notes.get(target.name, {})}
+                done = prune_matrix(target, matrix, stats.get(target.name), methods, stored)
+            weight, block.masks[key] = target.stored(done.weight), pack(done.keep)
+            rows[key] = {"name": key, **done.row, **block.notes.get(target.name, {})}
+            if done.scales is not None:
+                block.scales[key] = done.scales
             block.put(target, weight)
             if not team.alone:
                 weights[key] = weight
         else:
             weights[key] = torch.empty_like(target.part(stored), dtype=methods.dtype)
-            packed = target.shape[0], -(-target.shape[1] // 8)
-            block.masks[key] = torch.empty(packed, dtype=torch.uint8)
+            height, width = target.shape
+            block.masks[key] = torch.empty(height, -(-width // 8), dtype=torch.uint8)
+            if rounded:
+                block.scales[key] = torch.empty(height, -(-width // GROUP), dtype=torch.bfloat16)
             rows[key] = {}
     for target in targets if not team.alone else ():
         key = target.key
         team.from_rank(owner[target.name], weights[key])
         team.from_rank(owner[target.name], block.masks[key])
+        if rounded:
+            team.from_rank(owner[target.name], block.scales[key])
         rows[key] = team.tell(rows[key], owner[target.name])
         if owner[target.name] != team.rank:
             block.put(target, weights[key])

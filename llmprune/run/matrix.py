@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,24 @@ from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite, zeros_of
 from llmprune.planning.plan import MatrixPlan
 from llmprune.recipe.given import GivenMasks
-from llmprune.recipe.types import AlgorithmSpec, Recipe
+from llmprune.recipe.types import ROUNDING, AlgorithmSpec, Recipe
 from llmprune.statistics.sums import relative_error
 
 Row = dict[str, Any]
 NO_TOKENS = InputStats(0, 0, {})  # statistics of the inputs of a matrix that nothing has reached
+
+
+class Done(NamedTuple):
+    """A pruned matrix as it is written.
+
+    `weight` on the CPU, [R, C], in the dtype of results; `keep` [R, C]; `scales` as in `Pruned`; its `row` of
+    the record, which tells of the weight as it will be stored.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    scales: Tensor | None
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -57,24 +70,21 @@ class Methods:
         """
         if tokens and (tokens >= self.least or not target.routed):
             return self
+        steps = [(spec, step) for spec, step in self.steps if spec.name == ROUNDING]
         if isinstance(self.pruner, GivenMasks):
-            return replace(self, steps=())
+            return replace(self, steps=steps)
         magnitude: Pruner = registry.build("pruners", "magnitude", {})
-        return replace(self, pruner=magnitude, pruner_name="magnitude", steps=())
+        return replace(self, pruner=magnitude, pruner_name="magnitude", steps=steps)
 
 
 def prune_matrix(
     target: Target, plan: MatrixPlan, stats: InputStats | None, methods: Methods, stored: Tensor
-) -> tuple[Tensor, Tensor, Row]:
+) -> Done:
     """Prune one matrix and run the steps that follow.
 
     Args:
         stats: of its inputs; None if no token has reached it.
         stored: its dense weight as the checkpoint stores it.
-
-    Returns:
-        Its weight (on the CPU, [R, C]) in the dtype of results, its keep mask and its row of the record,
-        which tells of the weight as it will be stored.
 
     Raises:
         RuntimeError: an algorithm that broke the pattern, made weights that are not finite, or moved a mask
@@ -111,7 +121,8 @@ def prune_matrix(
         **({"tokens": tokens} if target.routed or not tokens else {}),
         "seconds": round(time.monotonic() - started, 4),
     }
-    return weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, row
+    scales = pruned.scales.cpu() if pruned.scales is not None else None
+    return Done(weight.to(methods.dtype or stored.dtype).cpu(), pruned.keep, scales, row)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

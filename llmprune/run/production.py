@@ -9,15 +9,16 @@ from pathlib import Path
 
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.overlay import Overlay
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed import Packing
 from llmprune.checkpoint.reader import fingerprint, read_record
-from llmprune.checkpoint.writer import CheckpointWriter, check_space
+from llmprune.checkpoint.writer import CheckpointWriter, Shard, check_space
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
 from llmprune.model.targets import all_targets, packed_layouts
 from llmprune.planning.plan import Findings, Plan
+from llmprune.recipe.types import Recipe
 from llmprune.record import record as records
 from llmprune.record import report
 from llmprune.record.figures import Record
@@ -36,6 +37,7 @@ class Production:
     def __init__(self, model: Model, options: Options, team: Team, reporter: RunReporter) -> None:
         self.model, self.options, self.team, self.reporter = model, options, team, reporter
         self.writer: CheckpointWriter | None = None
+        self._packing: Packing | None = None  # None for a dense output
         self._fingerprint = ""
         self._left = "pruned and saved"  # how far the output is, once it is in place
         team.on_first(self._open)
@@ -49,6 +51,7 @@ class Production:
     def make(self, request: Request, reopen: Callable[[Path], Model]) -> Record:
         """Prune and save; with something to evaluate, score dense and pruned. Returns the record."""
         model, team, reporter = self.model, self.team, self.reporter
+        self._packing = self._packer(request.recipe)
         work, evaluation = planned(model, request, self.options, team, reporter, self._known)
         team.on_first(lambda: check_space(self.options.output, work.plan.disk))
         before = self._opening(work) | records.allocation(work.recipe, work.plan.measures, work.plan.losses)
@@ -75,11 +78,13 @@ class Production:
         """The part of the record that is known before the work."""
         masks = records.origin(work.masks.masks) if work.masks else {}
         before = records.opening(self.model, work.recipe, work.calibration, self._digest(), self.team.size)
-        return before | masks | (records.packed_form() if self.options.packed else {})
+        return before | masks | (records.packed_form(self._packing.values) if self._packing else {})
 
-    def _layouts(self) -> dict[str, Layout]:
-        """How the tensors that may be packed are packed; none for a dense output."""
-        return packed_layouts(self.model.skeleton) if self.options.packed else {}
+    def _packer(self, recipe: Recipe) -> Packing | None:
+        """What packs the output; None for a dense one."""
+        if not self.options.packed:
+            return None
+        return Packing(packed_layouts(self.model.skeleton), recipe.bits or 16)
 
     def _digest(self) -> str:
         """The fingerprint of the model's weights, read once."""
@@ -138,8 +143,7 @@ class Production:
         files = self.model.files
         companions = files.companions(self.options.trust_remote_code) if files else None
         exact, shards = before["recipe"].get("precision") == "float32", len(skeleton.blocks) + 1
-        packing = Packing(self._layouts()) if self.options.packed else None
-        self.writer.begin(records.identity(before), shards, shapes, companions, exact, packing)
+        self.writer.begin(records.identity(before), shards, shapes, companions, exact, self._packing)
 
     def _keep_findings(self, plan: Plan) -> None:
         """Keep what the allocator found out, for a run that goes on with this one."""
@@ -180,9 +184,8 @@ class Production:
 
         def block_done(block: Block) -> None:
             if writer:
-                writer.block(
-                    block.number + 1, block.shard, block.masks, block.rows, block.clock.seconds, block.exact
-                )
+                shard = Shard(block.shard, block.masks, block.rows, block.scales, block.exact)
+                writer.block(block.number + 1, shard, block.clock.seconds)
             progress.block(block.number + 1)
 
         work = dataclasses.replace(
@@ -190,7 +193,8 @@ class Production:
         )
         with devices.PrivateMemory() as memory:
             if len(done) < blocks:
-                source = Overlay(self.model.source, [*done, *exact], self._layouts())
+                layouts = self._packing.layouts if self._packing else {}
+                source = Overlay(self.model.source, [*done, *exact], layouts)
                 corridor.prune_blocks(work, source, len(done), clock, block_done)
             return team.on_first(lambda: self._finish(before, clock, memory))
 

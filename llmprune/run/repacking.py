@@ -12,10 +12,11 @@ from torch import Tensor
 from llmprune.checkpoint.contents import CONFIG, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
 from llmprune.checkpoint.masks import Masks, pack
-from llmprune.checkpoint.packed import VALUES, Packed, Packing
+from llmprune.checkpoint.packed import Packed, Packing
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
-from llmprune.checkpoint.writer import CheckpointWriter, check_space
+from llmprune.checkpoint.writer import CheckpointWriter, Shard, check_space
 from llmprune.common.version import __version__
+from llmprune.contracts import VALUES
 from llmprune.evaluation.audit import recount
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
@@ -66,7 +67,7 @@ class Conversion:
             found = dict(self._rows(block, tensors, given))
             masks = {name: bits for name, (bits, _) in found.items()}
             own = {name: tensor for name, tensor in tensors.items() if name not in skeleton.shared}
-            writer.block(number + 1, own, masks, [row for _, row in found.values()], {})
+            writer.block(number + 1, Shard(own, masks, [row for _, row in found.values()]), {})
             reporter.step()
         writer.rest(model.source)
         writer.copy_companions(files, self.code)

@@ -13,6 +13,7 @@ from llmprune.contracts import BlockJob, BlockStep, Tuned
 from llmprune.model.activations import BlockInputs
 from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite
+from llmprune.numerics.grids import GROUP
 from llmprune.recipe.types import AlgorithmSpec
 from llmprune.run.block import Block, Companion
 from llmprune.run.matrix import measured, seeded
@@ -46,8 +47,9 @@ class BlockTuner(Companion):
                 continue
             tuned = self._apply(step, self._job(block, chosen))
             for target in dict.fromkeys(target for targets in chosen.values() for target in targets):
-                of_block = {f"{block.name}.{name}": weight for name, weight in tuned.weights.items()}
-                self._put(target.gather(of_block), target, step, block)
+                self._put(target.gather(_of_block(tuned.weights, block)), target, step, block)
+                if tuned.scales:
+                    block.scales[target.key] = target.gather(_of_block(tuned.scales, block), GROUP).cpu()
                 self._describe(spec, target, block, tuned)
         self._unpruned = {}
 
@@ -82,19 +84,23 @@ class BlockTuner(Companion):
             own = [r - share.start for r in rows]
             return self._inputs.run(number, own, {n: w.to(dtype) for n, w in weights.items()})
 
-        def targets(rows: list[int]) -> Tensor:
+        def wanted(rows: list[int]) -> Tensor:
             return self._dense.hidden([r - share.start for r in rows])
 
-        weights, keeps = {}, {}
+        weights, keeps, scales = {}, {}, {}
+        bits = self._run.recipe.bits or 0
         shapes = {name: parameter.shape for name, parameter in block.module.named_parameters()}
-        for name in chosen:
+        for name, targets in chosen.items():
             weights[name] = torch.empty(shapes[name], dtype=torch.float32, device=device)
             keeps[name] = torch.ones(shapes[name], dtype=torch.bool, device=device)
-        inside_weights = {f"{block.name}.{name}": weight for name, weight in weights.items()}
-        inside_keeps = {f"{block.name}.{name}": keep for name, keep in keeps.items()}
+            if bits:
+                fewer = targets[0].grouped(f"{block.name}.{name}", shapes[name], GROUP)
+                scales[name] = torch.empty(fewer, dtype=torch.bfloat16, device=device)
         for target in dict.fromkeys(target for targets in chosen.values() for target in targets):
-            target.scatter(target.oriented(block.weight(target)), inside_weights)
-            target.scatter(unpack(block.masks[target.key], target.shape[1]), inside_keeps)
+            target.scatter(target.oriented(block.weight(target)), _of_block(weights, block))
+            target.scatter(unpack(block.masks[target.key], target.shape[1]), _of_block(keeps, block))
+            if bits:
+                target.scatter(block.scales[target.key], _of_block(scales, block))
         return BlockJob(
             name=block.name,
             weights=weights,
@@ -103,9 +109,11 @@ class BlockTuner(Companion):
             mine=range(share.start, share.stop),
             batch=self._inputs.batch,
             outputs=outputs,
-            targets=targets,
+            targets=wanted,
             add=self._run.team.add,
             generator=seeded(self._run.recipe.seed, block.name),
+            scales=scales,
+            bits=bits,
         )
 
     def _apply(self, step: BlockStep, job: BlockJob) -> Tuned:
@@ -138,3 +146,8 @@ class BlockTuner(Companion):
         row.update(measured(dense, final, block.stats.get(target.name)))
         row.update(steps=[*row["steps"], spec.name])
         row.update(tuned.notes)
+
+
+def _of_block(tensors: Mapping[str, Tensor], block: Block) -> dict[str, Tensor]:
+    """The same tensors by their names in the model."""
+    return {f"{block.name}.{name}": tensor for name, tensor in tensors.items()}

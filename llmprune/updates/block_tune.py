@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
+from llmprune.numerics.grids import Straight, spread
 
 
 class BlockTune(BlockStep):
@@ -22,6 +23,9 @@ class BlockTune(BlockStep):
     outputs. Some calibration sequences are held out. If the steps do not lower the error on
     them, they are done anew with the next learning rate; if none does, the weights stay
     unchanged.
+
+    Where the weights are rounded (`BlockJob.scales`), every forward pass rounds them again, and the gradient
+    passes the rounding (`grids.Straight`); their scales are trained too.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -35,12 +39,15 @@ class BlockTune(BlockStep):
                 matrix's kept weights, since the steps of AdamW do not follow the size of a
                 weight; each falls by a cosine over the steps.
             held_out: share of the calibration sequences that are not trained on.
+            scale_rate: learning rate of the scales of rounded weights, relative to each and to that of the
+                weights.
         """
 
         steps: int = 140
         batch: int = 2
         rates: tuple[float, ...] = (0.025, 0.008, 0.0025)
         held_out: float = 0.125
+        scale_rate: float = 0.1
 
         def __post_init__(self) -> None:
             for name in ("steps", "batch"):
@@ -48,6 +55,8 @@ class BlockTune(BlockStep):
                     raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
             if not self.rates or not all(0 < rate < 1 for rate in self.rates):
                 raise ValueError(f"rates must be learning rates in (0, 1), got {self.rates}")
+            if not 0 <= self.scale_rate <= 1:
+                raise ValueError(f"scale_rate must be in [0, 1], got {self.scale_rate}")
             if not 0 < self.held_out < 1:
                 raise ValueError(f"held_out must be in (0, 1), got {self.held_out}")
 
@@ -70,16 +79,17 @@ class BlockTune(BlockStep):
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
         kept = {name: keep.float() for name, keep in job.keeps.items()}  # products with bool are much slower
         before = _error(job, job.weights, held)
-        tuned: dict[str, Tensor] = {}
+        tuned = Tuned({})
         for rate in self.config.rates:
-            tuned.clear()  # the memory of a rate that failed is free before the next begins
+            tuned = Tuned({})  # the memory of a rate that failed is free before the next begins
             tuned = _Descent(self.config, job, kept, training, rate, seed).finish()
-            after = _error(job, tuned, held)
+            after = _error(job, tuned.weights, held)
             if after < before:  # false for NaN too
                 break
         applied = after < before
         notes = {"rate": rate, "held_out_before": before, "held_out_after": after, "applied": applied}
-        return Tuned(tuned if applied else job.weights, {"tune": notes})
+        tuned = tuned if applied else Tuned(job.weights, scales=job.scales)
+        return replace(tuned, notes={"tune": notes})
 
 
 class _Descent:
@@ -98,8 +108,12 @@ class _Descent:
         self._generator = torch.Generator().manual_seed(seed)
         self._weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
         self._sizes = [_root_mean_square(weight, kept[name]) for name, weight in job.weights.items()]
+        # Of the scales their logarithms are trained, so that they stay positive.
+        self._growths = {n: torch.zeros_like(s, dtype=torch.float32) for n, s in job.scales.items()}
+        self._sizes += [config.scale_rate for growth in self._growths.values()]
+        trained = [*self._weights.values(), *(g.requires_grad_() for g in self._growths.values())]
         self._optimizer = torch.optim.AdamW(
-            [{"params": [weight]} for weight in self._weights.values()],
+            [{"params": [parameter]} for parameter in trained],
             lr=rate,
             betas=(0.9, 0.95),
             eps=1e-12,
@@ -108,8 +122,8 @@ class _Descent:
         )
         self._queue: list[int] = []
 
-    def finish(self) -> dict[str, Tensor]:
-        """Do all steps; returns the weights."""
+    def finish(self) -> Tuned:
+        """Do all steps; returns the weights and their scales."""
         for step in range(self._config.steps):
             # A short warm-up, then a cosine that falls to 0: the
             # small last steps leave no noise in the weights.
@@ -122,7 +136,23 @@ class _Descent:
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.mul_(self._kept[name])
-        return {name: weight.detach() for name, weight in self._weights.items()}
+        with torch.no_grad():
+            scales = {name: self._scale(name).bfloat16() for name in self._growths}
+            return Tuned({name: w.detach() for name, w in self._present().items()}, scales=scales)
+
+    def _scale(self, name: str) -> Tensor:
+        """The scales of a weight as they are now; they are stored in bfloat16."""
+        scale = self._job.scales[name].float() * self._growths[name].exp()
+        return scale + (scale.bfloat16().float() - scale).detach()
+
+    def _present(self) -> dict[str, Tensor]:
+        """The weights that the block computes with: those that are trained, rounded where they must be."""
+        if not self._growths:
+            return self._weights
+        return {
+            name: Straight.apply(weight, spread(self._scale(name), weight.shape), self._job.bits)
+            for name, weight in self._weights.items()
+        }
 
     def _next(self) -> list[int]:
         """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
@@ -137,7 +167,10 @@ class _Descent:
 
         Pruned weights get gradients too, but they are set to zero again after the step.
         """
-        job, weights = self._job, self._weights
+        job, present = self._job, self._present()
+        weights = present
+        if self._growths:
+            weights = {name: weight.detach().requires_grad_() for name, weight in present.items()}
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
         size = torch.zeros((), dtype=torch.float64)
@@ -151,6 +184,9 @@ class _Descent:
         for weight in weights.values():
             assert weight.grad is not None
             weight.grad.div_(float(size))
+        if self._growths:
+            self._optimizer.zero_grad()
+            torch.autograd.backward(list(present.values()), [w.grad for w in weights.values()])
 
 
 def _root_mean_square(weight: Tensor, keep: Tensor) -> float:
