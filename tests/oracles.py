@@ -707,3 +707,130 @@ def packed_product(
                 weight = float(dense[r, j]) * (1.0 if scale is None else float(scale[r, j // 128]))
                 y[:, r] += _f64(x[:, j]) * weight
     return y
+
+
+# --- rounding
+# -------------------------------------------------------------------------------------------------
+
+
+def bfloat16(value: float) -> float:
+    """The nearest bfloat16, ties to even: 8 significant bits."""
+    if value == 0:
+        return 0.0
+    exponent = np.floor(np.log2(abs(value)))
+    unit = 2.0 ** (exponent - 7)
+    return float(np.round(np.float32(value) / unit) * unit)
+
+
+def nearest_on_grid(value: float, scale: float, bits: int) -> float:
+    """The nearest of q x scale with a whole q from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    most = 2 ** (bits - 1) - 1
+    return min((q * scale for q in range(-most, most + 1)), key=lambda v: abs(v - value))
+
+
+def rounding_scale(group: ArrayLike, bits: int, importance: ArrayLike, least: float) -> float:
+    """Of the shares 1, 0.95, ... `least` of the scale that cuts nothing off, the one with the least weighted
+    squared error.
+    """
+    most, best, chosen = max(abs(v) for v in _f64(group)) / (2 ** (bits - 1) - 1), np.inf, 0.0
+    for step in range(round((1 - least) / 0.05) + 1):
+        scale = bfloat16(most * (1 - 0.05 * step))
+        error = sum(
+            i * (nearest_on_grid(v, scale, bits) - v) ** 2
+            for v, i in zip(_f64(group), _f64(importance), strict=True)
+        )
+        if error < best:
+            best, chosen = error, scale
+    return chosen
+
+
+def rounding(weight: ArrayLike, keep: np.ndarray, gram: ArrayLike, scale: ArrayLike, bits: int) -> np.ndarray:
+    """GPTQ on a mask, from the formula of optimal brain surgery: column j becomes its nearest value, and the
+    columns behind it move by `-(w_j - q_j) [H_F^-1]_j / [H_F^-1]_jj`, H_F the damped Gram matrix of the
+    columns from j on. `scale` [R, C] is that of every weight.
+    """
+    w, g = _f64(weight).copy(), _f64(gram).copy()
+    for j in range(len(g)):
+        g[j, j] = g[j, j] or 1.0
+    h = g + 0.01 * np.mean(np.diag(g)) * np.eye(len(g))
+    for j in range(w.shape[1]):
+        inverse = np.linalg.inv(h[j:, j:])
+        for r in range(len(w)):
+            value = nearest_on_grid(w[r, j], scale[r, j], bits) if keep[r, j] else 0.0
+            error = w[r, j] - value
+            w[r, j:] -= error * inverse[0] / inverse[0, 0]
+            w[r, j] = value
+    return w
+
+
+def rounding_descent(
+    weight: ArrayLike,
+    start: np.ndarray,
+    keep: np.ndarray,
+    gram: ArrayLike,
+    scale: ArrayLike,
+    bits: int,
+    passes: int,
+) -> np.ndarray:
+    """QuantEase on a mask: each kept weight in turn takes the best value of its grid, the others stay."""
+    w, v, g = _f64(weight), start.copy(), _f64(gram).copy()
+    for j in range(len(g)):
+        g[j, j] = g[j, j] or 1.0
+    h = g + 0.01 * np.mean(np.diag(g)) * np.eye(len(g))
+    for _ in range(passes):
+        for j in range(w.shape[1]):
+            for r in range(len(w)):
+                if keep[r, j]:
+                    others = sum(h[j, k] * (w[r, k] - v[r, k]) for k in range(w.shape[1]) if k != j)
+                    v[r, j] = nearest_on_grid(w[r, j] + others / h[j, j], scale[r, j], bits)
+    return v
+
+
+def block_tune_rounded(
+    weight: ArrayLike,
+    keep: np.ndarray,
+    scale: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
+    batches: list[list[int]],
+    rates: tuple[float, float],
+    bits: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """AdamW on the weights of a layer that computes with rounded ones, and on the logarithms of the scales.
+
+    The scale [R] is one for each row. The gradient of a rounded weight goes to the weight itself where it is
+    not cut off, and to the scale with the factor q - w / s, or q where it is cut off (LSQ). Rates: of the
+    weights and of the logarithms. Returns the rounded weights and their scales.
+    """
+    w, s0, inputs, targets = _f64(weight).copy(), _f64(scale), _f64(x), _f64(y)
+    most = 2 ** (bits - 1) - 1
+    log = np.zeros(len(w))
+    moments = [np.zeros(w.shape), np.zeros(w.shape), np.zeros(len(w)), np.zeros(len(w))]
+
+    def now() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        s = np.array([bfloat16(v) for v in s0 * np.exp(log)])
+        exact = w / s[:, None]
+        return s, exact, np.clip(np.round(exact), -most, most)
+
+    for t, rows in enumerate(batches):
+        s, exact, codes = now()
+        gradient = np.zeros(w.shape)
+        for n in rows:
+            for token in range(inputs.shape[1]):
+                out = (codes * s[:, None]) @ inputs[n, token]
+                gradient += 2 * np.outer(out - targets[n, token], inputs[n, token])
+        gradient /= (targets[rows] ** 2).sum()
+        inside = abs(exact) <= most
+        of_scale = (gradient * np.where(inside, codes - exact, codes)).sum(1) * s0 * np.exp(log)
+        here = min(1.0, (t + 1) / 10) * 0.5 * (1 + np.cos(np.pi * t / len(batches)))
+        for number, (value, slope, rate) in enumerate(
+            ((w, gradient * inside, rates[0]), (log, of_scale, rates[1]))
+        ):
+            first, second = moments[2 * number : 2 * number + 2]
+            first[:] = 0.9 * first + 0.1 * slope
+            second[:] = 0.95 * second + 0.05 * slope**2
+            step = (first / (1 - 0.9 ** (t + 1))) / (np.sqrt(second / (1 - 0.95 ** (t + 1))) + 1e-12)
+            value -= here * rate * step
+        w *= keep
+    s, _, codes = now()
+    return codes * s[:, None], s

@@ -93,10 +93,12 @@ def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     cases = [_case(case) for case in _typed("cases", values.pop("cases", None) or [], list)]
     pattern = _typed("pattern", overrides.get("pattern", values.get("pattern", "unstructured")), str)
     sparsity = resolve_sparsity(pattern, overrides.get("sparsity", values.get("sparsity")))
+    kept = _typed("values", overrides.get("values", values.get("values", "same")), str)
     given, reasons = {key.partition(".")[0] for key in overrides}, []
     for case in cases:
         heads = {key.partition(".")[0] for key in case.set}
-        if not heads & given and sparsity >= case.sparsity and fnmatch.fnmatchcase(pattern, case.pattern):
+        fits = fnmatch.fnmatchcase(pattern, case.pattern) and fnmatch.fnmatchcase(kept, case.values)
+        if not heads & given and sparsity >= case.sparsity and fits:
             for key, value in case.set.items():
                 _override(values, key, value)
             reasons.append(case.because)
@@ -106,7 +108,7 @@ def _choose_cases(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 def _case(value: Any) -> Case:
     case: Case = _part(Case, "case", value)
-    for key, wanted in (("pattern", str), ("set", dict), ("because", str)):
+    for key, wanted in (("pattern", str), ("values", str), ("set", dict), ("because", str)):
         _typed(f"{key} of a case", getattr(case, key), wanted)
     if not all(isinstance(key, str) for key in case.set):
         raise ValueError(f"set of a case must have dotted keys of the recipe, got {shown(case.set)}")

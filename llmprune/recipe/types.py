@@ -61,17 +61,19 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Settings that a recipe file makes for certain patterns and sparsities only.
+    """Settings that a recipe file makes for certain patterns, sparsities and values only.
 
     Attributes:
         pattern: a glob pattern that the recipe's `pattern` must match.
         sparsity: the least sparsity for which the case applies.
+        values: a glob pattern that the recipe's `values` must match, such as `int4`.
         set: recipe fields by dotted key, with their values.
         because: the reason, shown in the plan.
     """
 
     pattern: str = "*"
     sparsity: float = 0.0
+    values: str = "*"
     set: Mapping[str, Any] = field(default_factory=dict)
     because: str = ""
 
