@@ -35,6 +35,12 @@ typedef struct {
   int64_t *starts;
 } sample;
 
+/* Without mask and row starts, as a matrix that keeps everything may be. */
+static void whole(sample *s) {
+  free((void *)s->m.mask), free((void *)s->m.rows);
+  s->m.mask = NULL, s->m.rows = NULL;
+}
+
 static sample make(int kind, int64_t R, int64_t C, uint64_t percent) {
   int64_t W = (C + 63) / 64, G = (C + 127) / 128, kept = 0;
   int as = kind == INT4 ? INT8 : kind;
@@ -131,13 +137,16 @@ int main(int count, char **arguments) {
   llmprune_setup(NULL);
   for (int i = 0; i < cases; i++)
     for (int kind = BF16; kind <= INT4; kind++) {
-      sample s = make(kind, 1 + (int64_t)draw(9), 1 + (int64_t)draw(draw(8) ? 300 : 5000), percents[draw(5)]);
+      uint64_t percent = percents[draw(5)];
+      sample s = make(kind, 1 + (int64_t)draw(9), 1 + (int64_t)draw(draw(8) ? 300 : 5000), percent);
+      int masked = kind < INT8 || percent < 100 || draw(2);
+      if (!masked) whole(&s);
       for (int path = PORTABLE; path <= AVX512BF16; path++) {
         if (!llmprune_has(path)) continue;
         products(&s, path, (int)draw(3), 1 + (int64_t)draw(16), (int)draw(2)), done++;
         products(&s, path, BF16, 1 + (int64_t)draw(16), 0), done++;
         expands(&s, path, FP32), expands(&s, path, BF16), done += 2;
-        if (kind != INT4) expands(&s, path, kind), done++;
+        if (kind != INT4 && masked) expands(&s, path, kind), done++;
       }
       give_back(&s);
     }

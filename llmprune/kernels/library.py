@@ -97,19 +97,21 @@ def native() -> ctypes.CDLL:
     return library
 
 
-def matrix_of(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], columns: int) -> Matrix:
+def matrix_of(tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], columns: int) -> Matrix:
     """Values, mask, row starts and scale of a packed matrix for the C code. The tensors must outlive it."""
     values, mask, rows, scale = tensors
+    first = scale if mask is None else mask
+    assert first is not None
     return Matrix(
         values.data_ptr(),
-        mask.data_ptr(),
-        rows.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         None if scale is None else scale.data_ptr(),
         values.numel() * values.element_size(),
-        mask.shape[0],
+        first.shape[0],
         columns,
         KINDS[values.dtype],
-        rows.dtype == torch.int64,
+        rows is not None and rows.dtype == torch.int64,
     )
 
 

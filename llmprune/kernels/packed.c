@@ -35,7 +35,8 @@ enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16 };
 typedef void (*range_function)(int64_t, int64_t, void *);
 typedef int (*parallel_function)(int64_t, int64_t, int64_t, range_function, void *);
 
-/* A packed matrix [R, C] as the caller hands it in (`library.py` has the same fields). */
+/* A packed matrix [R, C] as the caller hands it in (`library.py` has the same fields). Without `mask` and `rows`
+ * (int8 and int4 only) every weight is kept, and all rows are as long. */
 typedef struct {
   const uint8_t *values, *mask;
   const void *rows;      /* starts: of values, for int4 of bytes */
@@ -114,6 +115,7 @@ INLINE float float_at(const void *x, int kind, int64_t i) {
 }
 
 INLINE int64_t row_start(const matrix *m, int64_t r) {
+  if (!m->rows) return r * (m->kind == INT4 ? m->C / WORD * 32 + (m->C % WORD + 1) / 2 : m->C);
   if (m->wide) {
     int64_t s;
     memcpy(&s, (const uint8_t *)m->rows + 8 * r, 8);
@@ -123,6 +125,15 @@ INLINE int64_t row_start(const matrix *m, int64_t r) {
   memcpy(&s, (const uint8_t *)m->rows + 4 * r, 4);
   return s;
 }
+
+/* Word w of the mask of row r. */
+INLINE uint64_t mask_of(const job *j, int64_t r, int64_t w) {
+  if (j->m.mask) return word_at(j->m.mask + 8 * (r * j->W + w));
+  return (w + 1) * WORD <= j->m.C ? ~0ull : (1ull << j->m.C % WORD) - 1;
+}
+
+/* The mask words of row r; NULL where there are none. */
+INLINE const uint8_t *masks_of(const job *j, int64_t r) { return j->m.mask ? j->m.mask + 8 * r * j->W : 0; }
 
 INLINE float scale_at(const job *j, int64_t r, int64_t g) {
   uint16_t b;
@@ -263,12 +274,12 @@ INLINE const uint8_t *decode_portable(int kind, const uint8_t *p, uint64_t m, fl
 INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
   float v[WORD];
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     double sums[MOST] = {0};
     const float *x = (const float *)j->x;
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode_portable(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode_portable(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float s[8] = {0};
         for (int i = 0; i < WORD; i += 8)
@@ -362,13 +373,13 @@ T256 INLINE float sum256(__m256 v) {
 
 T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     __m256 sums[MOST][2], v[8];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm256_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode256(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode256(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m256 a = sums[c][0], b = sums[c][1];
         UNROLL for (int k = 0; k < 8; k += 2) {
@@ -449,13 +460,13 @@ T512 INLINE const uint8_t *decode512(int kind, const uint8_t *p, uint64_t m, flo
 
 T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     __m512 sums[MOST][2], v[4];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode512(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode512(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m512 a = _mm512_fmadd_ps(v[0], _mm512_loadu_ps(x), sums[c][0]);
         __m512 b = _mm512_fmadd_ps(v[1], _mm512_loadu_ps(x + 16), sums[c][1]);
@@ -558,22 +569,27 @@ T512 static void lay_bytes(job *j, const uint8_t *x, int kind, int first, uint8_
     }
 }
 
-/* One word as unsigned bytes, `offset` where nothing is kept. */
-T512 INLINE __m512i bytes512(int kind, const uint8_t **p, uint64_t m, __m512i offset) {
+/* One word as unsigned bytes, `offset` where nothing is kept. Where all is kept, what follows the last column is
+ * read as well, and meets zeros of x. */
+T512 INLINE __m512i bytes512(int kind, const int whole, const uint8_t **p, uint64_t m, __m512i offset) {
   ahead(*p, 0);
   __m512i v = kind == INT4 ? nibbles512(*p) : _mm512_xor_si512(load512(*p), offset);
+  if (whole) {
+    *p += kind == INT4 ? WORD / 2 : WORD;
+    return v;
+  }
   int kept = __builtin_popcountll(m);
   *p += kind == INT4 ? (kept + 1) / 2 : kept;
   return _mm512_mask_expand_epi8(offset, m, v);
 }
 
 /* One group of `rows` rows (1 or 2) times n rows of x; the values of both are followed in p. */
-T512 INLINE void group512(int kind, const int rows, const int n, const uint8_t **p, const uint64_t (*m)[2],
+T512 INLINE void group512(int kind, const int whole, const int rows, const int n, const uint8_t **p, const uint64_t (*m)[2],
                           const uint8_t *x, const float (*scales)[16 * 8], __m512 (*sums)[8]) {
   __m512i offset = _mm512_set1_epi8((char)offset_of(kind)), v[2], u[2];
   UNROLL for (int i = 0; i < rows; i++) {
-    v[i] = bytes512(kind, &p[i], m[i][0], offset);
-    u[i] = bytes512(kind, &p[i], m[i][1], offset);
+    v[i] = bytes512(kind, whole, &p[i], m[i][0], offset);
+    u[i] = bytes512(kind, whole, &p[i], m[i][1], offset);
   }
   UNROLL for (int c = 0; c < n; c++, x += BLOCK) {
     __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 64), start = _mm512_loadu_si512(x + GROUP);
@@ -587,18 +603,18 @@ T512 INLINE void group512(int kind, const int rows, const int n, const uint8_t *
 /* The bytes of a panel of n rows of x, with the scales behind the blocks. */
 INLINE int64_t panel_bytes(const job *j, int n) { return (j->G * BLOCK + (j->G + 15) / 16 * 64) * n; }
 
-T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int rows, const int n, int first,
-                            const uint8_t *x) {
+T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int whole, const int rows,
+                            const int n, int first, const uint8_t *x) {
   const int64_t row[2] = {r, next};
   const uint8_t *p[2] = {row_values(j, r), row_values(j, next)};
-  const uint8_t *mask[2] = {j->m.mask + 8 * r * j->W, j->m.mask + 8 * next * j->W};
+  const uint8_t *mask[2] = {masks_of(j, r), masks_of(j, next)};
   const float *x_scales = (const float *)(x + j->G * n * BLOCK);
   float scales[2][16 * 8] __attribute__((aligned(64)));
   __m512 sums[2][8];
   if (!p[0] || !p[1]) return;
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++) sums[i][c] = _mm512_setzero_ps();
   for (int64_t g0 = 0; g0 < j->G; g0 += 16, x_scales += 16 * n) {
-    int64_t count = j->G - g0 < 16 ? j->G - g0 : 16, whole = j->W - 2 * g0 >= 2 * count ? count : count - 1;
+    int64_t count = j->G - g0 < 16 ? j->G - g0 : 16, pairs = j->W - 2 * g0 >= 2 * count ? count : count - 1;
     UNROLL for (int i = 0; i < rows; i++) {
       __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), j->m.scale + row[i] * j->G + g0);
       __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -607,33 +623,36 @@ T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int
     }
     for (int64_t g = 0; g < count; g++, x += BLOCK * n) {
       uint64_t m[2][2];
-      UNROLL for (int i = 0; i < rows; i++) {
+      UNROLL for (int i = 0; i < rows && !whole; i++) {
         ahead(p[i], mask[i]);
         m[i][0] = word_at(mask[i]);
-        m[i][1] = g < whole ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
+        m[i][1] = g < pairs ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
         mask[i] += 16;
       }
-      group512(kind, rows, n, p, m, x, (const float(*)[16 * 8])(scales[0] + g), sums);
+      group512(kind, whole, rows, n, p, m, x, (const float(*)[16 * 8])(scales[0] + g), sums);
     }
   }
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
     if (first + c < j->n) j->y[(first + c) * j->m.R + row[i]] = _mm512_reduce_add_ps(sums[i][c]);
 }
 
-T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int n) {
+T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int whole, const int n) {
   const int rows = n == 1 ? 1 : 2;
   for (int64_t r = r0; r < r1; r += rows)
     for (int first = 0, k = 0; first < j->n; first += n, k++)
-      rows_bytes(j, r, r + 1 < r1 ? r + rows - 1 : r, kind, rows, n, first, j->x + k * panel_bytes(j, n));
+      rows_bytes(j, r, r + 1 < r1 ? r + rows - 1 : r, kind, whole, rows, n, first, j->x + k * panel_bytes(j, n));
 }
 
 #define AT(n)                                                                                              \
   T512BF static void bf16_##n(job *j, int64_t a, int64_t b) { product_bf16(j, a, b, n); }                  \
-  T512 static void int8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, n); }             \
-  T512 static void int4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, n); }
+  T512 static void int8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, 0, n); }          \
+  T512 static void int4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, 0, n); }          \
+  T512 static void full8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, 1, n); }         \
+  T512 static void full4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, 1, n); }
 AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7) AT(8)
 #define ALL(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6, name##_7, name##_8}
 static const rows_function bf16_all[] = ALL(bf16), int8_all[] = ALL(int8), int4_all[] = ALL(int4);
+static const rows_function full8_all[] = ALL(full8), full4_all[] = ALL(full4);
 #endif /* X86 */
 
 /* ---- NEON --------------------------------------------------------------------------------------------- */
@@ -684,13 +703,13 @@ INLINE const uint8_t *decode_neon(int kind, const uint8_t *p, uint64_t m, float 
 
 INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     float32x4_t sums[MOST][2], v[16];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = vdupq_n_f32(0);
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode_neon(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode_neon(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float32x4_t a = sums[c][0], b = sums[c][1];
         UNROLL for (int k = 0; k < 16; k += 2) {
@@ -762,7 +781,8 @@ EXPORT void llmprune_setup(parallel_function parallel) {
 static const rows_function *narrow(const job *j, int x_kind, int exact) {
   if (j->m.kind == BF16 && x_kind == BF16 && j->path == AVX512BF16) return bf16_all;
   if (exact || (j->path != AVX512 && j->path != AVX512BF16)) return 0;
-  return j->m.kind == INT8 ? int8_all : j->m.kind == INT4 ? int4_all : 0;
+  if (j->m.kind == INT8) return j->m.mask ? int8_all : full8_all;
+  return j->m.kind != INT4 ? 0 : j->m.mask ? int4_all : full4_all;
 }
 #endif
 
@@ -794,7 +814,7 @@ EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64
   job j;
   memset(&j, 0, sizeof j);
   j.m = *m, j.y = y, j.n = j.laid = (int32_t)n, j.path = path, j.last = m->R;
-  if (n < 1 || n > MOST || !llmprune_has(path)) return NO_PATH;
+  if (n < 1 || n > MOST || !llmprune_has(path) || (!m->mask && m->kind < INT8)) return NO_PATH;
   scratch += (64 - (uintptr_t)scratch % 64) % 64;
   int bad = prepare(&j, scratch);
   if (bad) return bad;
@@ -822,7 +842,7 @@ EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64
 /* Bits alone: no arithmetic, so that NaN payloads and -0.0 stay. */
 INLINE void expand_raw(job *j, int64_t r0, int64_t r1, int width) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     uint8_t *out = j->out + (r - j->first) * j->m.C * width;
     if (!p) continue;
     memset(out, 0, (size_t)(j->m.C * width));
@@ -877,11 +897,11 @@ T512 INLINE void store512(const job *j, const float *v, uint8_t *out, int64_t w)
   attributes INLINE void name(job *j, int64_t r0, int64_t r1, int kind) {                                     \
     float v[WORD] __attribute__((aligned(64)));                                                               \
     for (int64_t r = r0; r < r1; r++) {                                                                       \
-      const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;                                  \
+      const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);                                  \
       uint8_t *out = j->out + (r - j->first) * j->m.C * width_of(j->to);                                      \
       for (int64_t w = 0; p && w < j->W; w++) {                                                               \
-        ahead(p, mask + 8 * w);                                                                               \
-        p = decode(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v); \
+        ahead(p, mask ? mask + 8 * w : 0);                                                                    \
+        p = decode(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v);      \
         store(j, v, out, w);                                                                                  \
       }                                                                                                       \
     }                                                                                                         \
@@ -896,7 +916,7 @@ EXPAND_FLOATS(floats_avx512, T512, decode512, __m512, store512)
 
 T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     uint8_t *out = j->out + (r - j->first) * j->m.C * 2;
     for (int64_t i = 0; p && i < j->m.C; i += 8, out += 16) {
       unsigned b = mask[i / 8];
@@ -916,7 +936,7 @@ T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
 T512 INLINE void expand512(job *j, int64_t r0, int64_t r1, int width) {
   const int step = 64 / width; /* columns per vector */
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     uint8_t *out = j->out + (r - j->first) * j->m.C * width;
     for (int64_t i = 0; p && i < j->m.C; i += step, out += 64, mask += step / 8) {
       uint64_t b = 0;
@@ -971,7 +991,7 @@ EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to,
   memset(&j, 0, sizeof j);
   j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last;
   int raw = to == m->kind;
-  if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && to == INT4)) return NO_PATH;
+  if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && (to == INT4 || !m->mask))) return NO_PATH;
   int bad = prepare(&j, tail);
   return bad ? bad : run_rows(&j, expander(&j, raw), threads);
 }

@@ -22,7 +22,7 @@ _BLOCK_BYTES = 8 << 20  # of a block of dense rows
 
 _operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
-    "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor rows, Tensor? scale, int columns, int bits,"
+    "packed_linear(Tensor x, Tensor values, Tensor? mask, Tensor? rows, Tensor? scale, int columns, int bits,"
     " bool exact=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -48,14 +48,15 @@ def _check_call(x: Tensor, packed: Packed) -> None:
         raise ValueError(
             f"x must be bfloat16, float16 or float32 [..., {packed.columns}], not {x.dtype} {list(x.shape)}"
         )
-    if packed.mask.shape[1] != mask_width(packed.columns):
+    if packed.mask is not None and packed.mask.shape[1] != mask_width(packed.columns):
         raise ValueError(f"{list(packed.mask.shape)} is no mask of {packed.columns} columns")
     scale = packed.scale
     if (scale is None) != (packed.bits > 8):
         raise ValueError(f"values of {packed.bits} bits have {'a' if packed.bits <= 8 else 'no'} scale")
     if scale is not None and (
         scale.dtype != torch.bfloat16
-        or scale.shape != (len(packed.mask), -(-packed.columns // 128))
+        or scale.ndim != 2
+        or scale.shape != (packed.height, -(-packed.columns // 128))
         or not scale.is_contiguous()
     ):
         raise ValueError(f"{scale.dtype} {list(scale.shape)} is no scale of {packed.columns} columns")
@@ -72,11 +73,11 @@ def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
         y = torch.cat([fused(part, packed, exact) for part in parts]).to(x.dtype)
     else:
         y = by_blocks(flat, packed)
-    return y.view(*x.shape[:-1], len(packed.mask))
+    return y.view(*x.shape[:-1], packed.height)
 
 
-def _shape(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], mask.shape[0]))
+def _shape(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], Packed(*rest[:6]).height))
 
 
 torch.library.register_fake("llmprune::packed_linear", _shape, lib=_operators)
@@ -95,7 +96,7 @@ def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tens
     native, state = library.native(), library.loaded()
     matrix = library.matrix_of(packed[:4], packed.columns)
     scratch = torch.empty(native.llmprune_scratch_bytes(matrix, len(x)), dtype=torch.uint8)
-    y = torch.empty((len(x), len(packed.mask)), dtype=torch.float32)
+    y = torch.empty((len(x), packed.height), dtype=torch.float32)
     code = native.llmprune_product(
         matrix,
         x.data_ptr(),
@@ -115,7 +116,7 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
     """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are."""
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
-    rows, columns = len(packed.mask), packed.columns
+    rows, columns = packed.height, packed.columns
     most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
     # The native code scales to float32 or bfloat16.
     wide = dtype == torch.float16 and packed.scale is not None

@@ -35,10 +35,10 @@ class PackedLinear(nn.Module):
         sums = torch.int64 if kept >= 1 << 31 else torch.int32
         # A module refuses a buffer with the name of a property.
         self._buffers["weight"] = torch.empty(kept, dtype=values, device="meta")
-        self.register_buffer(
-            "weight_mask", torch.empty(rows, mask_width(columns), dtype=torch.uint8, device="meta")
-        )
-        self.register_buffer("weight_rows", torch.empty(rows + 1, dtype=sums, device="meta"))
+        if not layout.whole:
+            mask = torch.empty(rows, mask_width(columns), dtype=torch.uint8, device="meta")
+            self.register_buffer("weight_mask", mask)
+            self.register_buffer("weight_rows", torch.empty(rows + 1, dtype=sums, device="meta"))
         if layout.bits != 16:
             scales = torch.empty(rows, -(-columns // GROUP), dtype=torch.bfloat16, device="meta")
             self.register_buffer("weight_scale", scales)
@@ -66,15 +66,15 @@ class PackedLinear(nn.Module):
         """The dense tensor."""
         parts, layout = self.parts(), self.layout
         shape = (layout.rows, layout.columns)
-        return layout.dense(expand(parts[""], parts["_mask"], shape, layout.dtype, parts.get("_scale")))
+        return layout.dense(expand(parts[""], parts.get("_mask"), shape, layout.dtype, parts.get("_scale")))
 
     def packed(self) -> Packed:
         """The matrix as the kernels take it."""
         parts, layout = self.parts(), self.layout
-        if self._starts is None:
+        if self._starts is None and not layout.whole:
             self._starts = starts_of(parts, layout)
         bits = parts[""].dtype.itemsize * 8 if layout.bits == 16 else layout.bits
-        return Packed(parts[""], parts["_mask"], self._starts, parts.get("_scale"), layout.columns, bits)
+        return Packed(parts[""], parts.get("_mask"), self._starts, parts.get("_scale"), layout.columns, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of inputs [..., C] the outputs [..., R]."""

@@ -197,7 +197,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             if layout is None:
                 continue
             if target.tensor not in parts:
-                parts[target.tensor] = read_parts(mapped.load, target.tensor, layout.bits)
+                parts[target.tensor] = read_parts(mapped.load, target.tensor, layout)
                 check(parts[target.tensor], layout, target.tensor)
                 starts[target.tensor] = starts_of(parts[target.tensor], layout)
             first = (target.index or 0) * target.shape[0]
