@@ -341,11 +341,8 @@ def test_a_dense_model_is_rounded_without_masks(tmp_path, kind, values, bits):
     folder = make(kind, tmp_path / "in")
     result = llmprune.convert(folder, to="packed", values=values, output=tmp_path / "packed")
     assert result["matrices"] and not result["dense"]
-    source, stored, dense = (
-        open_model(tmp_path / "packed").source,
-        tensors(tmp_path / "packed"),
-        tensors(folder),
-    )
+    source, stored = open_model(tmp_path / "packed").source, tensors(tmp_path / "packed")
+    dense = tensors(folder)
     for name, layout in source.layouts.items():
         assert (
             layout.whole and entry(tmp_path / "packed")["matrices"][name][2] == layout.rows * layout.columns
@@ -367,15 +364,13 @@ def test_a_dense_model_is_rounded_without_masks(tmp_path, kind, values, bits):
 
 
 def test_a_full_matrix_with_a_mask_is_read_as_well(tmp_path):
-    """As version 0.1 would have written one; and it stays so when it is converted."""
+    """As it was written before matrices could lack one."""
     folder = tmp_path / "packed"
     llmprune.convert(make("gpt2", tmp_path / "in"), to="packed", values="int8", output=folder)
     source = open_model(folder).source
     wanted = {name: source.load(name) for name in source.tensors}
-    file, layout = (
-        next(f for f in folder.glob("model*.safetensors") if NAME in load_file(f)),
-        source.layouts[NAME],
-    )
+    layout = source.layouts[NAME]
+    file = next(f for f in folder.glob("model*.safetensors") if NAME in load_file(f))
     stored = load_file(file)
     stored[f"{NAME}_mask"] = source.load_mask(NAME)
     stored[f"{NAME}_rows"] = (torch.arange(layout.rows + 1) * layout.columns).int()

@@ -92,11 +92,18 @@ static void give_back(sample *s) {
 
 static void products(const sample *s, int path, int x_kind, int64_t n, int exact) {
   int64_t R = s->m.R, C = s->m.C;
-  uint8_t *x = exactly(n * C * width_of(x_kind)), *scratch = exactly(llmprune_scratch_bytes(&s->m, n));
+  uint8_t *x = exactly(n * C * width_of(x_kind)), *scratch = exactly(llmprune_scratch_bytes(&s->m, 2, n));
   double *real = exactly(8 * n * C);
-  float *y = exactly(4 * n * R);
+  float *y = exactly(4 * n * R), *again = exactly(4 * n * R);
+  uint16_t *half = exactly(2 * n * R);
+  const matrix twice[] = {s->m, s->m};
+  void *ys[] = {y, again}, *halves[] = {half};
   for (int64_t i = 0; i < n * C; i++) real[i] = put(x, x_kind, i);
-  if (llmprune_product(&s->m, x, x_kind, n, exact, path, 1, scratch, y)) printf("product\n"), exit(1);
+  int bad = llmprune_products(twice, 2, x, x_kind, n, exact, path, 1, scratch, ys, FP32);
+  bad |= llmprune_products(&s->m, 1, x, x_kind, n, exact, path, 1, scratch, halves, BF16);
+  if (bad || memcmp(y, again, (size_t)(4 * n * R))) printf("product\n"), exit(1);
+  for (int64_t i = 0; i < n * R; i++)
+    if (half[i] != to_bf16(y[i])) printf("product in bf16\n"), exit(1);
   for (int64_t c = 0; c < n; c++)
     for (int64_t r = 0; r < R; r++) {
       double sum = 0, size = 0, weights = 0, largest = 0;
@@ -111,7 +118,7 @@ static void products(const sample *s, int path, int x_kind, int64_t n, int exact
         exit(1);
       }
     }
-  free(x), free(scratch), free(real), free(y);
+  free(x), free(scratch), free(real), free(y), free(again), free(half);
 }
 
 static void expands(const sample *s, int path, int to) {

@@ -17,7 +17,7 @@ from llmprune.kernels import build
 NO_KERNEL = "no native kernel here: no speed-up"
 PATHS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4, "avx512-bf16": 5}  # the later, the faster
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}  # uint8: int4
-_VERSION = 1
+_VERSION = 2
 _NAMES = {
     "portable": "plain C",
     "neon": "NEON",
@@ -146,9 +146,9 @@ def _bind(path: Path) -> _Loaded:
     signatures = {
         "setup": (None, [pointer]),
         "has": (number, [number]),
-        "scratch_bytes": (many, [matrix, many]),
+        "scratch_bytes": (many, [matrix, number, many]),
         "tail_bytes": (many, [matrix]),
-        "product": (number, [matrix, pointer, number, many, number, number, number, pointer, pointer]),
+        "products": (number, [matrix, number, pointer, number, many, *[number] * 3, *[pointer] * 2, number]),
         "expand": (number, [matrix, many, many, number, number, number, pointer, pointer]),
         "compress": (number, [matrix, pointer, number, number, pointer]),
         "nibbles": (None, [matrix, pointer, pointer, pointer, number]),

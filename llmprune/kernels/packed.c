@@ -30,7 +30,7 @@
 enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
 enum { PORTABLE = 1, NEON = 2, AVX2 = 3, AVX512 = 4, AVX512BF16 = 5 };
 enum { OK = 0, BAD_ROWS = 1, NO_PATH = 2 };
-enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16 };
+enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16, MATRICES = 8 };
 
 typedef void (*range_function)(int64_t, int64_t, void *);
 typedef int (*parallel_function)(int64_t, int64_t, int64_t, range_function, void *);
@@ -50,18 +50,19 @@ typedef struct {
   int64_t W, G, safe, from; /* mask words and groups of a row; rows starting behind `safe` are in the tail */
   const uint8_t *tail;
   const uint8_t *x; /* laid out for the kernel */
-  float *y;         /* [n, R] */
+  void *y;          /* [n, R], float or bf16 */
   uint8_t *out;     /* expand: dense rows from `first` on; compress: values */
   const uint8_t *in;
   int64_t first, last;
-  int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output of expand */
+  int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output */
 } job;
 
 typedef void (*rows_function)(job *, int64_t, int64_t);
 typedef struct {
-  job *j;
+  job *jobs;
   rows_function run;
-  int64_t chunks, next;
+  int64_t chunks[MATRICES + 1], next; /* shares before those of each job, and all of them */
+  int count;
 } shared;
 
 static parallel_function parallel_for = 0;
@@ -181,11 +182,10 @@ static int64_t cost(const job *j, int64_t r) {
 }
 
 /* The first row of a share: shares hold equally many bytes, whatever the rows hold. */
-static int64_t share_start(const shared *s, int64_t share) {
-  job *j = s->j;
+static int64_t share_start(const job *j, int64_t share, int64_t shares) {
   if (share <= 0) return j->first;
-  if (share >= s->chunks) return j->last;
-  double wanted = (double)cost(j, j->last) * (double)share / (double)s->chunks;
+  if (share >= shares) return j->last;
+  double wanted = (double)cost(j, j->last) * (double)share / (double)shares;
   int64_t low = j->first, high = j->last;
   while (low < high) {
     int64_t middle = low + (high - low) / 2;
@@ -202,20 +202,39 @@ static void take_shares(int64_t begin, int64_t end, void *context) {
   (void)begin, (void)end; /* every thread takes the next share until none is left */
   for (;;) {
     int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
-    if (i >= s->chunks) return;
-    s->run(s->j, share_start(s, i), share_start(s, i + 1));
+    int k = 0;
+    if (i >= s->chunks[s->count]) return;
+    while (i >= s->chunks[k + 1]) k++;
+    job *j = s->jobs + k;
+    int64_t shares = s->chunks[k + 1] - s->chunks[k];
+    i -= s->chunks[k];
+    s->run(j, share_start(j, i, shares), share_start(j, i + 1, shares));
   }
 }
 
-static int run_rows(job *j, rows_function run, int threads) {
-  shared s = {j, run, 1, 0};
+/* The rows of all jobs, whose outputs are of their own. */
+static int run_rows(job *jobs, int count, rows_function run, int threads) {
+  shared s = {jobs, run, {0}, 0, count};
+  double all = 0;
+  int bad = 0;
   if (!run) return NO_PATH;
-  if (parallel_for && threads > 1 && cost(j, j->last) > 65536) {
-    s.chunks = 8 * (int64_t)threads;
-    parallel_for(0, threads, 1, take_shares, &s);
+  for (int k = 0; k < count; k++) all += (double)cost(jobs + k, jobs[k].last);
+  int parallel = parallel_for && threads > 1 && all > 65536;
+  for (int k = 0; k < count; k++) {
+    double share = parallel ? 8 * threads * (double)cost(jobs + k, jobs[k].last) / all : 0;
+    s.chunks[k + 1] = s.chunks[k] + (share > 1 ? (int64_t)(share + 0.5) : 1);
   }
+  if (parallel) parallel_for(0, threads, 1, take_shares, &s);
   take_shares(0, 1, &s); /* all of it, or what is left where the threads failed */
-  return j->bad ? BAD_ROWS : OK;
+  for (int k = 0; k < count; k++) bad |= jobs[k].bad;
+  return bad ? BAD_ROWS : OK;
+}
+
+INLINE void give(const job *j, int64_t c, int64_t r, float y) {
+  if (j->to == BF16)
+    ((uint16_t *)j->y)[c * j->m.R + r] = to_bf16(y);
+  else
+    ((float *)j->y)[c * j->m.R + r] = y;
 }
 
 /* ---- laying out x: blocks of 64 columns, one per row of x, one after another -------------------------- */
@@ -287,7 +306,7 @@ INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c] += ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = (float)sums[c];
+    for (int c = 0; c < j->n; c++) give(j, c, r, (float)sums[c]);
   }
 }
 
@@ -389,7 +408,7 @@ T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c][0] = a, sums[c][1] = b;
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = sum256(_mm256_add_ps(sums[c][0], sums[c][1]));
+    for (int c = 0; c < j->n; c++) give(j, c, r, sum256(_mm256_add_ps(sums[c][0], sums[c][1])));
   }
 }
 
@@ -475,7 +494,7 @@ T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
       }
     }
     for (int c = 0; c < j->n; c++)
-      j->y[c * j->m.R + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[c][0], sums[c][1]));
+      give(j, c, r, _mm512_reduce_add_ps(_mm512_add_ps(sums[c][0], sums[c][1])));
   }
 }
 
@@ -516,7 +535,7 @@ T512BF INLINE void rows_bf16(job *j, int64_t r, int64_t next, const int rows, co
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
     if (first + c < j->n) {
       __m512 sum = n <= 4 ? _mm512_add_ps(a[i][c], b[i][c]) : a[i][c];
-      j->y[(first + c) * j->m.R + (i ? next : r)] = _mm512_reduce_add_ps(sum);
+      give(j, first + c, i ? next : r, _mm512_reduce_add_ps(sum));
     }
 }
 
@@ -633,7 +652,7 @@ T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int
     }
   }
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
-    if (first + c < j->n) j->y[(first + c) * j->m.R + row[i]] = _mm512_reduce_add_ps(sums[i][c]);
+    if (first + c < j->n) give(j, first + c, row[i], _mm512_reduce_add_ps(sums[i][c]));
 }
 
 T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int whole, const int n) {
@@ -719,7 +738,7 @@ INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c][0] = a, sums[c][1] = b;
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = vaddvq_f32(vaddq_f32(sums[c][0], sums[c][1]));
+    for (int c = 0; c < j->n; c++) give(j, c, r, vaddvq_f32(vaddq_f32(sums[c][0], sums[c][1])));
   }
 }
 
@@ -766,7 +785,7 @@ EXPORT int llmprune_has(int path) {
 #endif
 }
 
-EXPORT int llmprune_version(void) { return 1; }
+EXPORT int llmprune_version(void) { return 2; }
 
 /* To be called once, before anything else. `parallel` may be NULL: one thread. */
 EXPORT void llmprune_setup(parallel_function parallel) {
@@ -802,39 +821,59 @@ static rows_function plain(const job *j) {
 }
 
 
-/* Scratch that a product of n rows of x needs: floats need more than bytes with their counts and scales. */
-EXPORT int64_t llmprune_scratch_bytes(const matrix *m, int64_t n) {
+/* Bytes of x laid out: floats need more than bytes with their counts and scales. */
+static int64_t laid_bytes(const matrix *m, int64_t n) {
   int64_t W = (m->C + 127) / 128 * 2, laid = n + 1; /* two panels have an even number of rows */
-  return (W * WORD * 4 + (W + 32) * 32) * laid + llmprune_tail_bytes(m) + 192;
+  return (W * WORD * 4 + (W + 32) * 32) * laid + 64;
 }
 
-/* y [n, R] = x [n, C] W^T for n up to 16. */
-EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64_t n, int exact, int path,
-                            int threads, uint8_t *scratch, float *y) {
-  job j;
-  memset(&j, 0, sizeof j);
-  j.m = *m, j.y = y, j.n = j.laid = (int32_t)n, j.path = path, j.last = m->R;
-  if (n < 1 || n > MOST || !llmprune_has(path) || (!m->mask && m->kind < INT8)) return NO_PATH;
-  scratch += (64 - (uintptr_t)scratch % 64) % 64;
-  int bad = prepare(&j, scratch);
-  if (bad) return bad;
-  uint8_t *laid = scratch + (llmprune_tail_bytes(m) + 63) / 64 * 64;
-  j.x = laid;
+static int64_t tail_room(const matrix *m) { return (llmprune_tail_bytes(m) + 63) / 64 * 64; }
+
+/* Scratch that a product of n rows of x with so many matrices needs. */
+EXPORT int64_t llmprune_scratch_bytes(const matrix *m, int count, int64_t n) {
+  return tail_room(m) * count + laid_bytes(m, n) + 64;
+}
+
+/* Lays x out at `to` for what will run, and returns that. */
+static rows_function lay(job *j, const uint8_t *x, int x_kind, int exact, uint8_t *to) {
+  j->laid = j->n, j->x = to;
 #ifdef X86
-  const rows_function *all = narrow(&j, x_kind, exact);
+  const rows_function *all = narrow(j, x_kind, exact);
   if (all) {
-    j.laid = (int32_t)(n > 8 ? (n + 1) / 2 : n); /* more than 8 rows in two panels */
-    for (int first = 0; first < n; first += j.laid)
-      if (j.m.kind == BF16)
-        lay_raw16(&j, x, first, laid + 2 * WORD * j.W * first);
+    j->laid = j->n > 8 ? (j->n + 1) / 2 : j->n; /* more than 8 rows in two panels */
+    for (int first = 0; first < j->n; first += j->laid)
+      if (j->m.kind == BF16)
+        lay_raw16(j, x, first, to + 2 * WORD * j->W * first);
       else
-        lay_bytes(&j, x, x_kind, first, laid + first / j.laid * panel_bytes(&j, j.laid));
-    return run_rows(&j, all[j.laid - 1], threads);
+        lay_bytes(j, x, x_kind, first, to + first / j->laid * panel_bytes(j, j->laid));
+    return all[j->laid - 1];
   }
 #endif
   (void)exact;
-  lay_floats(&j, x, x_kind, (float *)laid);
-  return run_rows(&j, plain(&j), threads);
+  lay_floats(j, x, x_kind, (float *)to);
+  return plain(j);
+}
+
+/* y [n, R] = x [n, C] W^T for n up to 16, of up to 8 matrices that are alike but for their rows: y[i] belongs
+ * to m[i], and is of kind `to`, FP32 or BF16.
+ */
+EXPORT int llmprune_products(const matrix *m, int count, const uint8_t *x, int x_kind, int64_t n, int exact, int path,
+                             int threads, uint8_t *scratch, void **y, int to) {
+  job jobs[MATRICES];
+  if (count < 1 || count > MATRICES || n < 1 || n > MOST || !llmprune_has(path)) return NO_PATH;
+  if (to != FP32 && to != BF16) return NO_PATH;
+  memset(jobs, 0, sizeof jobs);
+  scratch += (64 - (uintptr_t)scratch % 64) % 64;
+  for (int k = 0; k < count; k++) {
+    job *j = jobs + k;
+    if (m[k].kind != m->kind || m[k].C != m->C || !m[k].mask != !m->mask || (!m->mask && m->kind < INT8)) return NO_PATH;
+    j->m = m[k], j->y = y[k], j->n = (int32_t)n, j->path = path, j->last = m[k].R, j->to = to;
+    int bad = prepare(j, scratch + k * tail_room(m));
+    if (bad) return bad;
+  }
+  rows_function run = lay(jobs, x, x_kind, exact, scratch + count * tail_room(m));
+  for (int k = 1; k < count; k++) jobs[k].x = jobs->x, jobs[k].laid = jobs->laid;
+  return run_rows(jobs, count, run, threads);
 }
 
 /* ---- packed rows -> dense rows ------------------------------------------------------------------------ */
@@ -993,7 +1032,7 @@ EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to,
   int raw = to == m->kind;
   if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && (to == INT4 || !m->mask))) return NO_PATH;
   int bad = prepare(&j, tail);
-  return bad ? bad : run_rows(&j, expander(&j, raw), threads);
+  return bad ? bad : run_rows(&j, 1, expander(&j, raw), threads);
 }
 
 /* ---- dense rows -> values ----------------------------------------------------------------------------- */
@@ -1050,9 +1089,9 @@ EXPORT int llmprune_compress(const matrix *m, const uint8_t *dense, int path, in
   if (!llmprune_has(path) || m->kind == INT4) return NO_PATH;
 #ifdef X86
   if (path >= AVX512)
-    return run_rows(&j, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
+    return run_rows(&j, 1, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
 #endif
-  return run_rows(&j, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
+  return run_rows(&j, 1, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
 }
 
 /* Values as bytes q from `rows` on <-> nibbles q + 8 from `starts` (int64) on; both made from the mask. */

@@ -1,4 +1,5 @@
-"""Products with packed weights: the operator `llmprune::packed_linear`. n rows of x, R outputs, C inputs.
+"""Products with packed weights: the operators `llmprune::packed_linear` and, of several matrices with one x,
+`llmprune::packed_linears`. n rows of x, R outputs, C inputs.
 
 Few rows of x, 16 or 32, go through the fused native kernel, which reads the packed bytes once for 16 of them.
 More rows, and any where there is no native code, go through blocks of dense rows and torch's own product.
@@ -6,6 +7,8 @@ More rows, and any where there is no native code, go through blocks of dense row
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +18,9 @@ from llmprune.kernels import library
 from llmprune.kernels.layout import FLOATS, Packed, check, check_parts, checked, mask_width
 from llmprune.kernels.packing import expand_rows
 
-__all__ = ["Packed", "by_blocks", "check", "checked", "fused", "packed_linear"]
+__all__ = ["Packed", "alike", "by_blocks", "check", "checked", "fused", "packed_linear", "packed_linears"]
 
+MOST_MATRICES = 8  # that the native code multiplies with one x at once
 _AT_ONCE = 16  # rows of x that the fused kernel takes
 _BLOCK_BYTES = 8 << 20  # of a block of dense rows
 
@@ -24,6 +28,11 @@ _operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
     "packed_linear(Tensor x, Tensor values, Tensor? mask, Tensor? rows, Tensor? scale, int columns, int bits,"
     " bool exact=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_operators.define(
+    "packed_linears(Tensor x, Tensor[] values, Tensor?[] masks, Tensor?[] rows, Tensor?[] scales,"
+    " int columns, int bits, bool exact=False) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -39,6 +48,22 @@ def packed_linear(x: Tensor, *packed: Any, exact: bool = False) -> Tensor:
     """
     result: Tensor = torch.ops.llmprune.packed_linear(x, *packed, exact)
     return result
+
+
+def packed_linears(x: Tensor, matrices: Sequence[Packed], exact: bool = False) -> list[Tensor]:
+    """As `packed_linear`, of up to 8 matrices that are `alike`: y [..., R] of each, made in one go."""
+    values, masks, rows, scales = ([packed[part] for packed in matrices] for part in range(4))
+    first = matrices[0]
+    result: list[Tensor] = torch.ops.llmprune.packed_linears(
+        x, values, masks, rows, scales, first.columns, first.bits, exact
+    )
+    return result
+
+
+def alike(one: Packed, other: Packed) -> bool:
+    """Whether two matrices differ in their rows and values alone."""
+    same = one.columns == other.columns and one.bits == other.bits
+    return same and one.values.dtype == other.values.dtype and (one.mask is None) == (other.mask is None)
 
 
 def _check_call(x: Tensor, packed: Packed) -> None:
@@ -64,23 +89,42 @@ def _check_call(x: Tensor, packed: Packed) -> None:
 
 @torch.library.impl(_operators, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
-    *fields, exact = rest if len(rest) == 7 else (*rest, False)
-    packed = Packed(*fields)
-    _check_call(x, packed)
-    flat = x.reshape(-1, packed.columns).contiguous()
-    if library.available() and 0 < len(flat) <= most_fused(flat, packed, exact):
-        parts = flat.tensor_split(-(-len(flat) // _AT_ONCE))
-        y = torch.cat([fused(part, packed, exact) for part in parts]).to(x.dtype)
+    return _products(x, [Packed(*rest[:6])], len(rest) == 7 and rest[6])[0]
+
+
+@torch.library.impl(_operators, "packed_linears", "CPU")
+def _packed_linears(x: Tensor, *rest: Any) -> list[Tensor]:
+    return _products(x, _matrices(*rest[:6]), len(rest) == 7 and rest[6])
+
+
+def _matrices(values: Any, masks: Any, rows: Any, scales: Any, columns: int, bits: int) -> list[Packed]:
+    each = zip(values, masks, rows, scales, strict=True)
+    return [Packed(*parts, columns, bits) for parts in each]
+
+
+def _products(x: Tensor, matrices: list[Packed], exact: bool) -> list[Tensor]:
+    for packed in matrices:
+        _check_call(x, packed)
+    if not 0 < len(matrices) <= MOST_MATRICES or not all(alike(matrices[0], m) for m in matrices[1:]):
+        raise ValueError(f"one to {MOST_MATRICES} matrices of one kind share a product, not {len(matrices)}")
+    flat = x.reshape(-1, matrices[0].columns).contiguous()
+    if library.available() and 0 < len(flat) <= most_fused(flat, matrices[0], exact):
+        ys = _fused(flat, matrices, exact)
     else:
-        y = by_blocks(flat, packed)
-    return y.view(*x.shape[:-1], packed.height)
+        ys = [by_blocks(flat, packed) for packed in matrices]
+    return [y.view(*x.shape[:-1], packed.height) for y, packed in zip(ys, matrices, strict=True)]
 
 
 def _shape(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], Packed(*rest[:6]).height))
 
 
+def _shapes(x: Tensor, *rest: Any) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], packed.height)) for packed in _matrices(*rest[:6])]
+
+
 torch.library.register_fake("llmprune::packed_linear", _shape, lib=_operators)
+torch.library.register_fake("llmprune::packed_linears", _shapes, lib=_operators)
 
 
 def most_fused(x: Tensor, packed: Packed, exact: bool) -> int:
@@ -93,23 +137,37 @@ def most_fused(x: Tensor, packed: Packed, exact: bool) -> int:
 
 def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tensor:
     """y float32 [n, R] of x [n, C] by the native kernel; `path` of `library.PATHS`, 0 for the fastest."""
+    return _fused(x, [packed], exact, path, torch.float32)[0]
+
+
+def _fused(
+    x: Tensor, matrices: list[Packed], exact: bool, path: int = 0, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """y [n, R] of each matrix, in the dtype of x if no other is wanted."""
     native, state = library.native(), library.loaded()
-    matrix = library.matrix_of(packed[:4], packed.columns)
-    scratch = torch.empty(native.llmprune_scratch_bytes(matrix, len(x)), dtype=torch.uint8)
-    y = torch.empty((len(x), packed.height), dtype=torch.float32)
-    code = native.llmprune_product(
-        matrix,
-        x.data_ptr(),
-        library.KINDS[x.dtype],
-        len(x),
-        exact,
-        path or state.path,
-        torch.get_num_threads(),
-        scratch.data_ptr(),
-        y.data_ptr(),
-    )
-    library.demand(code)
-    return y
+    count, wanted = len(matrices), dtype or x.dtype
+    made = wanted if wanted == torch.bfloat16 else torch.float32
+    natives = (library.Matrix * count)(*(library.matrix_of(m[:4], m.columns) for m in matrices))
+    ys = [torch.empty((len(x), m.height), dtype=made) for m in matrices]
+    most = min(len(x), _AT_ONCE)
+    scratch = torch.empty(native.llmprune_scratch_bytes(natives, count, most), dtype=torch.uint8)
+    for first in range(0, len(x), _AT_ONCE):
+        at = (y.data_ptr() + first * y.shape[1] * y.element_size() for y in ys)
+        code = native.llmprune_products(
+            natives,
+            count,
+            x.data_ptr() + first * x.shape[1] * x.element_size(),
+            library.KINDS[x.dtype],
+            min(_AT_ONCE, len(x) - first),
+            exact,
+            path or state.path,
+            torch.get_num_threads(),
+            scratch.data_ptr(),
+            (ctypes.c_void_p * count)(*at),
+            library.KINDS[made],
+        )
+        library.demand(code)
+    return ys if made == wanted else [y.to(wanted) for y in ys]
 
 
 def by_blocks(x: Tensor, packed: Packed) -> Tensor:
