@@ -1,9 +1,9 @@
 """Speed, load time and memory of a whole model with packed weights beside the dense one in bfloat16:
 `whole_model.py [--sparsities 0.7] [--values same,int8,int4] [--batches 1,8]`.
 
-The model has the shape of Llama 3.2 1B (16 blocks, 2048 wide) with a vocabulary of 32000, and random weights and
-masks, the same in each block: speed does not depend on them. Each contestant is a process of its own, and all
-take turns; figures are medians. The embedding and the head, an eighth of the weights, stay dense in bfloat16.
+The model has the shape of Llama 3.2 1B (16 blocks, 2048 wide) with a vocabulary of 32000, and random weights
+and masks, the same in each block: speed does not depend on them. Each contestant is a process of its own, and
+all take turns; figures are medians. The embedding and the head, an eighth of the weights, stay dense.
 """
 
 import argparse

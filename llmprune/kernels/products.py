@@ -108,8 +108,8 @@ def _products(x: Tensor, matrices: list[Packed], exact: bool) -> list[Tensor]:
     if not 0 < len(matrices) <= MOST_MATRICES or not all(alike(matrices[0], m) for m in matrices[1:]):
         raise ValueError(f"one to {MOST_MATRICES} matrices of one kind share a product, not {len(matrices)}")
     flat = x.reshape(-1, matrices[0].columns).contiguous()
-    if library.available() and 0 < len(flat) <= most_fused(flat, matrices[0], exact):
-        ys = _fused(flat, matrices, exact)
+    if library.available() and 0 < len(flat) <= most_fused(flat.dtype, matrices[0], exact):
+        ys = _Native(matrices, exact)(flat, x.dtype)
     else:
         ys = [by_blocks(flat, packed) for packed in matrices]
     return [y.view(*x.shape[:-1], packed.height) for y, packed in zip(ys, matrices, strict=True)]
@@ -127,47 +127,87 @@ torch.library.register_fake("llmprune::packed_linear", _shape, lib=_operators)
 torch.library.register_fake("llmprune::packed_linears", _shapes, lib=_operators)
 
 
-def most_fused(x: Tensor, packed: Packed, exact: bool) -> int:
+def most_fused(dtype: torch.dtype, packed: Packed, exact: bool) -> int:
     """How many rows of x the fused kernel is faster for than blocks of dense rows."""
     path = library.loaded().path
     bytes_of_x = packed.scale is not None and not exact and path >= library.PATHS["avx512"]
-    both = x.dtype == packed.values.dtype == torch.bfloat16 and path == library.PATHS["avx512-bf16"]
+    both = dtype == packed.values.dtype == torch.bfloat16 and path == library.PATHS["avx512-bf16"]
     return 2 * _AT_ONCE if bytes_of_x or both else _AT_ONCE
 
 
 def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tensor:
     """y float32 [n, R] of x [n, C] by the native kernel; `path` of `library.PATHS`, 0 for the fastest."""
-    return _fused(x, [packed], exact, path, torch.float32)[0]
+    return _Native([packed], exact, path)(x.contiguous(), torch.float32)[0]
 
 
-def _fused(
-    x: Tensor, matrices: list[Packed], exact: bool, path: int = 0, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """y [n, R] of each matrix, in the dtype of x if no other is wanted."""
-    native, state = library.native(), library.loaded()
-    count, wanted = len(matrices), dtype or x.dtype
-    made = wanted if wanted == torch.bfloat16 else torch.float32
-    natives = (library.Matrix * count)(*(library.matrix_of(m[:4], m.columns) for m in matrices))
-    ys = [torch.empty((len(x), m.height), dtype=made) for m in matrices]
-    most = min(len(x), _AT_ONCE)
-    scratch = torch.empty(native.llmprune_scratch_bytes(natives, count, most), dtype=torch.uint8)
-    for first in range(0, len(x), _AT_ONCE):
-        at = (y.data_ptr() + first * y.shape[1] * y.element_size() for y in ys)
-        code = native.llmprune_products(
-            natives,
-            count,
-            x.data_ptr() + first * x.shape[1] * x.element_size(),
-            library.KINDS[x.dtype],
-            min(_AT_ONCE, len(x) - first),
-            exact,
-            path or state.path,
-            torch.get_num_threads(),
-            scratch.data_ptr(),
-            (ctypes.c_void_p * count)(*at),
-            library.KINDS[made],
+class _Native:
+    """The native product of checked matrices that are `alike`; parts must stay where they are in memory."""
+
+    def __init__(self, matrices: Sequence[Packed], exact: bool, path: int = 0) -> None:
+        self._count, self._exact, self._columns = len(matrices), exact, matrices[0].columns
+        self._heights = [packed.height for packed in matrices]
+        self._matrices = (library.Matrix * len(matrices))(
+            *(library.matrix_of(m[:4], m.columns) for m in matrices)
         )
-        library.demand(code)
-    return ys if made == wanted else [y.to(wanted) for y in ys]
+        self._path, self._library = path or library.loaded().path, library.native()
+        self._addresses = ctypes.c_void_p * len(matrices)
+        self._room = self._library.llmprune_scratch_bytes(self._matrices, self._count, _AT_ONCE)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """y [..., R] of contiguous x [..., C]."""
+        made = dtype if dtype == torch.bfloat16 else torch.float32
+        ys = [torch.empty((*x.shape[:-1], height), dtype=made) for height in self._heights]
+        scratch, threads = torch.empty(self._room, dtype=torch.uint8), torch.get_num_threads()
+        rows, address, width = x.numel() // self._columns, x.data_ptr(), x.element_size() * self._columns
+        at, room, size = [y.data_ptr() for y in ys], scratch.data_ptr(), made.itemsize
+        for first in range(0, rows, _AT_ONCE):
+            code = self._library.llmprune_products(
+                self._matrices,
+                self._count,
+                address + first * width,
+                library.KINDS[x.dtype],
+                min(_AT_ONCE, rows - first),
+                self._exact,
+                self._path,
+                threads,
+                room,
+                self._addresses(*(y + first * h * size for y, h in zip(at, self._heights, strict=True))),
+                library.KINDS[made],
+            )
+            if code:
+                library.demand(code)
+        return ys if made == dtype else [y.to(dtype) for y in ys]
+
+
+class Prepared:
+    """Matrices that are `alike`, ready for few rows of x: without checks, and torch does not see the call.
+
+    Args:
+        matrices: checked; their parts must stay where they are in memory.
+    """
+
+    def __init__(self, matrices: Sequence[Packed]) -> None:
+        assert 0 < len(matrices) <= MOST_MATRICES and all(alike(matrices[0], m) for m in matrices)
+        self.matrices, self._columns = list(matrices), matrices[0].columns
+        self._most = dict.fromkeys(FLOATS, 0)
+        if library.available():
+            self._native = _Native(self.matrices, False)
+            self._most = {dtype: most_fused(dtype, matrices[0], False) for dtype in FLOATS}
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is an ordinary tensor with few rows, and nobody watches what is computed with it."""
+        if type(x) is not Tensor or not x.is_cpu or not x.shape or x.shape[-1] != self._columns:
+            return False
+        if not 0 < x.numel() <= self._most.get(x.dtype, 0) * self._columns:
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+        return not watched and torch._C._functorch.maybe_current_level() is None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """y [..., R] of each matrix, of an x that `takes`."""
+        return self._native(x.contiguous(), x.dtype)
 
 
 def by_blocks(x: Tensor, packed: Packed) -> Tensor:
