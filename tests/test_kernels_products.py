@@ -117,12 +117,31 @@ def test_nothing_is_read_or_written_outside_the_buffers(values):
                 out = guard.copy(torch.zeros(shape, dtype=wide), front)
                 packing.expand_rows(packed, 0, out, library.PATHS[path])
                 assert error(out, packing.expand(*case.parts[:2], shape, wide, case.scale).double()) == 0
+            many = guard.copy(rows_of_x(37, shape[1], torch.bfloat16), front)
+            assert error(products.by_blocks(many, packed), case.product(many)) < 5e-3
             if case.bits != 4 and case.mask is not None:
                 dense = guard.copy(case.dense, front)
                 assert torch.equal(packing.compress(dense, packed.mask), case.values)
         del packed, x, out
         gc.collect()
         guard.close()
+
+
+@NATIVE
+@pytest.mark.parametrize("values", [torch.bfloat16, "int8", "int4 whole"], ids=str)
+@pytest.mark.parametrize("shape", [(300, 1100), (70, 9000)], ids=str)
+def test_many_rows_of_x_in_blocks_of_many_rows(shape, values):
+    case = Case(shape, values, pattern(shape, "rows"))
+    packed, dense, before = case.checked(), case.dense.double() * case.keep, torch.get_num_threads()
+    if case.scale is not None:
+        dense *= case.scale.double().repeat_interleave(128, 1)[:, : shape[1]]
+    try:
+        for n, threads in ((33, 1), (70, 3)):
+            torch.set_num_threads(threads)
+            x = rows_of_x(n, shape[1], torch.bfloat16)
+            assert error(products.packed_linear(x, *packed), x.double() @ dense.t()) < 5e-3
+    finally:
+        torch.set_num_threads(before)
 
 
 @NATIVE
@@ -140,6 +159,8 @@ def test_bad_row_starts_and_masks_are_not_followed(values):
         for path in PATHS:
             with pytest.raises(ValueError, match="row starts do not fit"):
                 products.fused(x, packed, path=library.PATHS[path])
+        with pytest.raises(ValueError, match="row starts do not fit"):
+            products.by_blocks(x, packed)
     for rows in (torch.full_like(case.rows, int(case.rows[-1])), case.rows + 1, case.rows // 2):
         packed = guard.packed(case.checked()._replace(rows=rows))
         with pytest.raises(ValueError, match="row starts do not fit"):

@@ -121,6 +121,25 @@ static void products(const sample *s, int path, int x_kind, int64_t n, int exact
   free(x), free(scratch), free(real), free(y), free(again), free(half);
 }
 
+/* Many rows of x, in tiles: x and weights are rounded to bf16, and sums are float. */
+static void manies(const sample *s) {
+  int64_t R = s->m.R, C = s->m.C, n = 1 + (int64_t)draw(70);
+  uint8_t *x = exactly(2 * n * C), *scratch = exactly(llmprune_many_bytes(&s->m, n, 1));
+  double *real = exactly(8 * n * C);
+  uint16_t *y = exactly(2 * n * R);
+  for (int64_t i = 0; i < n * C; i++) real[i] = put(x, BF16, i);
+  memset(scratch, 255, (size_t)llmprune_many_bytes(&s->m, n, 1)); /* not a number, unless it is written */
+  if (llmprune_many(&s->m, x, n, 1, scratch, y)) printf("many\n"), exit(1);
+  for (int64_t c = 0; c < n; c++)
+    for (int64_t r = 0; r < R; r++) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < C; i++) sum += s->real[r * C + i] * real[c * C + i], size += fabs(s->real[r * C + i] * real[c * C + i]);
+      double most = fabs(sum) / 200 + size * (s->m.kind < INT8 ? 1e-5 : 1.0 / 200) + 1e-6;
+      if (!(fabs(sum - from_bf16(y[c * R + r])) <= most)) printf("many: %g, not %g\n", from_bf16(y[c * R + r]), sum), exit(1);
+    }
+  free(x), free(scratch), free(real), free(y);
+}
+
 static void expands(const sample *s, int path, int to) {
   int64_t first = draw((uint64_t)s->m.R), last = first + 1 + (int64_t)draw((uint64_t)(s->m.R - first)), C = s->m.C;
   int raw = to == s->m.kind;
@@ -155,6 +174,7 @@ int main(int count, char **arguments) {
         expands(&s, path, FP32), expands(&s, path, BF16), done += 2;
         if (kind != INT4 && masked) expands(&s, path, kind), done++;
       }
+      if (llmprune_tiles() && kind != FP16 && kind != FP32) manies(&s), done++;
       give_back(&s);
     }
   printf("%d calls, all as wanted\n", done);

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmprune.kernels.library import status
+
 HERE = Path(__file__).resolve().parent
 SHAPE = [
     "--blocks=1",
@@ -117,7 +119,10 @@ class Peaks:
 class Worker:
     """A loaded model that does what its parent writes to it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, one_thread):
+        if one_thread:
+            torch.set_num_threads(1)
+        self.clock = time.thread_time if one_thread else time.perf_counter
         import transformers  # noqa: F401  its import is not the model's loading
 
         import llmprune
@@ -139,7 +144,7 @@ class Worker:
         times, prompt = [], self.ids(batch, PROMPT)
 
         def note(*_, **__):
-            times.append(time.perf_counter())
+            times.append(self.clock())
             return torch.zeros(batch, dtype=torch.bool)
 
         options = {"do_sample": False, "max_new_tokens": tokens, "stopping_criteria": [note]}
@@ -150,10 +155,10 @@ class Worker:
     def prefill(self):
         """Seconds."""
         prompt = self.ids(1, PREFILL)
-        started = time.perf_counter()
-        with torch.inference_mode():
+        started = self.clock()
+        with torch.no_grad():
             self.model(prompt, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - started
+        return self.clock() - started
 
     def used(self):
         """Bytes: private ones while loading and generating, and of mapped files, beyond the imports."""
@@ -170,8 +175,8 @@ class Worker:
         }
 
 
-def work(folder):
-    worker = Worker(folder)
+def work(folder, one_thread):
+    worker = Worker(folder, one_thread)
     for line in sys.stdin:
         name, *rest = json.loads(line)
         print(json.dumps(getattr(worker, name)(*rest)), flush=True)
@@ -180,8 +185,9 @@ def work(folder):
 class Contestant:
     """A worker in a process of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, one_thread):
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(folder)]
+        command += ["--one-thread"] if one_thread else []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.file_bytes = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
@@ -205,7 +211,7 @@ def measure(folders, arguments):
     """name -> figures."""
     running, figures = {}, {}
     for name, folder in folders.items():
-        running[name] = Contestant(folder)
+        running[name] = Contestant(folder, arguments.one_thread)
         figures[name] = {"file_bytes": running[name].file_bytes} | running[name].ask("used")
     tasks = {
         f"tokens/s, batch {b}": ("generate", int(b), arguments.tokens) for b in arguments.batches.split(",")
@@ -223,10 +229,11 @@ def measure(folders, arguments):
     return figures
 
 
-def show(figures):
+def show(figures, one_thread):
     dense = figures["bf16"]
     speeds = [key for key in dense if key.startswith(("tokens", "prefill"))]
-    print(f"\n{torch.get_num_threads()} threads\n")
+    threads = 1 if one_thread else torch.get_num_threads()
+    print(f"\n{status()}, {threads} threads{', processor time' * one_thread}\n")
     print("| | file GB | load s | private GB loading | working | of files GB |", end="")
     print("".join(f" {key} | x |" for key in speeds))
     print("|" + "---|" * (6 + 2 * len(speeds)))
@@ -252,10 +259,14 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="keep the folders here, and take them from here")
     parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--one-thread", action="store_true", help="one thread each, processor time")
+    parser.add_argument(
+        "--only", default="", help="of the folders kept, those whose names hold this, and bf16"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker)
+        work(arguments.worker, arguments.one_thread)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -266,8 +277,9 @@ def main():
             folder.mkdir(exist_ok=True)
             folders = {name: str(path) for name, path in make(folder, arguments).items()}
             known.write_text(json.dumps(folders))
+        folders = {name: path for name, path in folders.items() if name == "bf16" or arguments.only in name}
         figures = measure(folders, arguments)
-    show(figures)
+    show(figures, arguments.one_thread)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 

@@ -53,7 +53,7 @@ typedef struct {
   void *y;          /* [n, R], float or bf16 */
   uint8_t *out;     /* expand: dense rows from `first` on; compress: values */
   const uint8_t *in;
-  int64_t first, last;
+  int64_t first, last, pitch; /* rows; of `out` from one to the next, in values */
   int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output */
 } job;
 
@@ -62,10 +62,11 @@ typedef struct {
   job *jobs;
   rows_function run;
   int64_t chunks[MATRICES + 1], next; /* shares before those of each job, and all of them */
-  int count;
+  int count, places;
 } shared;
 
 static parallel_function parallel_for = 0;
+static __thread int place; /* of this thread among those that share work */
 
 /* ---- small things ------------------------------------------------------------------------------------- */
 
@@ -199,6 +200,7 @@ static int64_t share_start(const job *j, int64_t share, int64_t shares) {
 
 static void take_shares(int64_t begin, int64_t end, void *context) {
   shared *s = (shared *)context;
+  place = __atomic_fetch_add(&s->places, 1, __ATOMIC_RELAXED);
   (void)begin, (void)end; /* every thread takes the next share until none is left */
   for (;;) {
     int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
@@ -214,7 +216,7 @@ static void take_shares(int64_t begin, int64_t end, void *context) {
 
 /* The rows of all jobs, whose outputs are of their own. */
 static int run_rows(job *jobs, int count, rows_function run, int threads) {
-  shared s = {jobs, run, {0}, 0, count};
+  shared s = {jobs, run, {0}, 0, count, 0};
   double all = 0;
   int bad = 0;
   if (!run) return NO_PATH;
@@ -882,7 +884,7 @@ EXPORT int llmprune_products(const matrix *m, int count, const uint8_t *x, int x
 INLINE void expand_raw(job *j, int64_t r0, int64_t r1, int width) {
   for (int64_t r = r0; r < r1; r++) {
     const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
-    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    uint8_t *out = j->out + (r - j->first) * j->pitch * width;
     if (!p) continue;
     memset(out, 0, (size_t)(j->m.C * width));
     for (int64_t w = 0; w < j->W; w++) {
@@ -937,7 +939,7 @@ T512 INLINE void store512(const job *j, const float *v, uint8_t *out, int64_t w)
     float v[WORD] __attribute__((aligned(64)));                                                               \
     for (int64_t r = r0; r < r1; r++) {                                                                       \
       const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);                                  \
-      uint8_t *out = j->out + (r - j->first) * j->m.C * width_of(j->to);                                      \
+      uint8_t *out = j->out + (r - j->first) * j->pitch * width_of(j->to);                                    \
       for (int64_t w = 0; p && w < j->W; w++) {                                                               \
         ahead(p, mask ? mask + 8 * w : 0);                                                                    \
         p = decode(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v);      \
@@ -956,7 +958,7 @@ EXPAND_FLOATS(floats_avx512, T512, decode512, __m512, store512)
 T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
   for (int64_t r = r0; r < r1; r++) {
     const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
-    uint8_t *out = j->out + (r - j->first) * j->m.C * 2;
+    uint8_t *out = j->out + (r - j->first) * j->pitch * 2;
     for (int64_t i = 0; p && i < j->m.C; i += 8, out += 16) {
       unsigned b = mask[i / 8];
       __m128i v = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), _mm_load_si128((const __m128i *)table16[b]));
@@ -976,7 +978,7 @@ T512 INLINE void expand512(job *j, int64_t r0, int64_t r1, int width) {
   const int step = 64 / width; /* columns per vector */
   for (int64_t r = r0; r < r1; r++) {
     const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
-    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    uint8_t *out = j->out + (r - j->first) * j->pitch * width;
     for (int64_t i = 0; p && i < j->m.C; i += step, out += 64, mask += step / 8) {
       uint64_t b = 0;
       ahead(p, 0);
@@ -1028,12 +1030,173 @@ EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to,
                            uint8_t *tail, uint8_t *out) {
   job j;
   memset(&j, 0, sizeof j);
-  j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last;
+  j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last, j.pitch = m->C;
   int raw = to == m->kind;
   if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && (to == INT4 || !m->mask))) return NO_PATH;
   int bad = prepare(&j, tail);
   return bad ? bad : run_rows(&j, 1, expander(&j, raw), threads);
 }
+
+/* ---- products with many rows of x, in tiles of AMX ------------------------------------------------------ */
+#if defined(X86) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+#define TILES 1
+#define TAMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+enum { SIDE = 16, DEEP = 32, TILE_BYTES = 1024 }; /* rows of a tile; values of a row of one; bytes */
+enum { CHUNK = 16, MOST_ROWS = 256 };             /* tiles that are added up at once; rows unpacked at once */
+
+/* Whether there are tiles for bf16, and the system lets this process use them. */
+EXPORT int llmprune_tiles(void) {
+  static int known = -1; /* two threads may find it at once: the same */
+  uint32_t r[4], low, high;
+  if (known >= 0) return known;
+  if (!llmprune_has(AVX512BF16)) return known = 0;
+  cpuid(7, 0, r);
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((r[3] >> 22 & 1) == 0 || (r[3] >> 24 & 1) == 0 || (low & 0x60000) != 0x60000) return known = 0;
+  int64_t answer = 158; /* arch_prctl(ARCH_REQ_XCOMP_PERM, tile data) */
+  __asm__ volatile("syscall" : "+a"(answer) : "D"(0x1023l), "S"(18l) : "rcx", "r11", "memory");
+  return known = answer == 0;
+}
+
+TAMX INLINE void transpose16(__m512i *v) {
+  __m512i t[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    __m512i a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    __m512i c = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, b, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  UNROLL for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+/* x, bf16 [n, C], as tiles: of 16 rows of x and 32 columns, pairs of columns by rows. */
+TAMX static void lay_tiles(const job *j, const uint8_t *x, int64_t n, uint8_t *to) {
+  __m512i v[16];
+  for (int64_t c = 0; c < (n + 2 * SIDE - 1) / (2 * SIDE) * 2; c++)
+    for (int64_t k = 0; k < j->m.C; k += DEEP, to += TILE_BYTES) {
+      int64_t left = j->m.C - k;
+      __mmask32 there = left >= DEEP ? ~0u : (1u << left) - 1;
+      for (int64_t i = 0; i < SIDE; i++)
+        v[i] = c * SIDE + i < n ? _mm512_maskz_loadu_epi16(there, x + 2 * ((c * SIDE + i) * j->m.C + k))
+                                : _mm512_setzero_si512();
+      transpose16(v);
+      for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + 64 * i, v[i]);
+    }
+}
+
+/* Sums of 16 outputs by 16 rows of x -> y [n, R], the outputs from r on of which `rows` are there. */
+TAMX static void give_tile(const job *j, const float *sums, int64_t r, int64_t rows, int64_t c, int64_t n) {
+  __m512i v[16];
+  __mmask16 there = rows >= SIDE ? 0xffff : rows > 0 ? (__mmask16)((1u << rows) - 1) : 0;
+  for (int i = 0; i < SIDE; i++) v[i] = _mm512_loadu_si512(sums + SIDE * i);
+  transpose16(v);
+  for (int64_t i = 0; i < SIDE && c + i < n; i++)
+    _mm256_mask_storeu_epi16((uint16_t *)j->y + (c + i) * j->m.R + r, there,
+                             (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(v[i])));
+}
+
+/* How many rows are unpacked at once: as many as leave room in the second cache. */
+static int64_t tile_rows(const matrix *m) {
+  int64_t rows = (1 << 20) / (2 * m->C) / (2 * SIDE) * (2 * SIDE);
+  return rows < 2 * SIDE ? 2 * SIDE : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
+static int64_t tile_pitch(const matrix *m) { return (m->C + DEEP - 1) / DEEP * DEEP + DEEP; }
+
+/* `rows` unpacked rows from row r on, times 32 rows of x at a time, CHUNK tiles deep at a time: what is used of x
+ * then stays in the first cache.
+ */
+TAMX static void multiply_tiles(const job *j, const uint8_t *w, int64_t r, int64_t rows, int64_t n) {
+  const int64_t deep = (j->m.C + DEEP - 1) / DEEP, pitch = 2 * j->pitch;
+  float sums[MOST_ROWS / (2 * SIDE)][4][SIDE * SIDE] __attribute__((aligned(64)));
+  __asm__ volatile("" ::: "memory"); /* compilers do not know what tiles are loaded from */
+  for (int64_t c = 0; c < n; c += 2 * SIDE)
+    for (int64_t first = 0; first < deep; first += CHUNK)
+      for (int64_t i = 0; i < rows; i += 2 * SIDE) {
+        const uint8_t *a = w + i * pitch + first * 2 * DEEP, *b = j->x + (c / SIDE * deep + first) * TILE_BYTES;
+        int64_t steps = deep - first < CHUNK ? deep - first : CHUNK;
+        float(*s)[SIDE * SIDE] = sums[i / (2 * SIDE)];
+        if (first == 0) {
+          _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        } else {
+          _tile_loadd(0, s[0], 64); _tile_loadd(1, s[1], 64); _tile_loadd(2, s[2], 64); _tile_loadd(3, s[3], 64);
+        }
+        for (int64_t k = 0; k < steps; k++, a += 2 * DEEP, b += TILE_BYTES) {
+          _tile_loadd(4, a, pitch);
+          _tile_loadd(6, b, 64);
+          _tile_loadd(7, b + deep * TILE_BYTES, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(5, a + SIDE * pitch, pitch);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, s[0], 64); _tile_stored(1, s[1], 64); _tile_stored(2, s[2], 64); _tile_stored(3, s[3], 64);
+        for (int t = 0; t < 4 && first + CHUNK >= deep; t++)
+          give_tile(j, s[t], r + i + t / 2 * SIDE, rows - i - t / 2 * SIDE, c + t % 2 * SIDE, n);
+      }
+}
+
+TAMX static void product_tiles(job *j, int64_t r0, int64_t r1) {
+  const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+      1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  int64_t most = tile_rows(&j->m);
+  uint8_t *w = j->out + place * most * j->pitch * 2;
+  job part = *j;
+  part.out = w, part.to = BF16;
+  for (int64_t i = 0; i < most; i++) /* no expander writes behind the last column */
+    memset(w + 2 * (i * j->pitch + j->m.C), 0, (size_t)(2 * (j->pitch - j->m.C)));
+  _tile_loadconfig(&shape);
+  for (int64_t r = r0; r < r1; r += most) {
+    int64_t rows = r1 - r < most ? r1 - r : most;
+    part.first = r;
+    expander(j, j->m.kind == BF16)(&part, r, r + rows);
+    /* The rows of the last tiles that are not there: finite, whatever they are. */
+    for (int64_t i = rows; i % (2 * SIDE); i++) memset(w + 2 * i * j->pitch, 0, (size_t)(2 * j->m.C));
+    multiply_tiles(j, w, r, rows, j->n);
+  }
+  j->bad |= part.bad;
+  _tile_release();
+}
+
+/* Scratch of `llmprune_many`. */
+EXPORT int64_t llmprune_many_bytes(const matrix *m, int64_t n, int threads) {
+  int64_t tiles = (n + 2 * SIDE - 1) / (2 * SIDE) * 2 * ((m->C + DEEP - 1) / DEEP);
+  return tail_room(m) + tiles * TILE_BYTES + (threads + 1) * tile_rows(m) * tile_pitch(m) * 2 + 64;
+}
+
+/* y [n, R] = x [n, C] W^T in bf16, where `llmprune_tiles`; W of bf16, int8 or int4. */
+EXPORT int llmprune_many(const matrix *m, const uint8_t *x, int64_t n, int threads, uint8_t *scratch, void *y) {
+  job j;
+  memset(&j, 0, sizeof j);
+  if (!llmprune_tiles() || n < 1 || n > 1 << 30 || m->kind == FP16 || m->kind == FP32) return NO_PATH;
+  scratch += (64 - (uintptr_t)scratch % 64) % 64;
+  j.m = *m, j.y = y, j.n = (int32_t)n, j.path = AVX512BF16, j.last = m->R, j.pitch = tile_pitch(m), j.to = BF16;
+  int bad = prepare(&j, scratch);
+  if (bad) return bad;
+  uint8_t *tiles = scratch + tail_room(m);
+  lay_tiles(&j, x, n, tiles);
+  j.x = tiles;
+  j.out = scratch + llmprune_many_bytes(m, n, threads) - 64 - (threads + 1) * tile_rows(m) * j.pitch * 2;
+  return run_rows(&j, 1, product_tiles, threads);
+}
+#else
+EXPORT int llmprune_tiles(void) { return 0; }
+EXPORT int64_t llmprune_many_bytes(const matrix *m, int64_t n, int threads) { return (void)m, (void)n, (void)threads, 0; }
+EXPORT int llmprune_many(const matrix *m, const uint8_t *x, int64_t n, int threads, uint8_t *scratch, void *y) {
+  return (void)m, (void)x, (void)n, (void)threads, (void)scratch, (void)y, NO_PATH;
+}
+#endif
 
 /* ---- dense rows -> values ----------------------------------------------------------------------------- */
 

@@ -211,7 +211,13 @@ class Prepared:
 
 
 def by_blocks(x: Tensor, packed: Packed) -> Tensor:
-    """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are."""
+    """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are.
+
+    With AMX bf16 products are our own, of rows that stay in the cache; all others are torch's.
+    """
+    small = packed.scale is not None or packed.values.dtype == torch.bfloat16
+    if small and x.dtype == torch.bfloat16 and library.available() and library.native().llmprune_tiles():
+        return _by_tiles(x, packed)
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
     rows, columns = packed.height, packed.columns
@@ -225,4 +231,16 @@ def by_blocks(x: Tensor, packed: Packed) -> Tensor:
         part = block[: min(most, rows - first)]
         expand_rows(packed, first, part)
         y[:, first : first + len(part)] = x @ part.to(dtype).t()
+    return y
+
+
+def _by_tiles(x: Tensor, packed: Packed) -> Tensor:
+    """y bf16 [n, R] of contiguous x bf16 [n, C] by the native code for AMX."""
+    native, threads = library.native(), torch.get_num_threads()
+    matrix = library.matrix_of(packed[:4], packed.columns)
+    scratch = torch.empty(native.llmprune_many_bytes(matrix, len(x), threads), dtype=torch.uint8)
+    y = torch.empty((len(x), packed.height), dtype=torch.bfloat16)
+    if y.numel():
+        address = scratch.data_ptr()
+        library.demand(native.llmprune_many(matrix, x.data_ptr(), len(x), threads, address, y.data_ptr()))
     return y
