@@ -31,10 +31,13 @@ def pattern(shape, kind, seed=0):
 
 
 class Case:
-    """A matrix: its parts as in a file, and what it stands for."""
+    """A matrix: its parts as in a file, and what it stands for. "int8 whole", "int4 whole": no mask."""
 
     def __init__(self, shape, values, keep, seed=0):
         generator = torch.Generator().manual_seed(seed)
+        whole = str(values).endswith(" whole")
+        if whole:
+            values, keep = values.removesuffix(" whole"), torch.ones(shape, dtype=torch.bool)
         self.shape, self.keep = shape, keep
         self.bits = {"int8": 8, "int4": 4}.get(values, 16)
         self.scale = None
@@ -51,6 +54,8 @@ class Case:
         if self.bits == 16:
             self.values = self.values.view(values)
         self.mask, self.rows = torch.from_numpy(mask), torch.from_numpy(rows).int()
+        if whole:
+            self.mask = self.rows = None
 
     @property
     def parts(self):

@@ -335,6 +335,104 @@ def unpacked(stored, mask, bits):
     return torch.tensor(codes, dtype=torch.int8)
 
 
+@pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
+def test_a_dense_model_is_rounded_without_masks(tmp_path, kind, values, bits):
+    folder = make(kind, tmp_path / "in")
+    result = llmprune.convert(folder, to="packed", values=values, output=tmp_path / "packed")
+    assert result["matrices"] and not result["dense"]
+    source, stored = open_model(tmp_path / "packed").source, tensors(tmp_path / "packed")
+    dense = tensors(folder)
+    for name, layout in source.layouts.items():
+        assert (
+            layout.whole and entry(tmp_path / "packed")["matrices"][name][2] == layout.rows * layout.columns
+        )
+        assert f"{name}_mask" not in stored and f"{name}_rows" not in stored
+        every = torch.ones(layout.rows, layout.columns, dtype=torch.bool)
+        assert torch.equal(keep_of(source.load_mask(name), layout.columns), every)
+        spread = stored[f"{name}_scale"].float().repeat_interleave(128, dim=1)[:, : layout.columns]
+        largest, weight = 2 ** (bits - 1) - 1, layout.matrix(dense[name])
+        codes = unpacked(stored[name], every, bits).view(weight.shape).float()
+        assert torch.equal(codes, (weight / spread).nan_to_num().round().clamp(-largest, largest))
+        assert torch.equal(layout.matrix(source.load(name)), codes * spread)
+        if layout.columns % 2 == 0:
+            size = layout.rows * (layout.columns * bits // 8 + 2 * -(-layout.columns // 128))
+            assert stored[name].nbytes + stored[f"{name}_scale"].nbytes == size
+    assert llmprune.inspect(tmp_path / "packed")["record_agrees"]
+    llmprune.convert(tmp_path / "packed", to="dense", output=tmp_path / "back")
+    assert same(tensors(tmp_path / "back"), {n: source.load(n) for n in source.tensors})
+
+
+def test_a_full_matrix_with_a_mask_is_read_as_well(tmp_path):
+    """As it was written before matrices could lack one."""
+    folder = tmp_path / "packed"
+    llmprune.convert(make("gpt2", tmp_path / "in"), to="packed", values="int8", output=folder)
+    source = open_model(folder).source
+    wanted = {name: source.load(name) for name in source.tensors}
+    layout = source.layouts[NAME]
+    file = next(f for f in folder.glob("model*.safetensors") if NAME in load_file(f))
+    stored = load_file(file)
+    stored[f"{NAME}_mask"] = source.load_mask(NAME)
+    stored[f"{NAME}_rows"] = (torch.arange(layout.rows + 1) * layout.columns).int()
+    save_file(stored, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        known = json.loads(index.read_text())
+        known["weight_map"] |= {f"{NAME}{part}": file.name for part in ("_mask", "_rows")}
+        index.write_text(json.dumps(known))
+    again = open_model(folder).source
+    assert not again.layouts[NAME].whole and same({n: again.load(n) for n in again.tensors}, wanted)
+
+
+def test_a_mask_is_kept_where_it_is_known_or_saves_bytes(tmp_path):
+    """Few zeros of a model without masks are values like others; those of a pruned one are not."""
+    folder = make("gpt2", tmp_path / "in")
+    stored = load_file(folder / ONE_FILE)
+    few, many = (f"transformer.h.{n}.attn.c_attn.weight" for n in (0, 1))
+    stored[few][:3, :5] = 0
+    stored[many][:20] = 0
+    save_file(stored, folder / ONE_FILE, metadata={"format": "pt"})
+    llmprune.convert(folder, to="packed", values="int4", output=tmp_path / "packed")
+    layouts = open_model(tmp_path / "packed").source.layouts
+    assert layouts[few].whole and not layouts[many].whole
+    prune(folder, tmp_path / "dense", settings={"sparsity": 0.05})
+    llmprune.convert(tmp_path / "dense", to="packed", values="int4", output=tmp_path / "pruned")
+    source = open_model(tmp_path / "pruned").source
+    assert not any(layout.whole for layout in source.layouts.values())
+    masks = read_masks(tmp_path / "dense" / "masks.safetensors")
+    for name, keep in masks.items():
+        assert torch.equal(keep_of(source.load_mask(name), keep.shape[1]), keep)
+
+
+WHOLE_DAMAGE = {
+    "values too few": put("", lambda t: t[:-1].clone()),
+    "values of another type": put("", lambda t: t.to(torch.int32)),
+    "no scale": lambda stored, entry: stored.pop(f"{NAME}_scale"),
+    "scale of another shape": put("_scale", lambda t: t[:-1].clone()),
+    "a scale that is not a number": put("_scale", lambda t: t * torch.nan),
+    "rows alone": lambda stored, entry: stored.__setitem__(
+        f"{NAME}_rows", torch.zeros(97, dtype=torch.int32)
+    ),
+    "fewer values told": tell("matrices", lambda v: {**v, NAME: [*v[NAME][:2], v[NAME][2] - 1]}),
+    "other columns told": tell("matrices", lambda v: {**v, NAME: [v[NAME][0], 64, v[NAME][0] * 64]}),
+    "16 bits told": tell("bits", lambda v: 16),
+}
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("what", WHOLE_DAMAGE)
+def test_damage_of_a_matrix_without_a_mask_is_told_in_one_line(tmp_path, what, values):
+    llmprune.convert(make("gpt2", tmp_path / "in"), to="packed", values=values, output=tmp_path / "packed")
+    folder = damaged(tmp_path / "packed", tmp_path / "broken", WHOLE_DAMAGE[what])
+    with pytest.raises(ValueError, match=r"damaged|does not hold") as caught:
+        source = open_model(folder).source
+        for name in source.tensors:
+            source.load(name)
+    one_line(caught.value)
+    with pytest.raises(ValueError, match=r"damaged|does not hold"):
+        llmprune.load(folder)
+
+
 def test_a_scale_that_cuts_off_is_taken_where_it_is_better():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     for bits in (8, 4):

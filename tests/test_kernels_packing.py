@@ -69,7 +69,7 @@ def test_every_bit_of_a_value_stays(dtype, code):
 @pytest.mark.skipif(not library.available(), reason="no C compiler here")
 @pytest.mark.parametrize("path", library.paths())
 def test_every_path_expands_a_part_of_the_rows(path):
-    for values in VALUES:
+    for values in (*VALUES, "int8 whole", "int4 whole"):
         for columns in (1, 7, 64, 100, 449):
             shape = (9, columns)
             case = Case(shape, values, pattern(shape, "rows"))
@@ -78,6 +78,19 @@ def test_every_path_expands_a_part_of_the_rows(path):
                 packing.expand_rows(case.checked(), 3, out, library.PATHS[path])
                 whole = packing.expand(*case.parts[:2], shape, dtype, case.scale)
                 assert torch.equal(out, whole[3:7]), (values, columns, dtype)
+
+
+@pytest.mark.parametrize("values", ["int8 whole", "int4 whole"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_mask_every_weight_comes_back(shape, values, code):
+    case = Case(shape, values, None)
+    wide = case.scale.float().repeat_interleave(128, 1)[:, : shape[1]]
+    for dtype in FLOATS:
+        wanted = (case.dense.float() * wide).to(dtype)
+        assert torch.equal(packing.expand(case.values, None, shape, dtype, case.scale), wanted)
+        with pytest.raises(ValueError, match="without a mask has"):
+            packing.expand(case.values[:-1], None, shape, dtype, case.scale)
+    assert torch.equal(packing.expand(case.values, None, shape, torch.int8), case.dense)
 
 
 def test_what_cannot_be_packed_is_refused(code):

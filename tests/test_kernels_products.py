@@ -9,7 +9,8 @@ from packed_matrices import FLOATS, Case, Guarded, error, pattern, rows_of_x
 from llmprune.kernels import library, packing, products
 
 PATHS = library.paths()
-VALUES = (*FLOATS, "int8", "int4")
+MASKED = (*FLOATS, "int8", "int4")
+VALUES = (*MASKED, "int8 whole", "int4 whole")
 SHAPES = [(1, 1), (1, 64), (7, 63), (5, 65), (9, 128), (6, 200), (5, 449), (3, 2500)]
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 NATIVE = pytest.mark.skipif(not PATHS, reason="no C compiler here")
@@ -40,7 +41,7 @@ def test_every_path_gives_the_oracles_product(shape, path, values):
 
 
 @NATIVE
-@pytest.mark.parametrize("values", VALUES, ids=str)
+@pytest.mark.parametrize("values", MASKED, ids=str)
 @pytest.mark.parametrize("kind", ["empty", "full", "2:4", "rows"])
 def test_patterns_on_every_path(kind, values):
     shape = (6, 320)
@@ -116,12 +117,31 @@ def test_nothing_is_read_or_written_outside_the_buffers(values):
                 out = guard.copy(torch.zeros(shape, dtype=wide), front)
                 packing.expand_rows(packed, 0, out, library.PATHS[path])
                 assert error(out, packing.expand(*case.parts[:2], shape, wide, case.scale).double()) == 0
-            if case.bits != 4:
+            many = guard.copy(rows_of_x(37, shape[1], torch.bfloat16), front)
+            assert error(products.by_blocks(many, packed), case.product(many)) < 5e-3
+            if case.bits != 4 and case.mask is not None:
                 dense = guard.copy(case.dense, front)
                 assert torch.equal(packing.compress(dense, packed.mask), case.values)
         del packed, x, out
         gc.collect()
         guard.close()
+
+
+@NATIVE
+@pytest.mark.parametrize("values", [torch.bfloat16, "int8", "int4 whole"], ids=str)
+@pytest.mark.parametrize("shape", [(300, 1100), (70, 9000)], ids=str)
+def test_many_rows_of_x_in_blocks_of_many_rows(shape, values):
+    case = Case(shape, values, pattern(shape, "rows"))
+    packed, dense, before = case.checked(), case.dense.double() * case.keep, torch.get_num_threads()
+    if case.scale is not None:
+        dense *= case.scale.double().repeat_interleave(128, 1)[:, : shape[1]]
+    try:
+        for n, threads in ((33, 1), (70, 3)):
+            torch.set_num_threads(threads)
+            x = rows_of_x(n, shape[1], torch.bfloat16)
+            assert error(products.packed_linear(x, *packed), x.double() @ dense.t()) < 5e-3
+    finally:
+        torch.set_num_threads(before)
 
 
 @NATIVE
@@ -139,6 +159,8 @@ def test_bad_row_starts_and_masks_are_not_followed(values):
         for path in PATHS:
             with pytest.raises(ValueError, match="row starts do not fit"):
                 products.fused(x, packed, path=library.PATHS[path])
+        with pytest.raises(ValueError, match="row starts do not fit"):
+            products.by_blocks(x, packed)
     for rows in (torch.full_like(case.rows, int(case.rows[-1])), case.rows + 1, case.rows // 2):
         packed = guard.packed(case.checked()._replace(rows=rows))
         with pytest.raises(ValueError, match="row starts do not fit"):
@@ -181,6 +203,32 @@ def test_the_operator_compiles_and_has_a_shape_without_data():
         x.to("meta"), *(p.to("meta") if isinstance(p, torch.Tensor) else p for p in packed)
     )
     assert meta.shape == (3, 8)
+
+
+@pytest.mark.parametrize("values", ["int8 whole", "int4 whole"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_mask_all_is_kept(shape, values):
+    """The same product, to the bit, as with a mask that keeps everything, and as many values."""
+    case = Case(shape, values, None)
+    masked = Case(shape, values.removesuffix(" whole"), case.keep)
+    entries = {8: shape[1], 4: sum(-(-min(64, shape[1] - c) // 2) for c in range(0, shape[1], 64))}[case.bits]
+    assert len(case.values) == shape[0] * entries and torch.equal(case.values, masked.values)
+    for n in (1, 3, 16, 33):
+        x = rows_of_x(n, shape[1], torch.bfloat16)
+        one, other = (products.packed_linear(x, *c.checked()) for c in (case, masked))
+        assert torch.equal(one, other)
+    for wrong, line in (
+        ({"values": case.values[:-1]}, "without a mask has"),
+        ({"rows": masked.rows}, "may lack both"),
+        ({"scale": None}, "have a scale"),
+    ):
+        with pytest.raises(ValueError, match=line) as refused:
+            products.checked(*case.checked()._replace(**wrong)[:4], shape, case.bits)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="may lack both"):
+        products.checked(case.dense.float().flatten(), None, None, None, shape, 32)
+    with pytest.raises(ValueError, match="row starts do not fit"):
+        products.packed_linear(x, *case.checked()._replace(values=case.values[:-1]))
 
 
 def test_a_call_with_parts_of_another_shape_is_refused():

@@ -157,6 +157,20 @@ def test_rounded_values_at_work(tmp_path, kind, values):
     assert same(tensors(tmp_path / "saved"), tensors(tmp_path / "packed"))
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
+def test_a_dense_model_in_few_bits_at_work(tmp_path, kind, values):
+    """Matrices without a mask, also in stacks of experts: computed with, and saved as they are."""
+    llmprune.convert(make(kind, tmp_path / "in"), to="packed", values=values, output=tmp_path / "packed")
+    packed = llmprune.load(tmp_path / "packed")
+    assert packed_parts(packed)[0] and not any("_mask" in name for name in packed.state_dict())
+    wanted = logits(llmprune.load(tmp_path / "packed", dequantize=True))
+    assert torch.allclose(logits(packed), wanted, atol=0.02 * float(wanted.abs().max()))
+    packed.save_pretrained(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(tmp_path / "packed"))
+    assert entry(tmp_path / "saved") == entry(tmp_path / "packed")
+
+
 def test_text_goes_on_piece_by_piece(tmp_path):
     llmprune.prune("demo", recipe="wanda", sparsity=0.5, calibration=TOKENS, output=tmp_path / "dense")
     llmprune.convert(tmp_path / "dense", to="packed", output=tmp_path / "packed")

@@ -35,6 +35,12 @@ typedef struct {
   int64_t *starts;
 } sample;
 
+/* Without mask and row starts, as a matrix that keeps everything may be. */
+static void whole(sample *s) {
+  free((void *)s->m.mask), free((void *)s->m.rows);
+  s->m.mask = NULL, s->m.rows = NULL;
+}
+
 static sample make(int kind, int64_t R, int64_t C, uint64_t percent) {
   int64_t W = (C + 63) / 64, G = (C + 127) / 128, kept = 0;
   int as = kind == INT4 ? INT8 : kind;
@@ -86,11 +92,18 @@ static void give_back(sample *s) {
 
 static void products(const sample *s, int path, int x_kind, int64_t n, int exact) {
   int64_t R = s->m.R, C = s->m.C;
-  uint8_t *x = exactly(n * C * width_of(x_kind)), *scratch = exactly(llmprune_scratch_bytes(&s->m, n));
+  uint8_t *x = exactly(n * C * width_of(x_kind)), *scratch = exactly(llmprune_scratch_bytes(&s->m, 2, n));
   double *real = exactly(8 * n * C);
-  float *y = exactly(4 * n * R);
+  float *y = exactly(4 * n * R), *again = exactly(4 * n * R);
+  uint16_t *half = exactly(2 * n * R);
+  const matrix twice[] = {s->m, s->m};
+  void *ys[] = {y, again}, *halves[] = {half};
   for (int64_t i = 0; i < n * C; i++) real[i] = put(x, x_kind, i);
-  if (llmprune_product(&s->m, x, x_kind, n, exact, path, 1, scratch, y)) printf("product\n"), exit(1);
+  int bad = llmprune_products(twice, 2, x, x_kind, n, exact, path, 1, scratch, ys, FP32);
+  bad |= llmprune_products(&s->m, 1, x, x_kind, n, exact, path, 1, scratch, halves, BF16);
+  if (bad || memcmp(y, again, (size_t)(4 * n * R))) printf("product\n"), exit(1);
+  for (int64_t i = 0; i < n * R; i++)
+    if (half[i] != to_bf16(y[i])) printf("product in bf16\n"), exit(1);
   for (int64_t c = 0; c < n; c++)
     for (int64_t r = 0; r < R; r++) {
       double sum = 0, size = 0, weights = 0, largest = 0;
@@ -104,6 +117,25 @@ static void products(const sample *s, int path, int x_kind, int64_t n, int exact
                (int)C, y[c * R + r], sum);
         exit(1);
       }
+    }
+  free(x), free(scratch), free(real), free(y), free(again), free(half);
+}
+
+/* Many rows of x, in tiles: x and weights are rounded to bf16, and sums are float. */
+static void manies(const sample *s) {
+  int64_t R = s->m.R, C = s->m.C, n = 1 + (int64_t)draw(70);
+  uint8_t *x = exactly(2 * n * C), *scratch = exactly(llmprune_many_bytes(&s->m, n, 1));
+  double *real = exactly(8 * n * C);
+  uint16_t *y = exactly(2 * n * R);
+  for (int64_t i = 0; i < n * C; i++) real[i] = put(x, BF16, i);
+  memset(scratch, 255, (size_t)llmprune_many_bytes(&s->m, n, 1)); /* not a number, unless it is written */
+  if (llmprune_many(&s->m, x, n, 1, scratch, y)) printf("many\n"), exit(1);
+  for (int64_t c = 0; c < n; c++)
+    for (int64_t r = 0; r < R; r++) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < C; i++) sum += s->real[r * C + i] * real[c * C + i], size += fabs(s->real[r * C + i] * real[c * C + i]);
+      double most = fabs(sum) / 200 + size * (s->m.kind < INT8 ? 1e-5 : 1.0 / 200) + 1e-6;
+      if (!(fabs(sum - from_bf16(y[c * R + r])) <= most)) printf("many: %g, not %g\n", from_bf16(y[c * R + r]), sum), exit(1);
     }
   free(x), free(scratch), free(real), free(y);
 }
@@ -131,14 +163,18 @@ int main(int count, char **arguments) {
   llmprune_setup(NULL);
   for (int i = 0; i < cases; i++)
     for (int kind = BF16; kind <= INT4; kind++) {
-      sample s = make(kind, 1 + (int64_t)draw(9), 1 + (int64_t)draw(draw(8) ? 300 : 5000), percents[draw(5)]);
+      uint64_t percent = percents[draw(5)];
+      sample s = make(kind, 1 + (int64_t)draw(9), 1 + (int64_t)draw(draw(8) ? 300 : 5000), percent);
+      int masked = kind < INT8 || percent < 100 || draw(2);
+      if (!masked) whole(&s);
       for (int path = PORTABLE; path <= AVX512BF16; path++) {
         if (!llmprune_has(path)) continue;
         products(&s, path, (int)draw(3), 1 + (int64_t)draw(16), (int)draw(2)), done++;
         products(&s, path, BF16, 1 + (int64_t)draw(16), 0), done++;
         expands(&s, path, FP32), expands(&s, path, BF16), done += 2;
-        if (kind != INT4) expands(&s, path, kind), done++;
+        if (kind != INT4 && masked) expands(&s, path, kind), done++;
       }
+      if (llmprune_tiles() && kind != FP16 && kind != FP32) manies(&s), done++;
       give_back(&s);
     }
   printf("%d calls, all as wanted\n", done);

@@ -57,7 +57,7 @@ def config_of(arguments):
         return LlamaConfig(
             **shared,
             intermediate_size=arguments.intermediate,
-            num_key_value_heads=arguments.heads,
+            num_key_value_heads=arguments.kv_heads or arguments.heads,
             architectures=["LlamaForCausalLM"],
         )
     return Qwen3MoeConfig(
@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=0, help="heads of keys and values; 0 for as many")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--experts", type=int, default=0)
     arguments = parser.parse_args()

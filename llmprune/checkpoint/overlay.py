@@ -40,10 +40,10 @@ class Overlay:
         """One tensor on the CPU, dense."""
         if name not in self._where:
             return self._source.load(name)
-        if f"{name}_mask" not in self._where:
+        layout = self._layouts[name].found(name, self._where) if name in self._layouts else None
+        if layout is None:
             return self._where[name].load(name)
-        layout = self._layouts[name]
-        return unpack(read_parts(lambda part: self._where[part].load(part), name, layout.bits), layout, name)
+        return unpack(read_parts(lambda part: self._where[part].load(part), name, layout), layout, name)
 
     def check(self) -> None:
         """Raise `ValueError` if the source or one of the files has changed."""

@@ -2,13 +2,14 @@
 
 A tensor X becomes X, now 1-D with the kept values of its rows one after the other, `X_mask` with a bit per
 weight, `X_rows` with the number of values before each row and, where values are quantised, `X_scale`. What is
-kept is said by the bits, so zeros among the kept values survive. R rows (outputs), C columns (inputs).
+kept is said by the bits, so zeros among the kept values survive. Of a tensor whose weights are all kept, and
+rounded to 8 or 4 bits, there are only X and `X_scale`. R rows (outputs), C columns (inputs).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,7 @@ from llmprune.common.messages import shown
 from llmprune.contracts import VALUES
 from llmprune.kernels import layout as bits_and_rows
 from llmprune.kernels import packing
-from llmprune.kernels.layout import GROUP, WORD, bits_of, keep_of
+from llmprune.kernels.layout import GROUP, WORD, keep_of
 from llmprune.numerics import grids
 
 METHOD = "llmprune"  # quant_method in config.json: other loaders refuse it
@@ -43,6 +44,7 @@ class Layout:
         stacked: how many matrices a stack holds; 0 for a tensor that is one matrix.
         transposed: whether the dense tensor holds its matrices as [C, R].
         bits: of a value.
+        whole: every weight is kept, and there is no mask; of rounded values only.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class Layout:
     stacked: int = 0
     transposed: bool = False
     bits: int = 16
+    whole: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,6 +66,18 @@ class Layout:
     def words(self) -> int:
         """Mask words of a row."""
         return -(-self.columns // WORD)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is added to the name of the tensor for each of its parts."""
+        masked = () if self.whole else ("_mask", "_rows")
+        return ("", *masked, *(("_scale",) if self.bits != 16 else ()))
+
+    def found(self, name: str, names: Container[str]) -> Layout | None:
+        """The layout by which a tensor is packed among tensors of these names; None where it is dense."""
+        if f"{name}_mask" in names:
+            return replace(self, whole=False)
+        return replace(self, whole=True) if self.bits != 16 and f"{name}_scale" in names else None
 
     def matrix(self, dense: Tensor) -> Tensor:
         """The rows [R, C] of a dense tensor."""
@@ -81,6 +96,8 @@ class Layout:
         kept = int(each.sum())
         values = {16: self.dtype.itemsize * kept, 8: kept, 4: int(taken.sum())}[self.bits]
         scales = 0 if self.bits == 16 else 2 * self.rows * -(-self.columns // GROUP)
+        if self.bits != 16 and kept == self.rows * self.columns:
+            return values + scales
         starts = (8 if kept >= 1 << 31 else 4) * (self.rows + 1)
         return values + mask.nbytes + starts + scales
 
@@ -102,6 +119,8 @@ def pack(dense: Tensor, mask: Tensor, layout: Layout, scales: Tensor | None = No
     scales = grids.scales_of(matrix, layout.bits, GROUP) if scales is None else scales
     values = packing.compress(grids.codes_of(matrix, scales, layout.bits, GROUP), mask)
     values = packing.pack_nibbles(values, mask, layout.columns) if layout.bits == 4 else values
+    if int(rows[-1]) == matrix.numel():
+        return {"": values, "_scale": scales}
     return {"": values, "_mask": mask, "_rows": rows, "_scale": scales}
 
 
@@ -118,7 +137,7 @@ def unpack(parts: Mapping[str, Tensor], layout: Layout, name: str) -> Tensor:
         ValueError: parts that do not fit together; the message names the tensor.
     """
     check(parts, layout, name)
-    values, mask = parts[""], parts["_mask"]
+    values, mask = parts[""], parts.get("_mask")
     shape = (layout.rows, layout.columns)
     return layout.dense(packing.expand(values, mask, shape, layout.dtype, parts.get("_scale")))
 
@@ -128,8 +147,8 @@ def check(parts: Mapping[str, Tensor], layout: Layout, name: str) -> None:
     try:
         bits_and_rows.check(
             parts[""],
-            parts["_mask"],
-            parts["_rows"],
+            parts.get("_mask"),
+            parts.get("_rows"),
             parts.get("_scale"),
             (layout.rows, layout.columns),
             layout.bits,
@@ -201,8 +220,12 @@ class Packing:
         Args:
             headers: every tensor that was written, by name. load: reads one.
         """
-        packed = {name: layout for name, layout in self.layouts.items() if f"{name}_mask" in headers}
-        kept = {name: int(load(f"{name}_rows")[-1]) for name in packed}
+        found = {name: layout.found(name, headers) for name, layout in self.layouts.items()}
+        packed = {name: layout for name, layout in found.items() if layout is not None}
+        kept = {
+            name: layout.rows * layout.columns if layout.whole else int(load(f"{name}_rows")[-1])
+            for name, layout in packed.items()
+        }
         return entry_of(packed, kept, self._bits)
 
 
@@ -217,7 +240,7 @@ def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor |
     absent = [part is None for part in parts]
     if all(absent) or (any(absent) and layout.bits != 16):
         return None
-    whole = bits_of(torch.ones(layout.rows // layout.stacked, layout.columns, dtype=torch.bool))
+    whole = packing.full_mask(layout.rows // layout.stacked, layout.columns)
     return torch.cat([whole if part is None else widened(part, layout.columns) for part in parts])
 
 
@@ -275,13 +298,16 @@ class Packed:
 
     def load_mask(self, name: str) -> Tensor:
         """The mask of a packed tensor, uint8 [R, 8 ceil(C / 64)]."""
+        layout = self.layouts[name]
+        if layout.whole:
+            return packing.full_mask(layout.rows, layout.columns)
         return self.source.load(f"{name}_mask")
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, dense."""
         if name not in self.layouts:
             return self.source.load(name)
-        return unpack(read_parts(self.source.load, name, self.layouts[name].bits), self.layouts[name], name)
+        return unpack(read_parts(self.source.load, name, self.layouts[name]), self.layouts[name], name)
 
     @property
     def files(self) -> frozenset[str]:
@@ -293,9 +319,9 @@ class Packed:
         self.source.check()
 
 
-def read_parts(load: Callable[[str], Tensor], name: str, bits: int) -> dict[str, Tensor]:
+def read_parts(load: Callable[[str], Tensor], name: str, layout: Layout) -> dict[str, Tensor]:
     """The parts of a packed tensor, each read by its name."""
-    return {part: load(name + part) for part in (PARTS[:3] if bits == 16 else PARTS)}
+    return {part: load(name + part) for part in layout.parts}
 
 
 def layouts_of(entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Layout]:
@@ -331,6 +357,8 @@ def layouts_of(entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> d
             name in transposed,
             bits,
         )
+        if bits != 16 and kept == rows * columns and name + "_rows" not in tensors:
+            layout = layout.found(name, tensors) or layout
         _check_header(name, layout, kept, tensors)
         found[name] = layout
     return found
@@ -339,21 +367,21 @@ def layouts_of(entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> d
 def _check_header(name: str, layout: Layout, kept: int, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise `ValueError` where the headers have other shapes than the config says."""
     rows, groups = layout.rows, -(-layout.columns // GROUP)
+    entries = rows * bits_and_rows.row_entries(layout.columns, layout.bits) if layout.whole else kept
     wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "": ((kept,), {16: ("F32", "F16", "BF16"), 8: ("I8",), 4: ("U8",)}[layout.bits]),
+        "": ((entries,), {16: ("F32", "F16", "BF16"), 8: ("I8",), 4: ("U8",)}[layout.bits]),
         "_mask": ((rows, 8 * layout.words), ("U8",)),
         "_rows": ((rows + 1,), ("I32", "I64")),
+        "_scale": ((rows, groups), ("BF16",)),
     }
-    if layout.bits != 16:
-        wanted["_scale"] = ((rows, groups), ("BF16",))
     if rows < 1 or layout.columns < 1 or (layout.stacked and rows % layout.stacked):
         raise ValueError(
             f"the packed tensor {shown(name)} has {rows} rows of {layout.columns}; it is damaged"
         )
-    for part, (shape, stored) in wanted.items():
+    for part, (shape, stored) in ((part, wanted[part]) for part in layout.parts):
         tensor = tensors.get(name + part)
         # Values of 4 bits begin anew with every mask word: how many bytes they take follows from the mask.
-        some = part == "" and layout.bits == 4
+        some = part == "" and layout.bits == 4 and not layout.whole
         if tensor is not None and tensor.stored in stored and (some or tensor.shape == shape):
             continue
         have = "nothing" if tensor is None else f"{tensor.stored} {list(tensor.shape)}"

@@ -26,15 +26,23 @@ class Packed(NamedTuple):
 
     `values`: bf16, fp16, fp32 or int8 [nnz]; int4: uint8, two q + 8 to a byte. `mask`: uint8 [R, 8 W].
     `rows`: where each row's values start, [R + 1], in values; for int4 in bytes (`byte_rows`). `scale`: bf16
-    [R, ceil(C / 128)] for int8 and int4, else None. `bits`: 16 or 32, 8, 4.
+    [R, ceil(C / 128)] for int8 and int4, else None. `bits`: 16 or 32, 8, 4. Of int8 and int4 `mask` and
+    `rows` are None where every weight is kept.
     """
 
     values: Tensor
-    mask: Tensor
-    rows: Tensor
+    mask: Tensor | None
+    rows: Tensor | None
     scale: Tensor | None
     columns: int
     bits: int
+
+    @property
+    def height(self) -> int:
+        """R."""
+        first = self.scale if self.mask is None else self.mask
+        assert first is not None
+        return len(first)
 
 
 def mask_width(columns: int) -> int:
@@ -48,6 +56,16 @@ def bits_of(keep: Tensor) -> Tensor:
     mask = np.zeros((rows, mask_width(columns)), dtype=np.uint8)
     mask[:, : -(-columns // 8)] = np.packbits(keep.numpy(force=True), axis=1, bitorder="little")
     return torch.from_numpy(mask)
+
+
+def full_mask(rows: int, columns: int) -> Tensor:
+    """The mask uint8 [R, 8 W] that keeps every weight."""
+    return bits_of(torch.ones((1, columns), dtype=torch.bool)).repeat(rows, 1)
+
+
+def row_entries(columns: int, bits: int) -> int:
+    """Entries of the values of a row of which every weight is kept: bytes for int4."""
+    return columns if bits != 4 else columns // WORD * (WORD // 2) + (columns % WORD + 1) // 2
 
 
 def keep_of(mask: Tensor, columns: int) -> Tensor:
@@ -103,8 +121,8 @@ def starts_of(each: Tensor) -> Tensor:
 
 def check(
     values: Tensor,
-    mask: Tensor,
-    rows: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
     scale: Tensor | None,
     shape: tuple[int, int],
     bits: int,
@@ -116,12 +134,20 @@ def check(
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"a packed matrix has rows and columns, not the shape {list(shape)}")
     check_parts(values, mask, rows, bits)
-    if len(mask) != shape[0]:
+    if mask is not None and len(mask) != shape[0]:
         raise ValueError(f"the mask has {len(mask)} rows, the matrix {shape[0]}")
     if (scale is None) != (bits > 8):
         raise ValueError(f"values of {bits} bits have {'a' if bits <= 8 else 'no'} scale")
     if scale is not None:
         check_scale(scale, shape)
+    if mask is None or rows is None:
+        wanted = shape[0] * row_entries(shape[1], bits)
+        if len(values) != wanted:
+            raise ValueError(
+                f"a matrix {list(shape)} without a mask has {wanted} entries of {values.dtype},"
+                f" not {len(values)}"
+            )
+        return
     each, taken = counts(mask, shape[1])
     kept = each.cumsum(0)
     if int(rows[0]) != 0 or not torch.equal(rows[1:].long(), kept):
@@ -136,28 +162,34 @@ def check(
 
 def checked(
     values: Tensor,
-    mask: Tensor,
-    rows: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
     scale: Tensor | None,
     shape: tuple[int, int],
     bits: int,
 ) -> Packed:
     """A packed matrix for `packed_linear`, checked. `rows` as in a file: for int4 byte starts are made."""
     check(values, mask, rows, scale, shape, bits)
-    starts = byte_rows(mask, shape[1]) if bits == 4 else rows
+    starts = byte_rows(mask, shape[1]) if bits == 4 and mask is not None else rows
     return Packed(values, mask, starts, scale, shape[1], bits)
 
 
-def check_parts(values: Tensor, mask: Tensor, rows: Tensor, bits: int) -> None:
+def check_parts(values: Tensor, mask: Tensor | None, rows: Tensor | None, bits: int) -> None:
     """What costs nothing to look at: dtypes, dimensions, whether the parts are contiguous."""
     if bits not in _DTYPES or values.dtype not in _DTYPES[bits]:
         raise ValueError(f"values of {bits} bits cannot be {values.dtype}; bits are 32, 16, 8 or 4")
+    if (mask is None) != (rows is None) or (mask is None and bits > 8):
+        raise ValueError(f"values of {bits} bits need a mask and row starts; those of 8 and 4 may lack both")
     for name, part, dimensions in (("values", values, 1), ("mask", mask, 2), ("rows", rows, 1)):
+        if part is None:
+            continue
         if part.ndim != dimensions or not part.is_contiguous() or part.device.type != "cpu":
             raise ValueError(
                 f"{name} must be contiguous, with {dimensions} dimension{'s' * (dimensions > 1)}, on the CPU,"
                 f" not {list(part.shape)} on {part.device}"
             )
+    if mask is None or rows is None:
+        return
     if mask.dtype != torch.uint8 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"the mask must be uint8 and the rows int32 or int64, not {mask.dtype} and {rows.dtype}"

@@ -17,7 +17,7 @@ from llmprune.kernels import build
 NO_KERNEL = "no native kernel here: no speed-up"
 PATHS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4, "avx512-bf16": 5}  # the later, the faster
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}  # uint8: int4
-_VERSION = 1
+_VERSION = 2
 _NAMES = {
     "portable": "plain C",
     "neon": "NEON",
@@ -97,19 +97,21 @@ def native() -> ctypes.CDLL:
     return library
 
 
-def matrix_of(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], columns: int) -> Matrix:
+def matrix_of(tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], columns: int) -> Matrix:
     """Values, mask, row starts and scale of a packed matrix for the C code. The tensors must outlive it."""
     values, mask, rows, scale = tensors
+    first = scale if mask is None else mask
+    assert first is not None
     return Matrix(
         values.data_ptr(),
-        mask.data_ptr(),
-        rows.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         None if scale is None else scale.data_ptr(),
         values.numel() * values.element_size(),
-        mask.shape[0],
+        first.shape[0],
         columns,
         KINDS[values.dtype],
-        rows.dtype == torch.int64,
+        rows is not None and rows.dtype == torch.int64,
     )
 
 
@@ -144,9 +146,12 @@ def _bind(path: Path) -> _Loaded:
     signatures = {
         "setup": (None, [pointer]),
         "has": (number, [number]),
-        "scratch_bytes": (many, [matrix, many]),
+        "scratch_bytes": (many, [matrix, number, many]),
         "tail_bytes": (many, [matrix]),
-        "product": (number, [matrix, pointer, number, many, number, number, number, pointer, pointer]),
+        "products": (number, [matrix, number, pointer, number, many, *[number] * 3, *[pointer] * 2, number]),
+        "tiles": (number, []),
+        "many_bytes": (many, [matrix, many, number]),
+        "many": (number, [matrix, pointer, many, number, pointer, pointer]),
         "expand": (number, [matrix, many, many, number, number, number, pointer, pointer]),
         "compress": (number, [matrix, pointer, number, number, pointer]),
         "nibbles": (None, [matrix, pointer, pointer, pointer, number]),

@@ -30,12 +30,13 @@
 enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
 enum { PORTABLE = 1, NEON = 2, AVX2 = 3, AVX512 = 4, AVX512BF16 = 5 };
 enum { OK = 0, BAD_ROWS = 1, NO_PATH = 2 };
-enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16 };
+enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16, MATRICES = 8 };
 
 typedef void (*range_function)(int64_t, int64_t, void *);
 typedef int (*parallel_function)(int64_t, int64_t, int64_t, range_function, void *);
 
-/* A packed matrix [R, C] as the caller hands it in (`library.py` has the same fields). */
+/* A packed matrix [R, C] as the caller hands it in (`library.py` has the same fields). Without `mask` and `rows`
+ * (int8 and int4 only) every weight is kept, and all rows are as long. */
 typedef struct {
   const uint8_t *values, *mask;
   const void *rows;      /* starts: of values, for int4 of bytes */
@@ -49,21 +50,23 @@ typedef struct {
   int64_t W, G, safe, from; /* mask words and groups of a row; rows starting behind `safe` are in the tail */
   const uint8_t *tail;
   const uint8_t *x; /* laid out for the kernel */
-  float *y;         /* [n, R] */
+  void *y;          /* [n, R], float or bf16 */
   uint8_t *out;     /* expand: dense rows from `first` on; compress: values */
   const uint8_t *in;
-  int64_t first, last;
-  int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output of expand */
+  int64_t first, last, pitch; /* rows; of `out` from one to the next, in values */
+  int32_t n, laid, to, path, bad; /* rows of x; as many as are laid out; kind of the output */
 } job;
 
 typedef void (*rows_function)(job *, int64_t, int64_t);
 typedef struct {
-  job *j;
+  job *jobs;
   rows_function run;
-  int64_t chunks, next;
+  int64_t chunks[MATRICES + 1], next; /* shares before those of each job, and all of them */
+  int count, places;
 } shared;
 
 static parallel_function parallel_for = 0;
+static __thread int place; /* of this thread among those that share work */
 
 /* ---- small things ------------------------------------------------------------------------------------- */
 
@@ -114,6 +117,7 @@ INLINE float float_at(const void *x, int kind, int64_t i) {
 }
 
 INLINE int64_t row_start(const matrix *m, int64_t r) {
+  if (!m->rows) return r * (m->kind == INT4 ? m->C / WORD * 32 + (m->C % WORD + 1) / 2 : m->C);
   if (m->wide) {
     int64_t s;
     memcpy(&s, (const uint8_t *)m->rows + 8 * r, 8);
@@ -123,6 +127,15 @@ INLINE int64_t row_start(const matrix *m, int64_t r) {
   memcpy(&s, (const uint8_t *)m->rows + 4 * r, 4);
   return s;
 }
+
+/* Word w of the mask of row r. */
+INLINE uint64_t mask_of(const job *j, int64_t r, int64_t w) {
+  if (j->m.mask) return word_at(j->m.mask + 8 * (r * j->W + w));
+  return (w + 1) * WORD <= j->m.C ? ~0ull : (1ull << j->m.C % WORD) - 1;
+}
+
+/* The mask words of row r; NULL where there are none. */
+INLINE const uint8_t *masks_of(const job *j, int64_t r) { return j->m.mask ? j->m.mask + 8 * r * j->W : 0; }
 
 INLINE float scale_at(const job *j, int64_t r, int64_t g) {
   uint16_t b;
@@ -170,11 +183,10 @@ static int64_t cost(const job *j, int64_t r) {
 }
 
 /* The first row of a share: shares hold equally many bytes, whatever the rows hold. */
-static int64_t share_start(const shared *s, int64_t share) {
-  job *j = s->j;
+static int64_t share_start(const job *j, int64_t share, int64_t shares) {
   if (share <= 0) return j->first;
-  if (share >= s->chunks) return j->last;
-  double wanted = (double)cost(j, j->last) * (double)share / (double)s->chunks;
+  if (share >= shares) return j->last;
+  double wanted = (double)cost(j, j->last) * (double)share / (double)shares;
   int64_t low = j->first, high = j->last;
   while (low < high) {
     int64_t middle = low + (high - low) / 2;
@@ -188,23 +200,43 @@ static int64_t share_start(const shared *s, int64_t share) {
 
 static void take_shares(int64_t begin, int64_t end, void *context) {
   shared *s = (shared *)context;
+  place = __atomic_fetch_add(&s->places, 1, __ATOMIC_RELAXED);
   (void)begin, (void)end; /* every thread takes the next share until none is left */
   for (;;) {
     int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
-    if (i >= s->chunks) return;
-    s->run(s->j, share_start(s, i), share_start(s, i + 1));
+    int k = 0;
+    if (i >= s->chunks[s->count]) return;
+    while (i >= s->chunks[k + 1]) k++;
+    job *j = s->jobs + k;
+    int64_t shares = s->chunks[k + 1] - s->chunks[k];
+    i -= s->chunks[k];
+    s->run(j, share_start(j, i, shares), share_start(j, i + 1, shares));
   }
 }
 
-static int run_rows(job *j, rows_function run, int threads) {
-  shared s = {j, run, 1, 0};
+/* The rows of all jobs, whose outputs are of their own. */
+static int run_rows(job *jobs, int count, rows_function run, int threads) {
+  shared s = {jobs, run, {0}, 0, count, 0};
+  double all = 0;
+  int bad = 0;
   if (!run) return NO_PATH;
-  if (parallel_for && threads > 1 && cost(j, j->last) > 65536) {
-    s.chunks = 8 * (int64_t)threads;
-    parallel_for(0, threads, 1, take_shares, &s);
+  for (int k = 0; k < count; k++) all += (double)cost(jobs + k, jobs[k].last);
+  int parallel = parallel_for && threads > 1 && all > 65536;
+  for (int k = 0; k < count; k++) {
+    double share = parallel ? 8 * threads * (double)cost(jobs + k, jobs[k].last) / all : 0;
+    s.chunks[k + 1] = s.chunks[k] + (share > 1 ? (int64_t)(share + 0.5) : 1);
   }
+  if (parallel) parallel_for(0, threads, 1, take_shares, &s);
   take_shares(0, 1, &s); /* all of it, or what is left where the threads failed */
-  return j->bad ? BAD_ROWS : OK;
+  for (int k = 0; k < count; k++) bad |= jobs[k].bad;
+  return bad ? BAD_ROWS : OK;
+}
+
+INLINE void give(const job *j, int64_t c, int64_t r, float y) {
+  if (j->to == BF16)
+    ((uint16_t *)j->y)[c * j->m.R + r] = to_bf16(y);
+  else
+    ((float *)j->y)[c * j->m.R + r] = y;
 }
 
 /* ---- laying out x: blocks of 64 columns, one per row of x, one after another -------------------------- */
@@ -263,12 +295,12 @@ INLINE const uint8_t *decode_portable(int kind, const uint8_t *p, uint64_t m, fl
 INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
   float v[WORD];
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     double sums[MOST] = {0};
     const float *x = (const float *)j->x;
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode_portable(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode_portable(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float s[8] = {0};
         for (int i = 0; i < WORD; i += 8)
@@ -276,7 +308,7 @@ INLINE void product_portable(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c] += ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = (float)sums[c];
+    for (int c = 0; c < j->n; c++) give(j, c, r, (float)sums[c]);
   }
 }
 
@@ -362,13 +394,13 @@ T256 INLINE float sum256(__m256 v) {
 
 T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     __m256 sums[MOST][2], v[8];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm256_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode256(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode256(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m256 a = sums[c][0], b = sums[c][1];
         UNROLL for (int k = 0; k < 8; k += 2) {
@@ -378,7 +410,7 @@ T256 INLINE void product_avx2(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c][0] = a, sums[c][1] = b;
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = sum256(_mm256_add_ps(sums[c][0], sums[c][1]));
+    for (int c = 0; c < j->n; c++) give(j, c, r, sum256(_mm256_add_ps(sums[c][0], sums[c][1])));
   }
 }
 
@@ -449,13 +481,13 @@ T512 INLINE const uint8_t *decode512(int kind, const uint8_t *p, uint64_t m, flo
 
 T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     __m512 sums[MOST][2], v[4];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = _mm512_setzero_ps();
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode512(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode512(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         __m512 a = _mm512_fmadd_ps(v[0], _mm512_loadu_ps(x), sums[c][0]);
         __m512 b = _mm512_fmadd_ps(v[1], _mm512_loadu_ps(x + 16), sums[c][1]);
@@ -464,7 +496,7 @@ T512 INLINE void product_avx512(job *j, int64_t r0, int64_t r1, int kind) {
       }
     }
     for (int c = 0; c < j->n; c++)
-      j->y[c * j->m.R + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[c][0], sums[c][1]));
+      give(j, c, r, _mm512_reduce_add_ps(_mm512_add_ps(sums[c][0], sums[c][1])));
   }
 }
 
@@ -505,7 +537,7 @@ T512BF INLINE void rows_bf16(job *j, int64_t r, int64_t next, const int rows, co
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
     if (first + c < j->n) {
       __m512 sum = n <= 4 ? _mm512_add_ps(a[i][c], b[i][c]) : a[i][c];
-      j->y[(first + c) * j->m.R + (i ? next : r)] = _mm512_reduce_add_ps(sum);
+      give(j, first + c, i ? next : r, _mm512_reduce_add_ps(sum));
     }
 }
 
@@ -558,22 +590,27 @@ T512 static void lay_bytes(job *j, const uint8_t *x, int kind, int first, uint8_
     }
 }
 
-/* One word as unsigned bytes, `offset` where nothing is kept. */
-T512 INLINE __m512i bytes512(int kind, const uint8_t **p, uint64_t m, __m512i offset) {
+/* One word as unsigned bytes, `offset` where nothing is kept. Where all is kept, what follows the last column is
+ * read as well, and meets zeros of x. */
+T512 INLINE __m512i bytes512(int kind, const int whole, const uint8_t **p, uint64_t m, __m512i offset) {
   ahead(*p, 0);
   __m512i v = kind == INT4 ? nibbles512(*p) : _mm512_xor_si512(load512(*p), offset);
+  if (whole) {
+    *p += kind == INT4 ? WORD / 2 : WORD;
+    return v;
+  }
   int kept = __builtin_popcountll(m);
   *p += kind == INT4 ? (kept + 1) / 2 : kept;
   return _mm512_mask_expand_epi8(offset, m, v);
 }
 
 /* One group of `rows` rows (1 or 2) times n rows of x; the values of both are followed in p. */
-T512 INLINE void group512(int kind, const int rows, const int n, const uint8_t **p, const uint64_t (*m)[2],
+T512 INLINE void group512(int kind, const int whole, const int rows, const int n, const uint8_t **p, const uint64_t (*m)[2],
                           const uint8_t *x, const float (*scales)[16 * 8], __m512 (*sums)[8]) {
   __m512i offset = _mm512_set1_epi8((char)offset_of(kind)), v[2], u[2];
   UNROLL for (int i = 0; i < rows; i++) {
-    v[i] = bytes512(kind, &p[i], m[i][0], offset);
-    u[i] = bytes512(kind, &p[i], m[i][1], offset);
+    v[i] = bytes512(kind, whole, &p[i], m[i][0], offset);
+    u[i] = bytes512(kind, whole, &p[i], m[i][1], offset);
   }
   UNROLL for (int c = 0; c < n; c++, x += BLOCK) {
     __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 64), start = _mm512_loadu_si512(x + GROUP);
@@ -587,18 +624,18 @@ T512 INLINE void group512(int kind, const int rows, const int n, const uint8_t *
 /* The bytes of a panel of n rows of x, with the scales behind the blocks. */
 INLINE int64_t panel_bytes(const job *j, int n) { return (j->G * BLOCK + (j->G + 15) / 16 * 64) * n; }
 
-T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int rows, const int n, int first,
-                            const uint8_t *x) {
+T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int whole, const int rows,
+                            const int n, int first, const uint8_t *x) {
   const int64_t row[2] = {r, next};
   const uint8_t *p[2] = {row_values(j, r), row_values(j, next)};
-  const uint8_t *mask[2] = {j->m.mask + 8 * r * j->W, j->m.mask + 8 * next * j->W};
+  const uint8_t *mask[2] = {masks_of(j, r), masks_of(j, next)};
   const float *x_scales = (const float *)(x + j->G * n * BLOCK);
   float scales[2][16 * 8] __attribute__((aligned(64)));
   __m512 sums[2][8];
   if (!p[0] || !p[1]) return;
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++) sums[i][c] = _mm512_setzero_ps();
   for (int64_t g0 = 0; g0 < j->G; g0 += 16, x_scales += 16 * n) {
-    int64_t count = j->G - g0 < 16 ? j->G - g0 : 16, whole = j->W - 2 * g0 >= 2 * count ? count : count - 1;
+    int64_t count = j->G - g0 < 16 ? j->G - g0 : 16, pairs = j->W - 2 * g0 >= 2 * count ? count : count - 1;
     UNROLL for (int i = 0; i < rows; i++) {
       __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), j->m.scale + row[i] * j->G + g0);
       __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -607,33 +644,36 @@ T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int
     }
     for (int64_t g = 0; g < count; g++, x += BLOCK * n) {
       uint64_t m[2][2];
-      UNROLL for (int i = 0; i < rows; i++) {
+      UNROLL for (int i = 0; i < rows && !whole; i++) {
         ahead(p[i], mask[i]);
         m[i][0] = word_at(mask[i]);
-        m[i][1] = g < whole ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
+        m[i][1] = g < pairs ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
         mask[i] += 16;
       }
-      group512(kind, rows, n, p, m, x, (const float(*)[16 * 8])(scales[0] + g), sums);
+      group512(kind, whole, rows, n, p, m, x, (const float(*)[16 * 8])(scales[0] + g), sums);
     }
   }
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
-    if (first + c < j->n) j->y[(first + c) * j->m.R + row[i]] = _mm512_reduce_add_ps(sums[i][c]);
+    if (first + c < j->n) give(j, first + c, row[i], _mm512_reduce_add_ps(sums[i][c]));
 }
 
-T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int n) {
+T512 INLINE void product_bytes(job *j, int64_t r0, int64_t r1, int kind, const int whole, const int n) {
   const int rows = n == 1 ? 1 : 2;
   for (int64_t r = r0; r < r1; r += rows)
     for (int first = 0, k = 0; first < j->n; first += n, k++)
-      rows_bytes(j, r, r + 1 < r1 ? r + rows - 1 : r, kind, rows, n, first, j->x + k * panel_bytes(j, n));
+      rows_bytes(j, r, r + 1 < r1 ? r + rows - 1 : r, kind, whole, rows, n, first, j->x + k * panel_bytes(j, n));
 }
 
 #define AT(n)                                                                                              \
   T512BF static void bf16_##n(job *j, int64_t a, int64_t b) { product_bf16(j, a, b, n); }                  \
-  T512 static void int8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, n); }             \
-  T512 static void int4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, n); }
+  T512 static void int8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, 0, n); }          \
+  T512 static void int4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, 0, n); }          \
+  T512 static void full8_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT8, 1, n); }         \
+  T512 static void full4_##n(job *j, int64_t a, int64_t b) { product_bytes(j, a, b, INT4, 1, n); }
 AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7) AT(8)
 #define ALL(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6, name##_7, name##_8}
 static const rows_function bf16_all[] = ALL(bf16), int8_all[] = ALL(int8), int4_all[] = ALL(int4);
+static const rows_function full8_all[] = ALL(full8), full4_all[] = ALL(full4);
 #endif /* X86 */
 
 /* ---- NEON --------------------------------------------------------------------------------------------- */
@@ -684,13 +724,13 @@ INLINE const uint8_t *decode_neon(int kind, const uint8_t *p, uint64_t m, float 
 
 INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
     const float *x = (const float *)j->x;
     float32x4_t sums[MOST][2], v[16];
     for (int c = 0; c < j->n; c++) sums[c][0] = sums[c][1] = vdupq_n_f32(0);
     for (int64_t w = 0; p && w < j->W; w++) {
-      ahead(p, mask + 8 * w);
-      p = decode_neon(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
+      ahead(p, mask ? mask + 8 * w : 0);
+      p = decode_neon(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, v);
       for (int c = 0; c < j->n; c++, x += WORD) {
         float32x4_t a = sums[c][0], b = sums[c][1];
         UNROLL for (int k = 0; k < 16; k += 2) {
@@ -700,7 +740,7 @@ INLINE void product_neon(job *j, int64_t r0, int64_t r1, int kind) {
         sums[c][0] = a, sums[c][1] = b;
       }
     }
-    for (int c = 0; c < j->n; c++) j->y[c * j->m.R + r] = vaddvq_f32(vaddq_f32(sums[c][0], sums[c][1]));
+    for (int c = 0; c < j->n; c++) give(j, c, r, vaddvq_f32(vaddq_f32(sums[c][0], sums[c][1])));
   }
 }
 
@@ -747,7 +787,7 @@ EXPORT int llmprune_has(int path) {
 #endif
 }
 
-EXPORT int llmprune_version(void) { return 1; }
+EXPORT int llmprune_version(void) { return 2; }
 
 /* To be called once, before anything else. `parallel` may be NULL: one thread. */
 EXPORT void llmprune_setup(parallel_function parallel) {
@@ -762,7 +802,8 @@ EXPORT void llmprune_setup(parallel_function parallel) {
 static const rows_function *narrow(const job *j, int x_kind, int exact) {
   if (j->m.kind == BF16 && x_kind == BF16 && j->path == AVX512BF16) return bf16_all;
   if (exact || (j->path != AVX512 && j->path != AVX512BF16)) return 0;
-  return j->m.kind == INT8 ? int8_all : j->m.kind == INT4 ? int4_all : 0;
+  if (j->m.kind == INT8) return j->m.mask ? int8_all : full8_all;
+  return j->m.kind != INT4 ? 0 : j->m.mask ? int4_all : full4_all;
 }
 #endif
 
@@ -782,39 +823,59 @@ static rows_function plain(const job *j) {
 }
 
 
-/* Scratch that a product of n rows of x needs: floats need more than bytes with their counts and scales. */
-EXPORT int64_t llmprune_scratch_bytes(const matrix *m, int64_t n) {
+/* Bytes of x laid out: floats need more than bytes with their counts and scales. */
+static int64_t laid_bytes(const matrix *m, int64_t n) {
   int64_t W = (m->C + 127) / 128 * 2, laid = n + 1; /* two panels have an even number of rows */
-  return (W * WORD * 4 + (W + 32) * 32) * laid + llmprune_tail_bytes(m) + 192;
+  return (W * WORD * 4 + (W + 32) * 32) * laid + 64;
 }
 
-/* y [n, R] = x [n, C] W^T for n up to 16. */
-EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64_t n, int exact, int path,
-                            int threads, uint8_t *scratch, float *y) {
-  job j;
-  memset(&j, 0, sizeof j);
-  j.m = *m, j.y = y, j.n = j.laid = (int32_t)n, j.path = path, j.last = m->R;
-  if (n < 1 || n > MOST || !llmprune_has(path)) return NO_PATH;
-  scratch += (64 - (uintptr_t)scratch % 64) % 64;
-  int bad = prepare(&j, scratch);
-  if (bad) return bad;
-  uint8_t *laid = scratch + (llmprune_tail_bytes(m) + 63) / 64 * 64;
-  j.x = laid;
+static int64_t tail_room(const matrix *m) { return (llmprune_tail_bytes(m) + 63) / 64 * 64; }
+
+/* Scratch that a product of n rows of x with so many matrices needs. */
+EXPORT int64_t llmprune_scratch_bytes(const matrix *m, int count, int64_t n) {
+  return tail_room(m) * count + laid_bytes(m, n) + 64;
+}
+
+/* Lays x out at `to` for what will run, and returns that. */
+static rows_function lay(job *j, const uint8_t *x, int x_kind, int exact, uint8_t *to) {
+  j->laid = j->n, j->x = to;
 #ifdef X86
-  const rows_function *all = narrow(&j, x_kind, exact);
+  const rows_function *all = narrow(j, x_kind, exact);
   if (all) {
-    j.laid = (int32_t)(n > 8 ? (n + 1) / 2 : n); /* more than 8 rows in two panels */
-    for (int first = 0; first < n; first += j.laid)
-      if (j.m.kind == BF16)
-        lay_raw16(&j, x, first, laid + 2 * WORD * j.W * first);
+    j->laid = j->n > 8 ? (j->n + 1) / 2 : j->n; /* more than 8 rows in two panels */
+    for (int first = 0; first < j->n; first += j->laid)
+      if (j->m.kind == BF16)
+        lay_raw16(j, x, first, to + 2 * WORD * j->W * first);
       else
-        lay_bytes(&j, x, x_kind, first, laid + first / j.laid * panel_bytes(&j, j.laid));
-    return run_rows(&j, all[j.laid - 1], threads);
+        lay_bytes(j, x, x_kind, first, to + first / j->laid * panel_bytes(j, j->laid));
+    return all[j->laid - 1];
   }
 #endif
   (void)exact;
-  lay_floats(&j, x, x_kind, (float *)laid);
-  return run_rows(&j, plain(&j), threads);
+  lay_floats(j, x, x_kind, (float *)to);
+  return plain(j);
+}
+
+/* y [n, R] = x [n, C] W^T for n up to 16, of up to 8 matrices that are alike but for their rows: y[i] belongs
+ * to m[i], and is of kind `to`, FP32 or BF16.
+ */
+EXPORT int llmprune_products(const matrix *m, int count, const uint8_t *x, int x_kind, int64_t n, int exact, int path,
+                             int threads, uint8_t *scratch, void **y, int to) {
+  job jobs[MATRICES];
+  if (count < 1 || count > MATRICES || n < 1 || n > MOST || !llmprune_has(path)) return NO_PATH;
+  if (to != FP32 && to != BF16) return NO_PATH;
+  memset(jobs, 0, sizeof jobs);
+  scratch += (64 - (uintptr_t)scratch % 64) % 64;
+  for (int k = 0; k < count; k++) {
+    job *j = jobs + k;
+    if (m[k].kind != m->kind || m[k].C != m->C || !m[k].mask != !m->mask || (!m->mask && m->kind < INT8)) return NO_PATH;
+    j->m = m[k], j->y = y[k], j->n = (int32_t)n, j->path = path, j->last = m[k].R, j->to = to;
+    int bad = prepare(j, scratch + k * tail_room(m));
+    if (bad) return bad;
+  }
+  rows_function run = lay(jobs, x, x_kind, exact, scratch + count * tail_room(m));
+  for (int k = 1; k < count; k++) jobs[k].x = jobs->x, jobs[k].laid = jobs->laid;
+  return run_rows(jobs, count, run, threads);
 }
 
 /* ---- packed rows -> dense rows ------------------------------------------------------------------------ */
@@ -822,8 +883,8 @@ EXPORT int llmprune_product(const matrix *m, const uint8_t *x, int x_kind, int64
 /* Bits alone: no arithmetic, so that NaN payloads and -0.0 stay. */
 INLINE void expand_raw(job *j, int64_t r0, int64_t r1, int width) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
-    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
+    uint8_t *out = j->out + (r - j->first) * j->pitch * width;
     if (!p) continue;
     memset(out, 0, (size_t)(j->m.C * width));
     for (int64_t w = 0; w < j->W; w++) {
@@ -877,11 +938,11 @@ T512 INLINE void store512(const job *j, const float *v, uint8_t *out, int64_t w)
   attributes INLINE void name(job *j, int64_t r0, int64_t r1, int kind) {                                     \
     float v[WORD] __attribute__((aligned(64)));                                                               \
     for (int64_t r = r0; r < r1; r++) {                                                                       \
-      const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;                                  \
-      uint8_t *out = j->out + (r - j->first) * j->m.C * width_of(j->to);                                      \
+      const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);                                  \
+      uint8_t *out = j->out + (r - j->first) * j->pitch * width_of(j->to);                                    \
       for (int64_t w = 0; p && w < j->W; w++) {                                                               \
-        ahead(p, mask + 8 * w);                                                                               \
-        p = decode(kind, p, word_at(mask + 8 * w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v); \
+        ahead(p, mask ? mask + 8 * w : 0);                                                                    \
+        p = decode(kind, p, mask_of(j, r, w), kind >= INT8 ? scale_at(j, r, w / 2) : 1.0f, (vector *)v);      \
         store(j, v, out, w);                                                                                  \
       }                                                                                                       \
     }                                                                                                         \
@@ -896,8 +957,8 @@ EXPAND_FLOATS(floats_avx512, T512, decode512, __m512, store512)
 
 T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
-    uint8_t *out = j->out + (r - j->first) * j->m.C * 2;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
+    uint8_t *out = j->out + (r - j->first) * j->pitch * 2;
     for (int64_t i = 0; p && i < j->m.C; i += 8, out += 16) {
       unsigned b = mask[i / 8];
       __m128i v = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), _mm_load_si128((const __m128i *)table16[b]));
@@ -916,8 +977,8 @@ T256 static void expand_avx2(job *j, int64_t r0, int64_t r1) {
 T512 INLINE void expand512(job *j, int64_t r0, int64_t r1, int width) {
   const int step = 64 / width; /* columns per vector */
   for (int64_t r = r0; r < r1; r++) {
-    const uint8_t *p = row_values(j, r), *mask = j->m.mask + 8 * r * j->W;
-    uint8_t *out = j->out + (r - j->first) * j->m.C * width;
+    const uint8_t *p = row_values(j, r), *mask = masks_of(j, r);
+    uint8_t *out = j->out + (r - j->first) * j->pitch * width;
     for (int64_t i = 0; p && i < j->m.C; i += step, out += 64, mask += step / 8) {
       uint64_t b = 0;
       ahead(p, 0);
@@ -969,12 +1030,173 @@ EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to,
                            uint8_t *tail, uint8_t *out) {
   job j;
   memset(&j, 0, sizeof j);
-  j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last;
+  j.m = *m, j.out = out, j.to = to, j.path = path, j.first = first, j.last = last, j.pitch = m->C;
   int raw = to == m->kind;
-  if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && to == INT4)) return NO_PATH;
+  if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && (to == INT4 || !m->mask))) return NO_PATH;
   int bad = prepare(&j, tail);
-  return bad ? bad : run_rows(&j, expander(&j, raw), threads);
+  return bad ? bad : run_rows(&j, 1, expander(&j, raw), threads);
 }
+
+/* ---- products with many rows of x, in tiles of AMX ------------------------------------------------------ */
+#if defined(X86) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+#define TILES 1
+#define TAMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+enum { SIDE = 16, DEEP = 32, TILE_BYTES = 1024 }; /* rows of a tile; values of a row of one; bytes */
+enum { CHUNK = 16, MOST_ROWS = 256 };             /* tiles that are added up at once; rows unpacked at once */
+
+/* Whether there are tiles for bf16, and the system lets this process use them. */
+EXPORT int llmprune_tiles(void) {
+  static int known = -1; /* two threads may find it at once: the same */
+  uint32_t r[4], low, high;
+  if (known >= 0) return known;
+  if (!llmprune_has(AVX512BF16)) return known = 0;
+  cpuid(7, 0, r);
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((r[3] >> 22 & 1) == 0 || (r[3] >> 24 & 1) == 0 || (low & 0x60000) != 0x60000) return known = 0;
+  int64_t answer = 158; /* arch_prctl(ARCH_REQ_XCOMP_PERM, tile data) */
+  __asm__ volatile("syscall" : "+a"(answer) : "D"(0x1023l), "S"(18l) : "rcx", "r11", "memory");
+  return known = answer == 0;
+}
+
+TAMX INLINE void transpose16(__m512i *v) {
+  __m512i t[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    __m512i a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    __m512i c = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(a, b, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  UNROLL for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+/* x, bf16 [n, C], as tiles: of 16 rows of x and 32 columns, pairs of columns by rows. */
+TAMX static void lay_tiles(const job *j, const uint8_t *x, int64_t n, uint8_t *to) {
+  __m512i v[16];
+  for (int64_t c = 0; c < (n + 2 * SIDE - 1) / (2 * SIDE) * 2; c++)
+    for (int64_t k = 0; k < j->m.C; k += DEEP, to += TILE_BYTES) {
+      int64_t left = j->m.C - k;
+      __mmask32 there = left >= DEEP ? ~0u : (1u << left) - 1;
+      for (int64_t i = 0; i < SIDE; i++)
+        v[i] = c * SIDE + i < n ? _mm512_maskz_loadu_epi16(there, x + 2 * ((c * SIDE + i) * j->m.C + k))
+                                : _mm512_setzero_si512();
+      transpose16(v);
+      for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(to + 64 * i, v[i]);
+    }
+}
+
+/* Sums of 16 outputs by 16 rows of x -> y [n, R], the outputs from r on of which `rows` are there. */
+TAMX static void give_tile(const job *j, const float *sums, int64_t r, int64_t rows, int64_t c, int64_t n) {
+  __m512i v[16];
+  __mmask16 there = rows >= SIDE ? 0xffff : rows > 0 ? (__mmask16)((1u << rows) - 1) : 0;
+  for (int i = 0; i < SIDE; i++) v[i] = _mm512_loadu_si512(sums + SIDE * i);
+  transpose16(v);
+  for (int64_t i = 0; i < SIDE && c + i < n; i++)
+    _mm256_mask_storeu_epi16((uint16_t *)j->y + (c + i) * j->m.R + r, there,
+                             (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(v[i])));
+}
+
+/* How many rows are unpacked at once: as many as leave room in the second cache. */
+static int64_t tile_rows(const matrix *m) {
+  int64_t rows = (1 << 20) / (2 * m->C) / (2 * SIDE) * (2 * SIDE);
+  return rows < 2 * SIDE ? 2 * SIDE : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
+static int64_t tile_pitch(const matrix *m) { return (m->C + DEEP - 1) / DEEP * DEEP + DEEP; }
+
+/* `rows` unpacked rows from row r on, times 32 rows of x at a time, CHUNK tiles deep at a time: what is used of x
+ * then stays in the first cache.
+ */
+TAMX static void multiply_tiles(const job *j, const uint8_t *w, int64_t r, int64_t rows, int64_t n) {
+  const int64_t deep = (j->m.C + DEEP - 1) / DEEP, pitch = 2 * j->pitch;
+  float sums[MOST_ROWS / (2 * SIDE)][4][SIDE * SIDE] __attribute__((aligned(64)));
+  __asm__ volatile("" ::: "memory"); /* compilers do not know what tiles are loaded from */
+  for (int64_t c = 0; c < n; c += 2 * SIDE)
+    for (int64_t first = 0; first < deep; first += CHUNK)
+      for (int64_t i = 0; i < rows; i += 2 * SIDE) {
+        const uint8_t *a = w + i * pitch + first * 2 * DEEP, *b = j->x + (c / SIDE * deep + first) * TILE_BYTES;
+        int64_t steps = deep - first < CHUNK ? deep - first : CHUNK;
+        float(*s)[SIDE * SIDE] = sums[i / (2 * SIDE)];
+        if (first == 0) {
+          _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        } else {
+          _tile_loadd(0, s[0], 64); _tile_loadd(1, s[1], 64); _tile_loadd(2, s[2], 64); _tile_loadd(3, s[3], 64);
+        }
+        for (int64_t k = 0; k < steps; k++, a += 2 * DEEP, b += TILE_BYTES) {
+          _tile_loadd(4, a, pitch);
+          _tile_loadd(6, b, 64);
+          _tile_loadd(7, b + deep * TILE_BYTES, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_loadd(5, a + SIDE * pitch, pitch);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, s[0], 64); _tile_stored(1, s[1], 64); _tile_stored(2, s[2], 64); _tile_stored(3, s[3], 64);
+        for (int t = 0; t < 4 && first + CHUNK >= deep; t++)
+          give_tile(j, s[t], r + i + t / 2 * SIDE, rows - i - t / 2 * SIDE, c + t % 2 * SIDE, n);
+      }
+}
+
+TAMX static void product_tiles(job *j, int64_t r0, int64_t r1) {
+  const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+      1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  int64_t most = tile_rows(&j->m);
+  uint8_t *w = j->out + place * most * j->pitch * 2;
+  job part = *j;
+  part.out = w, part.to = BF16;
+  for (int64_t i = 0; i < most; i++) /* no expander writes behind the last column */
+    memset(w + 2 * (i * j->pitch + j->m.C), 0, (size_t)(2 * (j->pitch - j->m.C)));
+  _tile_loadconfig(&shape);
+  for (int64_t r = r0; r < r1; r += most) {
+    int64_t rows = r1 - r < most ? r1 - r : most;
+    part.first = r;
+    expander(j, j->m.kind == BF16)(&part, r, r + rows);
+    /* The rows of the last tiles that are not there: finite, whatever they are. */
+    for (int64_t i = rows; i % (2 * SIDE); i++) memset(w + 2 * i * j->pitch, 0, (size_t)(2 * j->m.C));
+    multiply_tiles(j, w, r, rows, j->n);
+  }
+  j->bad |= part.bad;
+  _tile_release();
+}
+
+/* Scratch of `llmprune_many`. */
+EXPORT int64_t llmprune_many_bytes(const matrix *m, int64_t n, int threads) {
+  int64_t tiles = (n + 2 * SIDE - 1) / (2 * SIDE) * 2 * ((m->C + DEEP - 1) / DEEP);
+  return tail_room(m) + tiles * TILE_BYTES + (threads + 1) * tile_rows(m) * tile_pitch(m) * 2 + 64;
+}
+
+/* y [n, R] = x [n, C] W^T in bf16, where `llmprune_tiles`; W of bf16, int8 or int4. */
+EXPORT int llmprune_many(const matrix *m, const uint8_t *x, int64_t n, int threads, uint8_t *scratch, void *y) {
+  job j;
+  memset(&j, 0, sizeof j);
+  if (!llmprune_tiles() || n < 1 || n > 1 << 30 || m->kind == FP16 || m->kind == FP32) return NO_PATH;
+  scratch += (64 - (uintptr_t)scratch % 64) % 64;
+  j.m = *m, j.y = y, j.n = (int32_t)n, j.path = AVX512BF16, j.last = m->R, j.pitch = tile_pitch(m), j.to = BF16;
+  int bad = prepare(&j, scratch);
+  if (bad) return bad;
+  uint8_t *tiles = scratch + tail_room(m);
+  lay_tiles(&j, x, n, tiles);
+  j.x = tiles;
+  j.out = scratch + llmprune_many_bytes(m, n, threads) - 64 - (threads + 1) * tile_rows(m) * j.pitch * 2;
+  return run_rows(&j, 1, product_tiles, threads);
+}
+#else
+EXPORT int llmprune_tiles(void) { return 0; }
+EXPORT int64_t llmprune_many_bytes(const matrix *m, int64_t n, int threads) { return (void)m, (void)n, (void)threads, 0; }
+EXPORT int llmprune_many(const matrix *m, const uint8_t *x, int64_t n, int threads, uint8_t *scratch, void *y) {
+  return (void)m, (void)x, (void)n, (void)threads, (void)scratch, (void)y, NO_PATH;
+}
+#endif
 
 /* ---- dense rows -> values ----------------------------------------------------------------------------- */
 
@@ -1030,9 +1252,9 @@ EXPORT int llmprune_compress(const matrix *m, const uint8_t *dense, int path, in
   if (!llmprune_has(path) || m->kind == INT4) return NO_PATH;
 #ifdef X86
   if (path >= AVX512)
-    return run_rows(&j, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
+    return run_rows(&j, 1, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
 #endif
-  return run_rows(&j, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
+  return run_rows(&j, 1, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
 }
 
 /* Values as bytes q from `rows` on <-> nibbles q + 8 from `starts` (int64) on; both made from the mask. */

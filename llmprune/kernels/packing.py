@@ -14,9 +14,12 @@ from llmprune.kernels.layout import (
     Packed,
     bits_of,
     byte_rows,
+    check,
     check_scale,
     counts,
+    full_mask,
     keep_of,
+    row_entries,
     row_sums,
     starts_of,
 )
@@ -28,6 +31,7 @@ __all__ = [
     "compress",
     "expand",
     "expand_rows",
+    "full_mask",
     "keep_of",
     "pack_nibbles",
     "row_sums",
@@ -106,15 +110,18 @@ def _nibbles(
 
 def expand(
     values: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     scale: Tensor | None = None,
 ) -> Tensor:
     """The dense matrix [R, C] of packed values; int8 and int4 (uint8) ones with a scale become q times scale.
 
-    Without a scale they give q itself.
+    Without a scale they give q itself. Without a mask (int8 and int4) every weight is kept.
     """
+    if mask is None and scale is not None:
+        return _expand_whole(values, shape, dtype, scale)
+    mask = full_mask(*shape) if mask is None else mask
     each, taken = counts(mask, shape[1])
     four = values.dtype == torch.uint8
     wanted = int((taken if four else each).sum())
@@ -135,6 +142,15 @@ def expand(
     return out.to(dtype)
 
 
+def _expand_whole(values: Tensor, shape: tuple[int, int], dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """The dense matrix of int8 or int4 values without a mask."""
+    bits = 4 if values.dtype == torch.uint8 else 8
+    check(values, None, None, scale, shape, bits)
+    out = torch.empty(shape, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    expand_rows(Packed(values.contiguous(), None, None, scale, shape[1], bits), 0, out)
+    return out.to(dtype)
+
+
 def expand_rows(packed: Packed, first: int, out: Tensor, path: int = 0) -> None:
     """Writes the rows from `first` on of a checked matrix to `out` [some rows, C], contiguous.
 
@@ -151,8 +167,12 @@ def expand_rows(packed: Packed, first: int, out: Tensor, path: int = 0) -> None:
             native.llmprune_expand(matrix, first, last, to, path, threads, tail.data_ptr(), out.data_ptr())
         )
         return
-    values = packed.values[int(packed.rows[first]) : int(packed.rows[last])]
-    mask = packed.mask[first:last]
+    if packed.mask is None or packed.rows is None:
+        each, mask = row_entries(packed.columns, packed.bits), full_mask(len(out), packed.columns)
+        values = packed.values[first * each : last * each]
+    else:
+        values = packed.values[int(packed.rows[first]) : int(packed.rows[last])]
+        mask = packed.mask[first:last]
     if packed.bits == 4:
         values = plain.unpack_nibbles(values, mask)
     dense = plain.expand(values, keep_of(mask, packed.columns))

@@ -106,7 +106,7 @@ class Conversion:
                 # A weight that is kept may be zero, and one that is pruned may have been filled since.
                 # Without masks the bytes count: -0.0 is kept, so that nothing is lost.
                 known = given is not None and target.name in given
-                keep = given.keep(target.name) | (weight != 0) if given and known else _nonzero(weight)
+                keep = given.keep(target.name) | (weight != 0) if given and known else self._found(weight)
                 bits = pack(keep)
             zeros = zeros_of(weight)
             row = {
@@ -116,6 +116,13 @@ class Conversion:
                 "zeros": zeros,
             }
             yield target.key, (bits, row)
+
+    def _found(self, weight: Tensor) -> Tensor:
+        """What is kept where no mask says it, bool [R, C]: what is not zero; all where that is smaller."""
+        keep, bits = _nonzero(weight), VALUES[self.values]
+        if self.to == "packed" and bits < 16 and bits * int((~keep).sum()) <= keep.numel():
+            return torch.ones_like(keep)  # a zero costs as much as any value, a mask one bit per weight
+        return keep
 
     def _identity(self) -> Identity:
         """What two conversions must have in common to be continued by one another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from llmprune.checkpoint.packed import PARTS, Layout, check
 from llmprune.kernels.layout import GROUP, Packed, mask_width
 from llmprune.kernels.packing import expand
-from llmprune.kernels.products import packed_linear
+from llmprune.kernels.products import Prepared, packed_linear
 from llmprune.runtime.standins import Standin, starts_of
+from llmprune.runtime.together import Together
 
 
 class PackedLinear(nn.Module):
@@ -35,14 +37,16 @@ class PackedLinear(nn.Module):
         sums = torch.int64 if kept >= 1 << 31 else torch.int32
         # A module refuses a buffer with the name of a property.
         self._buffers["weight"] = torch.empty(kept, dtype=values, device="meta")
-        self.register_buffer(
-            "weight_mask", torch.empty(rows, mask_width(columns), dtype=torch.uint8, device="meta")
-        )
-        self.register_buffer("weight_rows", torch.empty(rows + 1, dtype=sums, device="meta"))
+        if not layout.whole:
+            mask = torch.empty(rows, mask_width(columns), dtype=torch.uint8, device="meta")
+            self.register_buffer("weight_mask", mask)
+            self.register_buffer("weight_rows", torch.empty(rows + 1, dtype=sums, device="meta"))
         if layout.bits != 16:
             scales = torch.empty(rows, -(-columns // GROUP), dtype=torch.bfloat16, device="meta")
             self.register_buffer("weight_scale", scales)
-        self._starts: Tensor | None = None
+        self._counted: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[list[int], Prepared] | None = None
+        self.together: Together | None = None
 
     @property
     def weight(self) -> Any:
@@ -66,22 +70,57 @@ class PackedLinear(nn.Module):
         """The dense tensor."""
         parts, layout = self.parts(), self.layout
         shape = (layout.rows, layout.columns)
-        return layout.dense(expand(parts[""], parts["_mask"], shape, layout.dtype, parts.get("_scale")))
+        return layout.dense(expand(parts[""], parts.get("_mask"), shape, layout.dtype, parts.get("_scale")))
 
     def packed(self) -> Packed:
         """The matrix as the kernels take it."""
         parts, layout = self.parts(), self.layout
-        if self._starts is None:
-            self._starts = starts_of(parts, layout)
+        starts = None if layout.whole else self._starts(parts)
         bits = parts[""].dtype.itemsize * 8 if layout.bits == 16 else layout.bits
-        return Packed(parts[""], parts["_mask"], self._starts, parts.get("_scale"), layout.columns, bits)
+        return Packed(parts[""], parts.get("_mask"), starts, parts.get("_scale"), layout.columns, bits)
+
+    def _starts(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Where the values of each row begin; of 4 bits made from the mask, and kept as long as that."""
+        if self.layout.bits != 4:
+            return parts["_rows"]
+        mask, known = parts["_mask"], self._counted
+        if known is None or known[0] is not mask:
+            known = self._counted = mask, starts_of(parts, self.layout)
+        return known[1]
+
+    def prepared(self) -> Prepared:
+        """The matrix, ready for few rows of inputs; made anew when one of the parts has moved."""
+        key = [part.data_ptr() for part in self._buffers.values() if part is not None]
+        made = self._made
+        if made is None or made[0] != key:
+            made = self._made = key, Prepared([self.packed()])
+        return made[1]
+
+    def product(self, x: Tensor) -> Tensor:
+        """y [..., R] of x [..., C], without the bias."""
+        if not torch.compiler.is_compiling():
+            prepared = self.prepared()
+            if prepared.takes(x):
+                return prepared(x)[0]
+        return packed_linear(x, *self.packed())
 
     def forward(self, x: Tensor) -> Tensor:
         """Of inputs [..., C] the outputs [..., R]."""
-        y = packed_linear(x, *self.packed())
+        y = self.product(x) if self.together is None else self.together.product(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # it holds addresses
 
     def extra_repr(self) -> str:
         """For printing a model."""
         layout = self.layout
         return f"in_features={layout.columns}, out_features={layout.rows}, bits={layout.bits}"
+
+
+def together(siblings: Sequence[PackedLinear]) -> None:
+    """Lets packed layers of one parent share products of the same input."""
+    if len(siblings) > 1:
+        shared = Together()
+        for layer in siblings:
+            layer.together = shared

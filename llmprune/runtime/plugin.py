@@ -28,7 +28,7 @@ from llmprune.model.conversion import Group, groups_of, renamed
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
-from llmprune.runtime.layers import PackedLinear
+from llmprune.runtime.layers import PackedLinear, together
 from llmprune.runtime.standins import PackedStack, Rows, starts_of
 
 
@@ -145,6 +145,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
+            together([layer for layer in module.children() if isinstance(layer, PackedLinear)])
         if self._own:
             self._fill(model)
         return model
@@ -197,7 +198,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             if layout is None:
                 continue
             if target.tensor not in parts:
-                parts[target.tensor] = read_parts(mapped.load, target.tensor, layout.bits)
+                parts[target.tensor] = read_parts(mapped.load, target.tensor, layout)
                 check(parts[target.tensor], layout, target.tensor)
                 starts[target.tensor] = starts_of(parts[target.tensor], layout)
             first = (target.index or 0) * target.shape[0]

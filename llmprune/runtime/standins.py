@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from llmprune.checkpoint.packed import Layout
-from llmprune.kernels.layout import byte_rows
+from llmprune.kernels.layout import byte_rows, row_entries
 from llmprune.kernels.packing import expand
 
 
@@ -34,10 +34,10 @@ class Rows(NamedTuple):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The rows [n, C]."""
         first, last = int(self.starts[self.start]), int(self.starts[self.stop])
-        scale = self.parts.get("_scale")
+        mask, scale = self.parts.get("_mask"), self.parts.get("_scale")
         return expand(
             self.parts[""][first:last],
-            self.parts["_mask"][self.start : self.stop],
+            None if mask is None else mask[self.start : self.stop],
             (self.stop - self.start, self.layout.columns),
             dtype,
             None if scale is None else scale[self.start : self.stop],
@@ -46,6 +46,8 @@ class Rows(NamedTuple):
 
 def starts_of(parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Where the values of each row begin: with 4 bits in bytes, which the number of values does not tell."""
+    if layout.whole:
+        return torch.arange(layout.rows + 1) * row_entries(layout.columns, layout.bits)
     return byte_rows(parts["_mask"], layout.columns) if layout.bits == 4 else parts["_rows"]
 
 
