@@ -3,6 +3,7 @@
 import json
 import re
 
+import torch
 from safetensors.torch import load_file
 
 TIMES = ("seconds", "peak_memory_bytes", "peak_private_memory_bytes", "peak_device_memory_bytes")
@@ -93,3 +94,13 @@ class Listening:
 
     def note(self, text):
         self.told.append(text)
+
+
+def same_bits(one, other):
+    """Whether two sets of tensors are the same in every bit, dtypes and shapes included."""
+    return set(one) == set(other) and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and torch.equal(*(t[name].contiguous().view(-1).view(torch.uint8) for t in (one, other)))
+        for name in one
+    )

@@ -222,7 +222,7 @@ def converted(
             "parameters": skeleton.elements,
         },
         **form,
-        "matrices": [{k: v for k, v in row.items() if k != "zeros"} for row in rows],
+        "matrices": [{k: v for k, v in row.items() if k not in ("zeros", "signs")} for row in rows],
         "totals": {
             "weights": weights,
             "zeros": zeros,

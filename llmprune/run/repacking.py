@@ -1,4 +1,4 @@
-"""A checkpoint in another format: dense or packed, block by block, resumable like a run."""
+"""A checkpoint in another format: dense, packed or in bitmasks, block by block, resumable like a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.contents import CONFIG, MASKS, RECORD
+from llmprune.checkpoint.bitmask import BITS, FORMATS, WEIGHT
+from llmprune.checkpoint.bitmask_packing import BitmaskPacking
+from llmprune.checkpoint.contents import CONFIG, INDEX, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
 from llmprune.checkpoint.masks import Masks, pack
 from llmprune.checkpoint.packed import VALUES, Packed, Packing
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
-from llmprune.checkpoint.writer import CheckpointWriter, check_space
+from llmprune.checkpoint.writer import CheckpointWriter, Packer, check_space
 from llmprune.common.version import __version__
 from llmprune.evaluation.audit import recount
 from llmprune.model.masking import Masking
@@ -34,7 +36,7 @@ class Conversion:
 
     Attributes:
         model: the checkpoint.
-        to: `dense` or `packed`.
+        to: `dense`, `packed` or `sparse-bitmask`.
         values: how kept values are packed: `same`, `int8` or `int4`.
         code: whether Python files of the checkpoint are copied.
     """
@@ -54,8 +56,9 @@ class Conversion:
         shapes = {t.key: t.shape for t in targets}
         check_space(writer.output, sum(t.bytes for t in model.source.tensors.values()))
         shards = len(skeleton.blocks) + 1
-        packer = Packing(packed_layouts(skeleton), VALUES[self.values]) if self.to == "packed" else None
-        writer.begin(self._identity(), shards, shapes, files.companions(self.code), packing=packer)
+        writer.begin(
+            self._identity(), shards, shapes, files.companions(self.code), packing=self._packer(targets)
+        )
         done = len(writer.finished)
         reporter.stage(f"writing blocks, {self.to}", shards)
         for _ in range(done):
@@ -68,15 +71,23 @@ class Conversion:
             own = {name: tensor for name, tensor in tensors.items() if name not in skeleton.shared}
             writer.block(number + 1, own, masks, [row for _, row in found.values()], {})
             reporter.step()
-        writer.rest(model.source)
+        writer.rest(model.source, self._inside())
         writer.copy_companions(files, self.code)
         model.check()
         writer.index()
         reporter.step()
+        self._tell_signs(writer, reporter)
         record = self._record(writer, self._stored(writer), time.monotonic() - started)
         self._write_pages(writer, record)
         writer.finish()
         return record
+
+    def _packer(self, targets: list[Target]) -> Packer | None:
+        """What packs the tensors; None for a dense result."""
+        if self.to == "packed":
+            return Packing(packed_layouts(self.model.skeleton), VALUES[self.values])
+        names = (t.tensor for t in targets if t.index is None and t.tensor.endswith(WEIGHT))
+        return BitmaskPacking(names) if self.to == FORMATS[0] else None
 
     def _masks(self, targets: list[Target]) -> Masking | None:
         """The keep masks beside a dense checkpoint; None where it has none.
@@ -86,7 +97,7 @@ class Conversion:
         """
         assert self.model.folder is not None
         path = self.model.folder / MASKS
-        if isinstance(self.model.source, Packed) or not path.is_file():
+        if not isinstance(self.model.source, Checkpoint) or not path.is_file():
             return None
         return Masking(Masks(path), targets, self.model.label)
 
@@ -114,7 +125,22 @@ class Conversion:
                 "sparsity": zeros / weight.numel(),
                 "zeros": zeros,
             }
+            if self.to == FORMATS[0]:
+                row["signs"] = int((_nonzero(weight) & (weight == 0)).sum())
             yield target.key, (bits, row)
+
+    @staticmethod
+    def _tell_signs(writer: CheckpointWriter, reporter: RunReporter) -> None:
+        """Tell the user how many weights have lost the sign of their zero, which the bitmasks do not keep."""
+        written = read_json(writer.folder / INDEX)["weight_map"]
+        rows = (row for row in writer.rows if row["name"].removesuffix(WEIGHT) + BITS in written)
+        if lost := sum(row.get("signs", 0) for row in rows):
+            reporter.note(f"{lost:,} weights were -0.0 and are 0.0 now: {FORMATS[0]} keeps no sign of zeros")
+
+    def _inside(self) -> set[str]:
+        """The names of the tensors that are written with a block."""
+        skeleton = self.model.skeleton
+        return {name for group in skeleton.block_tensors() for name in group} - skeleton.shared
 
     def _identity(self) -> Identity:
         """What two conversions must have in common to be continued by one another."""
@@ -144,7 +170,8 @@ class Conversion:
         folder = self.model.folder
         assert folder is not None
         known = read_record(folder) if (folder / RECORD).is_file() else None
-        form = records.packed_form(self.values) if self.to == "packed" else {}
+        forms = {"packed": records.packed_form(self.values), "dense": {}}
+        form = forms.get(self.to, {"format": {"name": self.to}})
         record = records.converted(known, self.model, writer, form, seconds)
         return records.with_rows(record, rows) if self.values != "same" else record
 
