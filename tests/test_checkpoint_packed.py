@@ -9,7 +9,9 @@ import pytest
 import torch
 from damage import ONE_FILE
 from other_models import make
-from outputs import one_line, same_bits, weights
+from outputs import one_line
+from outputs import same_bits as same
+from outputs import weights as tensors
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -50,8 +52,8 @@ def test_the_layout_weight_by_weight(tmp_path):
     prune(make("gpt2", tmp_path / "in"), tmp_path / "dense")
     prune(tmp_path / "in", tmp_path / "packed", format="packed")
     dense, packed, masks = (
-        weights(tmp_path / "dense"),
-        weights(tmp_path / "packed"),
+        tensors(tmp_path / "dense"),
+        tensors(tmp_path / "packed"),
         read_masks(tmp_path / "dense" / "masks.safetensors"),
     )
     listed = entry(tmp_path / "packed")
@@ -81,18 +83,18 @@ def test_packed_and_dense_are_one_another_to_the_bit(tmp_path, kind):
     assert packed["totals"]["zeros"] == record["totals"]["zeros"]
     source = open_model(tmp_path / "packed").source
     read = {name: source.load(name) for name in source.tensors}
-    assert same_bits(read, weights(tmp_path / "dense"))
+    assert same(read, tensors(tmp_path / "dense"))
     assert {n: (t.shape, t.dtype) for n, t in source.tensors.items()} == {
         n: (tuple(t.shape), t.dtype) for n, t in read.items() if t.dtype.is_floating_point
     } | {n: (source.tensors[n].shape, None) for n in read if not read[n].dtype.is_floating_point}
 
     converted = llmprune.convert(tmp_path / "dense", to="packed", output=tmp_path / "one")
-    assert same_bits(weights(tmp_path / "one"), weights(tmp_path / "packed"))
+    assert same(tensors(tmp_path / "one"), tensors(tmp_path / "packed"))
     assert entry(tmp_path / "one") == entry(tmp_path / "packed")
     assert converted["bytes"]["written"] < converted["bytes"]["dense"]
     llmprune.convert(tmp_path / "one", to="dense", output=tmp_path / "back")
-    assert same_bits(weights(tmp_path / "back"), weights(tmp_path / "dense"))
-    assert same_bits(*(load_file(tmp_path / f / "masks.safetensors") for f in ("back", "dense")))
+    assert same(tensors(tmp_path / "back"), tensors(tmp_path / "dense"))
+    assert same(*(load_file(tmp_path / f / "masks.safetensors") for f in ("back", "dense")))
     for folder in ("packed", "one", "back"):
         assert llmprune.inspect(tmp_path / folder)["record_agrees"], folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
@@ -130,7 +132,7 @@ def test_what_would_not_become_smaller_stays_dense(tmp_path):
     assert packed and not any("c_attn" in name or "h.1.mlp" in name for name in packed)
     source = open_model(tmp_path / "packed").source
     dense = prune(folder, tmp_path / "dense", settings=rules)
-    assert dense and same_bits({n: source.load(n) for n in source.tensors}, weights(tmp_path / "dense"))
+    assert dense and same({n: source.load(n) for n in source.tensors}, tensors(tmp_path / "dense"))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -144,7 +146,7 @@ def test_a_packed_run_resumes_to_the_same_bytes(tmp_path, kind, recipe):
     with pytest.raises(ValueError, match="another one: format"):
         prune(folder, tmp_path / "cut", recipe=recipe, resume=True)
     prune(folder, tmp_path / "cut", resume=True, **options)
-    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
     assert entry(tmp_path / "cut") == entry(tmp_path / "whole")
 
 
@@ -159,7 +161,7 @@ def test_a_conversion_goes_on_where_it_stopped(tmp_path, to):
     with pytest.raises(ValueError, match=r"unfinished run into .*cut holds 1 finished blocks"):
         llmprune.convert(tmp_path / "from", to=to, output=tmp_path / "cut")
     llmprune.convert(tmp_path / "from", to=to, output=tmp_path / "cut", resume=True)
-    assert same_bits(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
 
 
 def test_a_sparse_folder_of_another_tool_is_packed(tmp_path):
@@ -174,7 +176,7 @@ def test_a_sparse_folder_of_another_tool_is_packed(tmp_path):
     result = llmprune.convert(folder, to="packed", output=tmp_path / "packed")
     assert result["matrices"] == 4 and len(result["dense"]) == 4
     source = open_model(tmp_path / "packed").source
-    assert same_bits({n: source.load(n) for n in source.tensors}, stored)
+    assert same({n: source.load(n) for n in source.tensors}, stored)
     assert llmprune.inspect(tmp_path / "packed")["record_agrees"]
 
 
@@ -273,8 +275,8 @@ def test_rounded_values_are_on_their_grid(tmp_path, kind, values, bits):
     prune(make(kind, tmp_path / "in"), tmp_path / "dense")
     result = llmprune.convert(tmp_path / "dense", to="packed", values=values, output=tmp_path / "packed")
     assert result["matrices"] and entry(tmp_path / "packed")["bits"] == bits
-    opened, dense = open_model(tmp_path / "packed"), weights(tmp_path / "dense")
-    source, stored = opened.source, weights(tmp_path / "packed")
+    opened, dense = open_model(tmp_path / "packed"), tensors(tmp_path / "dense")
+    source, stored = opened.source, tensors(tmp_path / "packed")
     for name, layout in source.layouts.items():
         mask, scales = keep_of(stored[f"{name}_mask"], layout.columns), stored[f"{name}_scale"].float()
         weight, found = layout.matrix(dense[name]), layout.matrix(source.load(name))
@@ -288,7 +290,7 @@ def test_rounded_values_are_on_their_grid(tmp_path, kind, values, bits):
     assert all(torch.equal(stored[n], dense[n]) for n in dense if n not in source.layouts)
     assert llmprune.inspect(tmp_path / "packed")["record_agrees"]
     llmprune.convert(tmp_path / "packed", to="dense", output=tmp_path / "back")
-    assert same_bits(weights(tmp_path / "back"), {n: source.load(n) for n in source.tensors})
+    assert same(tensors(tmp_path / "back"), {n: source.load(n) for n in source.tensors})
     with pytest.raises(ValueError, match="is packed with these values already"):
         llmprune.convert(tmp_path / "packed", to="packed", values=values, output=tmp_path / "x")
 

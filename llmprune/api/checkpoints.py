@@ -13,6 +13,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import CONFIG, RECORD
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import score
@@ -24,7 +25,7 @@ from llmprune.machine.state import libraries
 from llmprune.model.classes import CAUSAL, class_of
 from llmprune.model.config import check_folder, read_config
 from llmprune.model.opening import Model, OpenOptions, counting_skeleton, open_model
-from llmprune.model.quantised import check_loaded, packing_entry
+from llmprune.model.quantised import check_loaded
 from llmprune.model.targets import all_targets
 from llmprune.planning import advice
 from llmprune.record.card import card_text

@@ -10,14 +10,13 @@ from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.checkpoint.bitmask import BITS, FORMATS, WEIGHT, Bitmasked
 from llmprune.checkpoint.contents import CONFIG, INDEX
-from llmprune.checkpoint.packed import VALUES, Packed
+from llmprune.checkpoint.packed import VALUES, Packed, packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.checkpoint.replacement import MODEL, input_files
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.messages import shown
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
-from llmprune.model.quantised import packing_entry
 from llmprune.run.production import close
 from llmprune.run.repacking import Conversion
 from llmprune.run.reporter import RunReporter

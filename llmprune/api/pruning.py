@@ -14,9 +14,9 @@ from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
 from llmprune.checkpoint.bitmask import Bitmasked
-from llmprune.checkpoint.masks import masks_at
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
+from llmprune.checkpoint.stored_masks import masks_at
 from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes

@@ -185,7 +185,9 @@ class Packing:
         """
         packed = {name: layout for name, layout in self.layouts.items() if f"{name}_mask" in headers}
         kept = {name: int(load(f"{name}_rows")[-1]) for name in packed}
-        return entry_of(packed, kept, self._bits)
+        # Also of those that stay dense, whose masks are read from their weights.
+        transposed = sorted(name for name, layout in self.layouts.items() if layout.transposed)
+        return entry_of(packed, kept, self._bits) | ({"transposed": transposed} if transposed else {})
 
 
 def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor | None:
@@ -330,3 +332,9 @@ def _check_header(name: str, layout: Layout, kept: int, tensors: Mapping[str, Te
             f"config.json asks for {stored[0]} {list(shape)} in {shown(name + part)}, and the files hold "
             f"{have}; the packed checkpoint is damaged"
         )
+
+
+def packing_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of a packed checkpoint; None for any other."""
+    entry = config.get("quantization_config")
+    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.common.messages import first_line, shown
 from llmprune.model.quantised import (
@@ -13,7 +14,6 @@ from llmprune.model.quantised import (
     check_files,
     dequantising,
     in_bitmasks,
-    packing_entry,
 )
 
 _ADAPTER = "adapter_config.json"

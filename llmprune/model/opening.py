@@ -15,7 +15,7 @@ import torch
 from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.contents import CONFIG, RECORD
 from llmprune.checkpoint.dequantised import Dequantised
-from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed import Packed, packing_entry
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
@@ -26,7 +26,6 @@ from llmprune.model.quantised import (
     check_stored,
     dequantising,
     in_bitmasks,
-    packing_entry,
     without_quantisation,
 )
 from llmprune.model.skeleton import Skeleton

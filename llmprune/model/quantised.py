@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprune.checkpoint.bitmask import FORMATS
 from llmprune.checkpoint.dequantised import METHODS
-from llmprune.checkpoint.packed import METHOD
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import TensorInfo
 from llmprune.common.cards import entry, front_matter
 from llmprune.common.messages import shown
@@ -66,12 +66,6 @@ def dequantising(config: Mapping[str, Any], where: str) -> tuple[int, int] | Non
     return None
 
 
-def packing_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of a packed checkpoint; None for any other."""
-    entry = config.get("quantization_config")
-    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
-
-
 def in_bitmasks(config: Mapping[str, Any]) -> bool:
     """Whether a config says that weights are in a sparse format of compressed-tensors that is read here."""
     return any(_in_bitmasks(key, value) for key, value in _found(config))
@@ -112,7 +106,7 @@ def check_dense(config: Mapping[str, Any], where: str, folder: Path | None = Non
     """
     for key, value in _found(config):
         method = _method(key, value)
-        if _plain_method(method) == METHOD or _in_bitmasks(key, value):
+        if packing_entry({key: value}) is not None or _in_bitmasks(key, value):
             continue  # our own packed checkpoints, and what is unpacked as it is read
         if method is None:
             raise ValueError(

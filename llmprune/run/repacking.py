@@ -6,22 +6,22 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llmprune.checkpoint.bitmask import BITS, FORMATS, WEIGHT
 from llmprune.checkpoint.bitmask_packing import BitmaskPacking
 from llmprune.checkpoint.contents import CONFIG, INDEX, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
-from llmprune.checkpoint.masks import Masks, pack
+from llmprune.checkpoint.masks import Masks, pack, where_bytes
 from llmprune.checkpoint.packed import VALUES, Packed, Packing
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
+from llmprune.checkpoint.stored_masks import recorded_matrices
 from llmprune.checkpoint.writer import CheckpointWriter, Packer, check_space
 from llmprune.common.version import __version__
 from llmprune.evaluation.audit import recount
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
-from llmprune.model.target import Target
+from llmprune.model.target import Target, bits_of
 from llmprune.model.targets import all_targets, packed_layouts, targets_of
 from llmprune.numerics.counts import zeros_of
 from llmprune.record import record as records
@@ -53,7 +53,7 @@ class Conversion:
         assert files is not None and model.folder is not None
         targets = all_targets(skeleton)
         given = self._masks(targets)
-        shapes = {t.key: t.shape for t in targets}
+        shapes = self._shapes(targets, given)
         check_space(writer.output, sum(t.bytes for t in model.source.tensors.values()))
         shards = len(skeleton.blocks) + 1
         writer.begin(
@@ -67,7 +67,8 @@ class Conversion:
         for number, tensors in enumerate(read_ahead(model.source, groups), start=done):
             block = list(skeleton.blocks)[number]
             found = dict(self._rows(block, tensors, given))
-            masks = {name: bits for name, (bits, _) in found.items()}
+            # Packed, also what was not pruned may become smaller.
+            masks = {n: bits for n, (bits, _) in found.items() if self.to == "packed" or n in shapes}
             own = {name: tensor for name, tensor in tensors.items() if name not in skeleton.shared}
             writer.block(number + 1, own, masks, [row for _, row in found.values()], {})
             reporter.step()
@@ -101,6 +102,17 @@ class Conversion:
             return None
         return Masking(Masks(path), targets, self.model.label)
 
+    def _shapes(self, targets: list[Target], given: Masking | None) -> dict[str, tuple[int, int]]:
+        """The matrices that have a mask in a dense result: those of the masks or the record of the source.
+
+        Without both it is every matrix.
+        """
+        assert self.model.folder is not None
+        named = {t.key for t in targets if given is None or t.name in given}
+        if given is None and (recorded := recorded_matrices(self.model.folder)) is not None:
+            named = set(recorded)
+        return {t.key: t.shape for t in targets if t.key in named}
+
     def _rows(
         self, block: str, tensors: Mapping[str, Tensor], given: Masking | None
     ) -> Iterator[tuple[str, tuple[Tensor, Record]]]:
@@ -110,13 +122,12 @@ class Conversion:
             weight = target.oriented(target.part(tensors[target.tensor])).contiguous()
             rows, columns = weight.shape
             if isinstance(source, Packed) and target.tensor in source.layouts:
-                first = (target.index or 0) * rows
-                bits = source.load_mask(target.tensor)[first : first + rows, : -(-columns // 8)].contiguous()
+                bits = bits_of(source, target)
             else:
                 # A weight that is kept may be zero, and one that is pruned may have been filled since.
-                # Without masks the bytes count: -0.0 is kept, so that nothing is lost.
+                # Without masks the bytes count.
                 known = given is not None and target.name in given
-                keep = given.keep(target.name) | (weight != 0) if given and known else _nonzero(weight)
+                keep = given.keep(target.name) | (weight != 0) if given and known else where_bytes(weight)
                 bits = pack(keep)
             zeros = zeros_of(weight)
             row = {
@@ -126,7 +137,7 @@ class Conversion:
                 "zeros": zeros,
             }
             if self.to == FORMATS[0]:
-                row["signs"] = int((_nonzero(weight) & (weight == 0)).sum())
+                row["signs"] = int((where_bytes(weight) & (weight == 0)).sum())
             yield target.key, (bits, row)
 
     @staticmethod
@@ -181,9 +192,3 @@ class Conversion:
             report.write(writer.folder, record, writer.output.name)
         else:
             report.write_record(writer.folder, record)
-
-
-def _nonzero(weight: Tensor) -> Tensor:
-    """Where the bytes of a weight are not all zero, bool [R, C]."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
-    return weight.view(kinds[weight.dtype.itemsize]) != 0
