@@ -77,7 +77,7 @@ def rounded(values, dtype):
 
 
 def decoded_bitmasks(folder):
-    """Every tensor of a folder of compressed-tensors as it is when it is dense; scales for rows or for all."""
+    """Every tensor of a folder of compressed-tensors as it is when it is dense; scales for rows or all."""
     tensors = stored(folder)
     dense = {}
     for name, (bits, _) in tensors.items():

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bitmasks import compressed
 from hostile import CASES, change, damaged_safetensors, damages, read_or_refused
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from other_models import make
 from packed_decoder import decoded, decoded_bitmasks
@@ -291,6 +291,7 @@ def test_damage_is_refused_in_one_line_or_read_rightly(folders, tmp_path, name, 
         deadline=timedelta(seconds=20),
         derandomize=CASES <= 500,
         database=None,
+        phases=[Phase.generate],  # a smaller example would take minutes to find
         suppress_health_check=list(HealthCheck),
     )
     @given(todo=whole_damage, how=readers)
