@@ -37,9 +37,7 @@ def contents(folder):
                 row.pop("seconds")
             found[path.name] = json.dumps(record, sort_keys=True)
         elif path.name == "README.md":
-            found[path.name] = re.sub(
-                rb'from_pretrained\("[^"]*"', b"from_pretrained(NAME", path.read_bytes()
-            )
+            found[path.name] = re.sub(rb'(from_pretrained|convert)\("[^"]*"', rb"\1(NAME", path.read_bytes())
         elif path.name != "report.html":
             found[path.name] = path.read_bytes()
     return found

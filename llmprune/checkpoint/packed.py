@@ -341,7 +341,7 @@ def _check_listed(layouts: Mapping[str, Layout], tensors: Mapping[str, TensorInf
         parts = any(name + part in tensors for part in PARTS[1:])
         if parts and len(tensor.shape) == 1 and name not in layouts:
             raise ValueError(
-                f"{shown(name)} lies packed in the files, and config.json does not name it among the matrices; "
+                f"{shown(name)} lies packed in the files, and config.json does not name it in matrices; "
                 "the packed checkpoint is damaged"
             )
 
