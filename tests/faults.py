@@ -1,9 +1,9 @@
-"""Kills and breaks small runs at seeded random moments, resumes them, and compares every byte with an
-undisturbed run.
+"""Kills and breaks small runs, and conversions of their outputs, at seeded random moments, resumes them, and
+compares every byte with an undisturbed one.
 
-`python tests/faults.py --kills 500 --errors 200` by hand; the suite runs it with fewer. Each run is a forked
-child of this process, which has imported everything and never runs more than one thread, so that a fork is
-safe.
+`python tests/faults.py --kills 500 --errors 200` by hand, with `--conversions` for those; the suite runs both
+with fewer. Each run is a forked child of this process, which has imported everything and never runs more than
+one thread, so that a fork is safe.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import llmprune  # noqa: E402
 from llmprune.record import report  # noqa: E402
 
 REPORT = report.html_report
+OLD_CARD = b"years of work"  # of `old_output`
 
 
 class Faulty:
@@ -99,13 +100,26 @@ def fail(code):
     return strike
 
 
-def prune(model, tokens, output, recipe, resume):
-    llmprune.prune(
-        model, recipe=recipe, sparsity=0.6, calibration=tokens, output=output, resume=resume, overwrite=True
-    )
+def prune(model, tokens, recipe):
+    """A run, as a function of output and resume."""
+
+    def job(output, resume=False):
+        options = {"recipe": recipe, "sparsity": 0.6, "calibration": tokens}
+        llmprune.prune(model, output=output, resume=resume, overwrite=True, **options)
+
+    return job
 
 
-def child(arguments, faulty=None, quiet=True):
+def convert(folder, to, values="same"):
+    """A conversion, as a function of output and resume."""
+
+    def job(output, resume=False):
+        llmprune.convert(folder, to=to, values=values, output=output, resume=resume, overwrite=True)
+
+    return job
+
+
+def child(job, output, resume=False, faulty=None, quiet=True):
     """Fork a run; returns its process id."""
     pid = os.fork()
     if pid:
@@ -119,7 +133,7 @@ def child(arguments, faulty=None, quiet=True):
         )  # the plot is most of the time of a run this small, and the same every time
         if faulty:
             faulty.install()
-        prune(*arguments)
+        job(output, resume)
         code = 0
     except OSError:
         code = 3
@@ -139,9 +153,9 @@ def ended(pid):
 
 
 class Campaign:
-    """Runs of one small model, disturbed until so many faults have struck."""
+    """Runs on one small model, or conversions of it, disturbed until so many faults have struck."""
 
-    def __init__(self, root, seed):
+    def __init__(self, root, seed, conversions=False, only=""):
         self.random, self.root = random.Random(seed), root
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -153,24 +167,42 @@ class Campaign:
             num_key_value_heads=2,
             max_position_embeddings=64,
         )
-        self.model, self.tokens = root / "model", torch.randint(0, 512, (8, 32))
-        LlamaForCausalLM(config).save_pretrained(self.model)
+        model, tokens = root / "model", torch.randint(0, 512, (8, 32))
+        LlamaForCausalLM(config).save_pretrained(model)
+        self.jobs = {recipe: prune(model, tokens, recipe) for recipe in ("dsnot", "sparsegpt")}
+        if conversions:
+            self.jobs = self._conversions(root / "inputs")
+        self.jobs = {name: job for name, job in self.jobs.items() if not only or name in only.split(",")}
         self.wanted, self.seconds, self.operations = {}, {}, {}
-        for recipe in ("dsnot", "sparsegpt"):
-            output = root / f"wanted-{recipe}"
-            started = time.monotonic()
-            assert ended(child((self.model, self.tokens, output, recipe, False), quiet=False)) == 0
-            self.seconds[recipe], self.wanted[recipe] = time.monotonic() - started, contents(output)
-            self.operations[recipe] = self.count(recipe)
+        for name, job in self.jobs.items():
+            output, started = root / f"wanted-{name}", time.monotonic()
+            assert ended(child(job, output, quiet=False)) == 0
+            self.seconds[name], self.wanted[name] = time.monotonic() - started, contents(output)
+            self.operations[name] = self.count(job)
 
-    def count(self, recipe):
+    def _conversions(self, inputs):
+        """Conversions from every format into every other, of the output of a run."""
+        jobs = {}
+        for name, job in (
+            ("dense", self.jobs["sparsegpt"]),
+            ("packed", convert(inputs / "dense", "packed")),
+            ("bitmask", convert(inputs / "dense", "sparse-bitmask")),
+        ):
+            assert ended(child(job, inputs / name, quiet=False)) == 0
+        for source in ("dense", "packed", "bitmask"):
+            for to in ("dense", "packed", "sparse-bitmask"):
+                if source != to.removeprefix("sparse-"):
+                    jobs[f"{source}-to-{to}"] = convert(inputs / source, to)
+        return jobs | {"rounding": convert(inputs / "dense", "packed", "int4")}
+
+    def count(self, job):
         """File operations of an undisturbed run."""
         reading, writing = os.pipe()
         faulty = Faulty(-1, kill)
         if not os.fork():
             report._plot = lambda matrices: ""
             faulty.install()
-            prune(self.model, self.tokens, self.root / "counted", recipe, False)
+            job(self.root / "counted")
             os.write(writing, str(faulty.count).encode())
             os._exit(0)
         os.wait()
@@ -179,36 +211,56 @@ class Campaign:
 
     def run(self, strike=None):
         """One run, disturbed and resumed until it ends by itself; returns how many faults struck."""
-        recipe, struck, resume = self.random.choice(("dsnot", "sparsegpt")), 0, False
-        output = self.root / "out"
-        if self.random.random() < 0.5:  # something to replace
-            old_output(output)
+        name, struck, resume = self.random.choice(sorted(self.jobs)), 0, False
+        job, output = self.jobs[name], self.root / "out"
+        before = old_output(output) if self.random.random() < 0.5 else None  # something to replace
         while True:
-            arguments = (self.model, self.tokens, output, recipe, resume)
             if strike or self.random.random() < 0.5:
-                code = ended(
-                    child(
-                        arguments,
-                        Faulty(self.random.randint(1, int(self.operations[recipe] * 1.3)), strike or kill),
-                    )
-                )
+                at = self.random.randint(1, int(self.operations[name] * 1.3))
+                code = ended(child(job, output, resume, Faulty(at, strike or kill)))
             else:
-                pid = child(arguments)
-                time.sleep(self.random.uniform(0, self.seconds[recipe] * 1.1))
+                pid = child(job, output, resume)
+                time.sleep(self.random.uniform(0, self.seconds[name] * 1.1))
                 os.kill(pid, signal.SIGKILL)
                 code = ended(pid)
             assert code in (0, 3, -signal.SIGKILL), f"a run ended with {code}"
             if code == 0:
                 break
+            self._whole(output, name, before)
             struck, resume = struck + 1, True
-        have = contents(output)
-        assert have.keys() == self.wanted[recipe].keys(), have.keys() ^ self.wanted[recipe].keys()
-        differ = [name for name in have if have[name] != self.wanted[recipe][name]]
-        assert not differ, f"{differ} differ after {struck} faults"
+        self._finished(output, name)
+        return struck
+
+    def evenly(self, kills):
+        """Kill every job at so many moments, evenly spread, and resume it; returns (kills, runs)."""
+        output = self.root / "out"
+        for name, job in self.jobs.items():
+            for number in range(kills):
+                at = 1 + number * self.operations[name] // kills
+                assert ended(child(job, output, False, Faulty(at, kill))) == -signal.SIGKILL
+                self._whole(output, name, None)
+                assert ended(child(job, output, True)) == 0
+                self._finished(output, name)
+        return kills * len(self.jobs), kills * len(self.jobs)
+
+    def _finished(self, output, name):
+        """The output is as it should be, and nothing is left beside it; removes it."""
+        self._whole(output, name, None)
         left = sorted(p.name for p in self.root.iterdir() if p.name.startswith(".out"))
         assert not left, f"{left} left behind"
         shutil.rmtree(output)
-        return struck
+
+    def _whole(self, output, name, before):
+        """What stands in the output's place is the old one, nothing, or the new one in every byte."""
+        if before is not None and (not output.exists() or (output / "README.md").read_bytes() == OLD_CARD):
+            return
+        if before is None and not output.exists():
+            return
+        have, wanted = contents(output), self.wanted[name]
+        have.pop("journal.jsonl", None)  # it goes last
+        assert have.keys() == wanted.keys(), have.keys() ^ wanted.keys()
+        differ = [file for file in have if have[file] != wanted[file]]
+        assert not differ, f"{differ} differ"
 
     def until(self, faults, strike=None):
         """Runs until so many faults struck; returns (faults, runs)."""
@@ -224,16 +276,22 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--errors", type=int, default=20, help="write errors, and as many full disks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--conversions", action="store_true", help="of conversions instead of runs")
+    parser.add_argument("--only", default="", help="some jobs by name, with commas")
+    parser.add_argument("--evenly", type=int, help="kill every job at so many moments, and nothing else")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="llmprune-faults-"))
     started = time.monotonic()
     try:
-        campaign = Campaign(root, arguments.seed)
-        counts = {
-            "kills": campaign.until(arguments.kills),
-            "write errors": campaign.until(arguments.errors, fail(errno.EIO)),
-            "full disks": campaign.until(arguments.errors, fail(errno.ENOSPC)),
-        }
+        campaign = Campaign(root, arguments.seed, arguments.conversions, arguments.only)
+        if arguments.evenly:
+            counts = {"kills": campaign.evenly(arguments.evenly)}
+        else:
+            counts = {
+                "kills": campaign.until(arguments.kills),
+                "write errors": campaign.until(arguments.errors, fail(errno.EIO)),
+                "full disks": campaign.until(arguments.errors, fail(errno.ENOSPC)),
+            }
     finally:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(os.environ["LLMPRUNE_CACHE"], ignore_errors=True)

@@ -1,7 +1,14 @@
 """Tiny random models of other kinds than Llama: mixtures of experts, hybrids, a wrapper."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 SMALL = {
     "hidden_size": 32,
@@ -52,4 +59,14 @@ def save(kind, folder, **changes):
         config = AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind], **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
+    return folder
+
+
+def make(kind, folder):
+    """As `save`, and GPT-2, whose layers lie as [C, R]."""
+    if kind != "gpt2":
+        return save(kind, folder)
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return folder

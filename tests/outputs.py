@@ -3,6 +3,7 @@
 import json
 import re
 
+import torch
 from safetensors.torch import load_file
 
 TIMES = ("seconds", "peak_memory_bytes", "peak_private_memory_bytes", "peak_device_memory_bytes")
@@ -36,9 +37,7 @@ def contents(folder):
                 row.pop("seconds")
             found[path.name] = json.dumps(record, sort_keys=True)
         elif path.name == "README.md":
-            found[path.name] = re.sub(
-                rb'from_pretrained\("[^"]*"', b"from_pretrained(NAME", path.read_bytes()
-            )
+            found[path.name] = re.sub(rb'(from_pretrained|convert)\("[^"]*"', rb"\1(NAME", path.read_bytes())
         elif path.name != "report.html":
             found[path.name] = path.read_bytes()
     return found
@@ -93,3 +92,13 @@ class Listening:
 
     def note(self, text):
         self.told.append(text)
+
+
+def same_bits(one, other):
+    """Whether two sets of tensors are the same in every bit, dtypes and shapes included."""
+    return set(one) == set(other) and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and torch.equal(*(t[name].contiguous().view(-1).view(torch.uint8) for t in (one, other)))
+        for name in one
+    )

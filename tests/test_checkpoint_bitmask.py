@@ -7,6 +7,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
+from bitmasks import packed, sparse, two_of_four
 from damage import ONE_FILE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,51 +25,6 @@ def opened(folder, tensors):
     folder.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / ONE_FILE)
     return Bitmasked(Checkpoint(folder))
-
-
-def sparse(*shape, dtype=torch.float32, seed=0):
-    """A matrix with about two thirds of zeros, one of them -0.0, an empty row and a full one."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    weight[torch.rand(shape, generator=generator) < 0.66] = 0
-    if len(shape) == 2 and shape[0] > 2:
-        weight[1], weight[2] = 0, 1.5
-        weight[1, 0] = -0.0
-    return (weight * 3).to(dtype)
-
-
-def two_of_four(rows, columns, dtype=torch.float32):
-    weight = sparse(rows, columns) + 1
-    keep = torch.zeros(rows, columns // 4, 4)
-    order = torch.rand(keep.shape, generator=torch.Generator().manual_seed(1)).argsort(dim=-1)
-    keep.scatter_(2, order[..., :2], 1.0)
-    return (weight * keep.reshape(rows, columns)).to(dtype), keep.reshape(rows, columns).bool()
-
-
-def bits_of(keep):
-    """The bits of a mask [..., C], counted out one by one."""
-    found = torch.zeros(*keep.shape[:-1], -(-keep.shape[-1] // 8), dtype=torch.uint8)
-    for place in np.ndindex(*keep.shape):
-        if keep[place]:
-            found[(*place[:-1], place[-1] // 8)] += 1 << place[-1] % 8
-    return found
-
-
-def values_of(weight, keep):
-    found = [weight[place] for place in np.ndindex(*keep.shape) if keep[place]]
-    return torch.stack(found) if found else weight.new_zeros(0)
-
-
-def packed(name, weight, keep, **more):
-    """A matrix in the format sparse-bitmask, as slowly as possible."""
-    counts = keep.sum(dim=-1)
-    return {
-        f"{name}.shape": torch.tensor(weight.shape),
-        f"{name}.compressed": values_of(weight, keep),
-        f"{name}.bitmask": bits_of(keep),
-        f"{name}.row_offsets": counts.cumsum(0) - counts,
-        **{f"{name}.{part}": tensor for part, tensor in more.items()},
-    }
 
 
 def same(found, wanted):

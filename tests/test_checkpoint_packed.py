@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from damage import ONE_FILE
-from other_models import save
+from other_models import make
 from outputs import one_line
+from outputs import same_bits as same
+from outputs import weights as tensors
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
@@ -23,31 +24,6 @@ from runs import cut_off
 
 TOKENS = torch.randint(0, 120, (16, 32), generator=torch.Generator().manual_seed(0))
 KINDS = ("mixtral", "gpt_oss", "llama4_text", "granitemoe", "qwen3_next", "gemma3", "mamba", "gpt2")
-
-
-def make(kind, folder):
-    if kind != "gpt2":
-        return save(kind, folder)
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-def tensors(folder):
-    return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
-
-
-def same(one, other):
-    """Whether two sets of tensors are the same in every bit."""
-    return set(one) == set(other) and all(
-        one[n].dtype == other[n].dtype
-        and one[n].shape == other[n].shape
-        and one[n].numpy(force=True).tobytes() == other[n].numpy(force=True).tobytes()
-        if one[n].dtype != torch.bfloat16
-        else torch.equal(one[n].view(torch.int16), other[n].view(torch.int16))
-        for n in one
-    )
 
 
 def entry(folder):

@@ -1,4 +1,5 @@
-"""The sparse formats of compressed-tensors against that library itself: each reads what the other writes.
+"""The sparse formats of compressed-tensors against that library itself: each reads what the other writes,
+matrices and whole folders, and what `llmprune convert` makes of folders that the library has written.
 
 Run: .venv/bin/python eval/bench/bitmask_crosscheck.py [--python PYTHON]
 
@@ -9,7 +10,6 @@ of its own in a temporary folder, which sees the torch and transformers of this 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +19,14 @@ from pathlib import Path
 VERSION = "0.14.*"
 SHAPES = ((64, 96), (33, 70), (1, 7), (200, 1024))
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
+BESIDE = ("_scale", "_zero_point")  # of quantised layers, and nothing of a dense model
+# Whole folders: format, and the type of quantised values or none.
+FOLDERS = (
+    ("sparse-bitmask", None),
+    ("sparse-24-bitmask", None),
+    ("sparse-24-bitmask", "float"),
+    ("sparse-24-bitmask", "int"),
+)
 
 
 def environment(folder: Path) -> str:
@@ -99,7 +107,67 @@ def theirs_write(folder: Path) -> None:
             theirs.take("vector", torch.randn(50, generator=generator))
             theirs.take("stack", torch.randn(3, 5, 9, generator=generator).relu())
         theirs.save(folder / form)
+    for form, kind in FOLDERS:
+        theirs_folder(folder / f"{form}-{kind}", form, kind)
     (folder / "version").write_text(__version__)
+
+
+def small_model(dtype):
+    """A small random model whose linear layers are 70 % zeros, and the names of those."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "vocab_size": 300}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).to(dtype)
+    names = [name for name, _ in model.named_parameters() if "_proj" in name]
+    for name in names:
+        weight = model.get_parameter(name).data
+        weight[torch.rand(weight.shape) < 0.7] = 0
+    return model, names
+
+
+def theirs_folder(folder: Path, form: str, kind: str | None) -> None:
+    """Have the library compress a whole model and write its folder; and what it reads of it, in `wanted`."""
+    import torch
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.config import BitmaskConfig, Sparse24BitMaskConfig
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from safetensors.torch import save_file
+
+    model, names = small_model(torch.bfloat16)
+    for name in names if form == FORMATS[1] else ():
+        weight = model.get_parameter(name).data
+        groups = torch.randn(weight.shape).to(weight.dtype).view(-1, 4)
+        weight.copy_(groups.scatter(1, torch.rand(groups.shape).argsort(1)[:, :2], 0).view(weight.shape))
+    quantised = None
+    if kind is not None:
+        values = QuantizationArgs(num_bits=8, type=kind, strategy="channel", symmetric=True)
+        scheme = QuantizationScheme(targets=["Linear"], weights=values)
+        quantised = QuantizationConfig(
+            config_groups={"all": scheme}, format=f"{kind}-quantized", ignore=["lm_head"]
+        )
+        apply_quantization_config(model, quantised)
+        for name in names:
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            most = {"float": 448.0, "int": 127.0}[kind]
+            layer.weight_scale.data.copy_(layer.weight.data.abs().amax(dim=1, keepdim=True) / most)
+    chosen = BitmaskConfig if form == FORMATS[0] else Sparse24BitMaskConfig
+    sparse = chosen(targets=[name.removesuffix(".weight") for name in names], ignore=["lm_head"])
+    compressor = ModelCompressor(sparsity_config=sparse, quantization_config=quantised)
+    compressor.compress_model(model)
+    stored = {name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}
+    model.config.save_pretrained(folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    compressor.update_config(folder)
+    compressor.decompress_model(model)
+    dense = {name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}
+    save_file({n: t for n, t in dense.items() if not n.endswith(BESIDE)}, folder / "wanted")
 
 
 def theirs_read(folder: Path) -> None:
@@ -141,27 +209,44 @@ def ours_read(folder: Path) -> int:
 
 
 def ours_write(folder: Path) -> None:
-    """Write a small pruned model in our way."""
+    """Write a small pruned model with `llmprune convert`, what its tensors are in `wanted`."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmprune.checkpoint.bitmask import sparse_bitmask_config, sparse_bitmask_tensors
+    model, _ = small_model(torch.bfloat16)
+    model.save_pretrained(folder.with_name("dense"))
+    converted(folder.with_name("dense"), "sparse-bitmask", folder)
+    save_file({name: t.detach().clone() for name, t in model.state_dict().items()}, folder / "wanted")
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "vocab_size": 300}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    names = [name for name in tensors if "_proj" in name]
-    for name in names:
-        tensors[name][torch.rand(tensors[name].shape) < 0.7] = 0
-    folder.mkdir()
-    save_file(tensors, folder / "wanted")
-    for name in names:
-        tensors |= sparse_bitmask_tensors(name, tensors.pop(name))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"quantization_config": sparse_bitmask_config(names, 0.7)}
-    (folder / "config.json").write_text(json.dumps(config))
+
+def converted(folder: Path, to: str, output: Path) -> Path:
+    """What `llmprune convert` makes of a folder."""
+    command = [sys.executable, "-m", "llmprune", "convert", folder, "--to", to, "--output", output]
+    subprocess.run([*command, "--quiet"], check=True)
+    return output
+
+
+def ours_rescue(folder: Path) -> int:
+    """Make folders of the library dense, and packed: every tensor must be what the library reads itself."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    import llmprune
+
+    count = 0
+    for form, kind in FOLDERS:
+        old = folder / f"{form}-{kind}"
+        wanted = load_file(old / "wanted")
+        (old / "wanted").unlink()
+        dense = converted(old, "dense", folder / f"dense-{form}-{kind}")
+        packed = converted(old, "packed", folder / f"packed-{form}-{kind}")
+        plain = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").state_dict()
+        unpacked = llmprune.load(packed, dequantize=True).state_dict()
+        for name, tensor in wanted.items():
+            for found in (plain, unpacked):
+                same(name, found[name], tensor)
+            count += 1
+    return count
 
 
 def theirs_agree(folder: Path) -> int:
@@ -198,7 +283,7 @@ def main() -> None:
         python = given.python or environment(folder / "environment")
         child = ["env", "TQDM_DISABLE=1", python, __file__, "--work"]
         subprocess.run([*child, "write", folder], check=True)
-        read = ours_read(folder)
+        read, rescued = ours_read(folder), ours_rescue(folder)
         ours_write(folder / "ours")
         subprocess.run([*child, "read", folder / "ours"], check=True)
         tensors = theirs_agree(folder / "ours")
@@ -206,7 +291,8 @@ def main() -> None:
     print(
         f"compressed-tensors {version}: {read} matrices that it wrote are read here as it reads them itself,"
     )
-    print(f"{tensors} tensors of a model written here are read there as they were, also into transformers")
+    print(f"{rescued} tensors of {len(FOLDERS)} folders of it are made dense, and packed, as it reads them,")
+    print(f"{tensors} tensors of a folder converted here are read there as they were, also into transformers")
 
 
 if __name__ == "__main__":

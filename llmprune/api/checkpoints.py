@@ -13,6 +13,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import CONFIG, RECORD
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import score
@@ -24,7 +25,7 @@ from llmprune.machine.state import libraries
 from llmprune.model.classes import CAUSAL, class_of
 from llmprune.model.config import check_folder, read_config
 from llmprune.model.opening import Model, OpenOptions, counting_skeleton, open_model
-from llmprune.model.quantised import packing_entry
+from llmprune.model.quantised import check_loaded
 from llmprune.model.targets import all_targets
 from llmprune.planning import advice
 from llmprune.record.card import card_text
@@ -234,6 +235,7 @@ def push(
     path = Path(folder).expanduser()
     token = upload.check_destination(repository, token)
     files, source = upload.belonging_files(path), Checkpoint(path)
+    check_loaded(read_json(path / CONFIG), str(path))
     with reporting(reporter, progress, processes.ALONE) as report:
         report.stage("recounting zeros", 1)
         # Resolved, since a relative path such as "demo" would be taken for the name of a model.
@@ -275,6 +277,7 @@ def load(
 
     located = locate(os.fspath(path), revision, trust_remote_code)
     name, _ = class_of(read_config(located.folder, trust_remote_code), trust_remote_code)
+    check_loaded(read_json(located.folder / CONFIG), os.fspath(path))
     source = Checkpoint(located.folder)  # raises for damaged files, and for other formats than safetensors
     chosen = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     if packing_entry(read_json(located.folder / CONFIG)) is not None:

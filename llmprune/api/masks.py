@@ -10,14 +10,15 @@ from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.api.result import Result
 from llmprune.checkpoint.contents import MASKS
-from llmprune.checkpoint.masks import masks_at
+from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, input_files
+from llmprune.checkpoint.stored_masks import holds_masks, masks_at
 from llmprune.evaluation import audit
 from llmprune.hub.download import locate
 from llmprune.machine import processes
 from llmprune.model.config import check_folder
 from llmprune.model.masking import Masking
-from llmprune.model.opening import OpenOptions, counting_skeleton, open_model
+from llmprune.model.opening import Model, OpenOptions, counting_skeleton, open_model
 from llmprune.model.targets import all_targets
 from llmprune.run.application import Application
 from llmprune.run.preparation import Options
@@ -29,7 +30,7 @@ def mask_diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
     """Compare the keep masks of two folders or files, matrix by matrix.
 
     Args:
-        a: an output folder of `prune` or `run_model`, or a file of masks.
+        a: an output folder of `prune` or `run_model`, dense or packed, or a file of masks.
         b: the other one.
 
     Returns:
@@ -65,11 +66,12 @@ def mask_apply(
     """Put keep masks onto a checkpoint: weights that they prune become zero, all else stays as it is.
 
     The checkpoint may be dense, of another dtype than the one the masks were made of, or a fine-tune of it.
-    A matrix without a mask stays dense.
+    A matrix without a mask stays dense. Onto a packed folder they give a packed one, in which a matrix
+    without a mask stays as it is.
 
     Args:
         path: `demo`, an alias, a hub id or a folder.
-        masks: a file of masks, or an output folder that holds one.
+        masks: a file of masks, or an output folder, dense or packed.
         output: the folder to write.
         overwrite: replace an output of llmprune in that folder, once the new one is complete.
         resume: continue where an earlier call into this folder stopped.
@@ -98,6 +100,7 @@ def mask_apply(
             dequantize=dequantize,
         )
         model = open_model(path, how)
+        _check_exact(model, path)
         masking = Masking(given, all_targets(model.skeleton), model.label)
         if masking.dense:
             more = f" and {len(masking.dense) - 3} more" if len(masking.dense) > 3 else ""
@@ -108,6 +111,7 @@ def mask_apply(
             overwrite=overwrite,
             resume=resume,
             restart=restart,
+            packed=isinstance(model.source, Packed),
             trust_remote_code=trust_remote_code,
         )
         application = Application(model, masking, options, report)
@@ -118,6 +122,15 @@ def mask_apply(
             raise
         application.close(None)
         return Result(target, record)
+
+
+def _check_exact(model: Model, path: AnyPath) -> None:
+    """Raise `ValueError` for rounded values: with fewer of them, they would be rounded anew."""
+    if isinstance(model.source, Packed) and model.source.values != "same":
+        raise ValueError(
+            f"{path} holds values rounded to {model.source.values}, which would be rounded once more; "
+            f"make it dense first: llmprune convert {path} --to dense --output DIR"
+        )
 
 
 @checked()
@@ -133,7 +146,7 @@ def mask_check(
 
     Args:
         path: `demo`, an alias, a hub id or a folder.
-        masks: a file of masks, or an output folder that holds one; None for the checkpoint's own.
+        masks: a file of masks, or an output folder, dense or packed; None for the checkpoint's own.
         revision: branch, tag or commit of a model of the hub; None for its default branch.
         trust_remote_code: run Python code of the checkpoint.
         blocks: the list of the model's blocks by name; None as for `evaluate`.
@@ -146,7 +159,7 @@ def mask_check(
         ValueError: no masks, or masks that do not fit the model.
     """
     located = locate(os.fspath(path), revision, trust_remote_code, check_folder)
-    if masks is None and not (located.folder / MASKS).is_file():
+    if masks is None and not holds_masks(located.folder):
         raise ValueError(
             f"{located.label} has no {MASKS} beside its weights; name the masks with --masks FILE"
         )

@@ -13,9 +13,10 @@ from llmprune.api import arguments, starting
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
-from llmprune.checkpoint.masks import masks_at
+from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
+from llmprune.checkpoint.stored_masks import masks_at
 from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
@@ -183,7 +184,7 @@ def prune(
 
     with reporting(reporter, progress, team) as report:
         opened = team.in_turn(lambda: open_again(model))
-        if isinstance(opened.source, Packed):
+        if isinstance(opened.source, (Packed, Bitmasked)):
             raise ValueError(
                 f"{model} is pruned and packed already; to prune it further, first make it dense: "
                 f"llmprune convert {model} --to dense --output DIR"

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.masks import KeepMasks
 from llmprune.recipe import loading as recipes
 from llmprune.recipe.types import Recipe
 from llmprune.record.record import origin
 
 
-def overrides(recipe: Any, given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
+def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[str, Any]:
     """Fields of a recipe that follow from the masks: their fingerprint, and their sparsity.
 
     Args:
@@ -41,14 +41,14 @@ def overrides(recipe: Any, given: Mapping[str, Any], masks: Masks) -> dict[str, 
     return found
 
 
-def _others(wanted: str, masks: Masks) -> ValueError:
+def _others(wanted: str, masks: KeepMasks) -> ValueError:
     return ValueError(
         f"the recipe starts from masks {wanted}, and those of {masks.path} are {masks.digest}; "
         "give the others"
     )
 
 
-def check_given(recipe: Recipe, masks: Masks | None) -> None:
+def check_given(recipe: Recipe, masks: KeepMasks | None) -> None:
     """Raise `ValueError` where a recipe starts from masks and none are given.
 
     Also where the record beside given masks is damaged, which the run's own record will quote.
@@ -61,6 +61,6 @@ def check_given(recipe: Recipe, masks: Masks | None) -> None:
         )
 
 
-def inputs(masks: Masks | None) -> list[tuple[str, Path]]:
+def inputs(masks: KeepMasks | None) -> list[tuple[str, Path]]:
     """The file of the masks among what a run reads."""
     return [] if masks is None else [("the masks", masks.path)]

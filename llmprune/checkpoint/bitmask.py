@@ -29,8 +29,9 @@ from llmprune.common.messages import shown
 from llmprune.numerics.counts import all_finite
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
-_PARTS = (".shape", ".compressed", ".bitmask", ".row_offsets")
-_WEIGHT, _SCALE, _ZERO = ".weight", ".weight_scale", ".weight_zero_point"
+SHAPE, BITS, WEIGHT = ".shape", ".bitmask", ".weight"
+_PARTS = (SHAPE, ".compressed", BITS, ".row_offsets")
+_SCALE, _ZERO = ".weight_scale", ".weight_zero_point"
 # What stands beside a quantised matrix and is nothing of a dense model.
 _BESIDE = (
     _SCALE,
@@ -66,11 +67,11 @@ class Bitmasked:
             )
         # Matrices that were quantised, but not compressed.
         self._quantised = {
-            name.removesuffix(_WEIGHT)
+            name.removesuffix(WEIGHT)
             for name, tensor in tensors.items()
-            if name.endswith(_WEIGHT)
+            if name.endswith(WEIGHT)
             and tensor.stored in _CODES
-            and name.removesuffix(_WEIGHT) + _SCALE in tensors
+            and name.removesuffix(WEIGHT) + _SCALE in tensors
         }
         whole = {name: self._info(name) for name in sorted(self._compressed | self._quantised)}
         self.tensors: dict[str, TensorInfo] = {}
@@ -78,9 +79,9 @@ class Bitmasked:
             stem, part = _split(name)
             if stem not in whole:
                 self.tensors[name] = tensor
-            elif stem + _WEIGHT not in self.tensors:
-                self.tensors[stem + _WEIGHT] = whole[stem]
-            if stem in self._compressed and part == _WEIGHT:
+            elif stem + WEIGHT not in self.tensors:
+                self.tensors[stem + WEIGHT] = whole[stem]
+            if stem in self._compressed and part == WEIGHT:
                 raise ValueError(f"{shown(name)} stands there both compressed and dense; {_DAMAGED}")
 
     @property
@@ -94,7 +95,7 @@ class Bitmasked:
 
     def load(self, name: str) -> Tensor:
         """One tensor on the CPU, dense."""
-        stem = name.removesuffix(_WEIGHT) if name.endswith(_WEIGHT) else ""
+        stem = name.removesuffix(WEIGHT) if name.endswith(WEIGHT) else ""
         if stem in self._compressed:
             values = self._scattered(stem)
             return values if self._kind(stem) in _FLOATS else self._dequantised(stem, values)
@@ -104,12 +105,12 @@ class Bitmasked:
 
     def _kind(self, stem: str) -> str:
         """The type in which the values of a matrix are stored."""
-        return self.source.tensors[stem + (_PARTS[1] if stem in self._compressed else _WEIGHT)].stored
+        return self.source.tensors[stem + (_PARTS[1] if stem in self._compressed else WEIGHT)].stored
 
     def _info(self, stem: str) -> TensorInfo:
         """What a matrix is when it is dense; its parts are checked as far as their shapes tell."""
         tensors = self.source.tensors
-        shape = self._shape(stem) if stem in self._compressed else tensors[stem + _WEIGHT].shape
+        shape = self._shape(stem) if stem in self._compressed else tensors[stem + WEIGHT].shape
         kind = self._kind(stem)
         if kind in _CODES:
             dtype = self._check_scales(stem, shape)
@@ -223,14 +224,14 @@ def _spread(scales: Tensor, steps: tuple[int, int]) -> Tensor:
 
 def _split(name: str) -> tuple[str, str]:
     """The name of a matrix, and which part of it a tensor is."""
-    for part in (*_PARTS, *_BESIDE, _WEIGHT):
+    for part in (*_PARTS, *_BESIDE, WEIGHT):
         if name.endswith(part):
             return name.removesuffix(part), part
     return name, ""
 
 
 def _misfit(stem: str, why: str) -> ValueError:
-    return ValueError(f"{shown(stem + _WEIGHT)} cannot be unpacked: {why}; {_DAMAGED}")
+    return ValueError(f"{shown(stem + WEIGHT)} cannot be unpacked: {why}; {_DAMAGED}")
 
 
 def sparse_bitmask_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -245,12 +246,12 @@ def sparse_bitmask_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: a name, shape or dtype that the format does not have.
     """
-    if not name.endswith(_WEIGHT) or weight.ndim != 2 or NAMES.get(weight.dtype) not in _FLOATS:
+    if not name.endswith(WEIGHT) or weight.ndim != 2 or NAMES.get(weight.dtype) not in _FLOATS:
         raise ValueError(
             f"sparse-bitmask stores matrices whose names end in .weight, got {shown(name)}, "
             f"{weight.dtype} {list(weight.shape)}"
         )
-    stem, keep = name.removesuffix(_WEIGHT), weight != 0
+    stem, keep = name.removesuffix(WEIGHT), weight != 0
     counts = keep.sum(dim=1)
     parts = (torch.tensor(weight.shape), weight[keep], pack(keep), counts.cumsum(0) - counts)
     return {stem + part: tensor for part, tensor in zip(_PARTS, parts, strict=True)}
@@ -267,7 +268,7 @@ def sparse_bitmask_config(names: Iterable[str], sparsity: float, structure: str 
         "quant_method": "compressed-tensors",
         "sparsity_config": {
             "format": FORMATS[0],
-            "targets": sorted(name.removesuffix(_WEIGHT) for name in names),
+            "targets": sorted(name.removesuffix(WEIGHT) for name in names),
             "ignore": [],
             "global_sparsity": sparsity,
             "sparsity_structure": structure,

@@ -6,6 +6,7 @@ A mask [R, C] is stored as uint8 [R, ceil(C / 8)]. Column j is bit j % 8 (0 the 
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import json
@@ -34,6 +35,17 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     """The bool mask [R, C] from its packed form, C being `columns`."""
     bits = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
     return torch.from_numpy(bits.astype(bool))
+
+
+def where_bytes(weight: Tensor) -> Tensor:
+    """Where the bytes of a weight are not all zero, bool [R, C]: what is kept of one that has no mask.
+
+    -0.0 is kept, so that nothing is lost.
+    """
+    return weight.contiguous().view(_WHOLE[weight.dtype.itemsize]) != 0
+
+
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MaskFile:
@@ -68,33 +80,22 @@ class MaskFile:
         self._file.close()
 
 
-class Masks:
-    """The keep masks of a file, read one at a time.
+class KeepMasks(abc.ABC):
+    """Keep masks of matrices, read one at a time.
 
     Attributes:
-        path: of the file.
+        path: of their file or folder.
+        folder: the output folder that they belong to, whose record tells of them; None for a file of its own.
         shapes: weight name -> (R, C).
-
-    Raises:
-        ValueError: the file is no mask file, is damaged, or changes while it is in use.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = WeightFile(path)
-            with safe_open(path, framework="pt") as handle:
-                listed = json.loads((handle.metadata() or {})["shapes"])
-            self.shapes = {name: _shape_of(name, entry, listed) for name, entry in self._file.entries.items()}
-            self._file.check()
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None
-        if not self.shapes:
-            raise ValueError(f"{path} holds no masks")
+    path: Path
+    folder: Path | None
+    shapes: dict[str, tuple[int, int]]
 
+    @abc.abstractmethod
     def load(self, name: str) -> Tensor:
         """One keep mask, bool [R, C]."""
-        return unpack(self._file.load(name), self.shapes[name][1])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -111,6 +112,31 @@ class Masks:
         return 1 - kept / sum(rows * columns for rows, columns in self.shapes.values())
 
 
+class Masks(KeepMasks):
+    """The keep masks of a file.
+
+    Raises:
+        ValueError: the file is no mask file, is damaged, or changes while it is in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, path.parent if path.name == MASKS else None
+        try:
+            self._file = WeightFile(path)
+            with safe_open(path, framework="pt") as handle:
+                listed = json.loads((handle.metadata() or {})["shapes"])
+            self.shapes = {name: _shape_of(name, entry, listed) for name, entry in self._file.entries.items()}
+            self._file.check()
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a readable mask file ({shown(error)})") from None
+        if not self.shapes:
+            raise ValueError(f"{path} holds no masks")
+
+    def load(self, name: str) -> Tensor:
+        """One keep mask, bool [R, C]."""
+        return unpack(self._file.load(name), self.shapes[name][1])
+
+
 def _shape_of(name: str, entry: Entry, listed: Mapping[str, Any]) -> tuple[int, int]:
     """The shape (R, C) of a mask, by the metadata. Raises an error where the stored bits do not fit it."""
     shape = listed[name]
@@ -120,21 +146,6 @@ def _shape_of(name: str, entry: Entry, listed: Mapping[str, Any]) -> tuple[int, 
     if entry.dtype != "U8" or entry.shape != (rows, -(-columns // 8)):
         raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, not the bits of {rows} x {columns}")
     return rows, columns
-
-
-def masks_at(path: Path) -> Masks:
-    """The masks of an output folder or of a file.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if path.is_dir() and not (path / MASKS).is_file():
-        raise ValueError(
-            f"{path} has no {MASKS}; name an output folder of llmprune prune, or a file of masks"
-        )
-    if not path.exists():
-        raise ValueError(f"no such file or folder: {path}; name a file of masks or an output folder")
-    return Masks(path / MASKS if path.is_dir() else path)
 
 
 def read_masks(path: Path) -> dict[str, Tensor]:

@@ -226,7 +226,9 @@ class Packing:
             name: layout.rows * layout.columns if layout.whole else int(load(f"{name}_rows")[-1])
             for name, layout in packed.items()
         }
-        return entry_of(packed, kept, self._bits)
+        # Also of those that stay dense, whose masks are read from their weights.
+        transposed = sorted(name for name, layout in self.layouts.items() if layout.transposed)
+        return entry_of(packed, kept, self._bits) | ({"transposed": transposed} if transposed else {})
 
 
 def _mask_of(name: str, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor | None:
@@ -284,6 +286,7 @@ class Packed:
     def __init__(self, source: Checkpoint, entry: Mapping[str, Any]) -> None:
         self.source = source
         self.layouts = layouts_of(entry, source.tensors)
+        _check_listed(self.layouts, source.tensors)
         parts = {name + part for name in self.layouts for part in PARTS[1:]}
         self.tensors = {n: tensor for n, tensor in source.tensors.items() if n not in parts}
         for name, layout in self.layouts.items():
@@ -339,7 +342,7 @@ def layouts_of(entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> d
         if bits not in BITS or group != GROUP or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("sizes")
         dense = getattr(torch, entry["dtype"]) if bits != 16 else None
-        if dense is not None and not (isinstance(dense, torch.dtype) and dense.is_floating_point):
+        if dense is not None and dense not in PACKED_DTYPES:
             raise ValueError("dtype")
         sizes = {str(name): (int(r), int(c), int(n)) for name, (r, c, n) in matrices.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -389,3 +392,20 @@ def _check_header(name: str, layout: Layout, kept: int, tensors: Mapping[str, Te
             f"config.json asks for {stored[0]} {list(shape)} in {shown(name + part)}, and the files hold "
             f"{have}; the packed checkpoint is damaged"
         )
+
+
+def _check_listed(layouts: Mapping[str, Layout], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `ValueError` where the files hold a packed tensor that config.json does not name."""
+    for name, tensor in tensors.items():
+        parts = any(name + part in tensors for part in PARTS[1:])
+        if parts and len(tensor.shape) == 1 and name not in layouts:
+            raise ValueError(
+                f"{shown(name)} lies packed in the files, and config.json does not name it in matrices; "
+                "the packed checkpoint is damaged"
+            )
+
+
+def packing_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of a packed checkpoint; None for any other."""
+    entry = config.get("quantization_config")
+    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None

@@ -257,7 +257,8 @@ def _planned_files(journal: Path) -> object:
     except (OSError, ValueError, RecursionError):
         return []
     identity = first.get("identity") if isinstance(first, dict) else None
-    return first.get("files") if isinstance(identity, dict) and "model" in identity else []
+    ours = isinstance(identity, dict) and ("model" in identity or "convert" in identity)
+    return first.get("files") if ours else []
 
 
 def remove(folder: Path, unfinished: bool = False) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,6 @@ from llmprune.checkpoint.files import (
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
-from llmprune.checkpoint.packed import Packing
 from llmprune.checkpoint.reader import WeightSource, read_json
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.common.messages import size_text
@@ -59,6 +58,20 @@ class Shard:
     rows: list[dict[str, Any]]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     exact: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Packer(Protocol):
+    """Makes of tensors what is stored of them, in another format than the dense one."""
+
+    def parts(
+        self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is stored of some tensors, with masks as bits and scales by the name of the matrix."""
+        ...
+
+    def entry(self, headers: Mapping[str, Any], load: Callable[[str], Tensor]) -> dict[str, Any]:
+        """What config.json says of all that was written: tensors by name, and what reads one."""
+        ...
 
 
 class CheckpointWriter:
@@ -118,7 +131,7 @@ class CheckpointWriter:
         self._behind = ThreadPoolExecutor(1, "write-behind")
         self._pending: Future[None] | None = None
         self._masks: MaskFile | None = None
-        self._packing: Packing | None = None
+        self._packing: Packer | None = None
 
     def _unfinished(self, resume: bool, restart: bool) -> Journal:
         """The journal of the unfinished run to continue; an empty one if there is none."""
@@ -170,7 +183,7 @@ class CheckpointWriter:
         masks: Mapping[str, tuple[int, int]],
         companions: list[str] | None = None,
         exact: bool = False,
-        packing: Packing | None = None,
+        packing: Packer | None = None,
     ) -> None:
         """Start writing, or continue where the run with this identity stopped.
 
@@ -277,14 +290,21 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def rest(self, source: WeightSource) -> None:
-        """Write the last shard: every tensor that is in no block, byte for byte as in the source."""
+    def rest(self, source: WeightSource, blocks: Container[str] = ()) -> None:
+        """Write the last shard: every tensor that is in no block, byte for byte as in the source.
+
+        Args:
+            source: of the run.
+            blocks: tensors of blocks that may be stored under other names than their own.
+        """
         self._wait()
         written = {name for entry in self.journal.blocks for name in read_header(self.folder / entry["file"])}
         for entry in self.journal.blocks:
             if "exact" in entry:
                 (self.folder / exact_name(entry["block"])).unlink(missing_ok=True)
-        outside = {name: source.load(name) for name in source.tensors if name not in written}
+        outside = {
+            name: source.load(name) for name in source.tensors if name not in written and name not in blocks
+        }
         save_tensors(self.folder / shard_name(self.shards, self.shards), outside)
 
     def copy_companions(self, source: Snapshot, code: bool) -> None:
@@ -303,7 +323,7 @@ class CheckpointWriter:
         listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         write_durably(self.folder / INDEX, [json.dumps(listing, indent=2).encode() + b"\n"])
 
-    def _describe_packing(self, packing: Packing, where: Mapping[str, str]) -> None:
+    def _describe_packing(self, packing: Packer, where: Mapping[str, str]) -> None:
         opened = {file: WeightFile(self.folder / file) for file in dict.fromkeys(where.values())}
         config = self.folder / CONFIG
         values = read_json(config)

@@ -165,11 +165,16 @@ def convert(
     path: _Model,
     as_json: bool,
     quiet: bool,
-    to: Annotated[str, typer.Option(help="packed (sparse matrices take less room) or dense.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="packed (sparse matrices take less room), dense, or sparse-bitmask (of compressed-tensors)."
+        ),
+    ],
     values: Annotated[str, typer.Option(help="Kept values: same, int8 or int4.")] = "same",
     **options: Any,
 ) -> None:
-    """Write a checkpoint in another format: packed or dense."""
+    """Write a checkpoint in another format: packed, dense or sparse-bitmask."""
     from llmprune import api
     from llmprune.terminal import screen
 

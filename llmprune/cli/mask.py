@@ -16,7 +16,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 _Masks = Annotated[
-    str, typer.Argument(help="Output folder of llmprune, or a file of masks.", show_default=False)
+    str,
+    typer.Argument(
+        help="Output folder of llmprune, dense or packed, or a file of masks.", show_default=False
+    ),
 ]
 _Model = Annotated[
     str, typer.Argument(metavar="DIR", help="A checkpoint: folder, alias or hub id.", show_default=False)
@@ -40,7 +43,7 @@ def apply(
     path: _Model,
     as_json: bool,
     quiet: bool,
-    masks: Annotated[Path, typer.Option(help="File of masks, or a folder that holds one.")],
+    masks: Annotated[Path, typer.Option(help="File of masks, or an output folder.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     overwrite: Annotated[
         bool,
@@ -75,7 +78,8 @@ def check(
     as_json: bool,
     quiet: bool,
     masks: Annotated[
-        Path | None, typer.Option(help="File of masks; by default the checkpoint's masks.safetensors.")
+        Path | None,
+        typer.Option(help="File of masks, or a folder that holds some; by default the checkpoint's own."),
     ] = None,
     **options: Any,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.masks import KeepMasks
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.common.messages import shown
 from llmprune.model.masking import Masking
@@ -92,7 +92,7 @@ def filled(source: WeightSource, masking: Masking) -> list[dict[str, Any]]:
     return found
 
 
-def compare_masks(a: Masks, b: Masks) -> dict[str, Any]:
+def compare_masks(a: KeepMasks, b: KeepMasks) -> dict[str, Any]:
     """Two files of masks side by side, per matrix that both have and over all of them.
 
     Raises:

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.common.messages import first_line, shown
-from llmprune.model.quantised import check_dense, check_files, dequantising, packing_entry
+from llmprune.model.quantised import (
+    check_dense,
+    check_files,
+    dequantising,
+    in_bitmasks,
+)
 
 _ADAPTER = "adapter_config.json"
 _NOT_MERGED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")
@@ -16,7 +22,7 @@ _NOT_MERGED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_T
 
 def read_config(folder: Path, trust_remote_code: bool = False, dequantize: bool = False) -> Any:
     """The transformers config of a folder; with `dequantize` as if its weights were not quantised,
-    and of a packed folder as of a dense one.
+    and of a folder that is packed or in bitmasks as of a dense one.
 
     Raises:
         ValueError: it is missing, unknown to transformers, or of an adapter or a quantised checkpoint.
@@ -33,7 +39,8 @@ def read_config(folder: Path, trust_remote_code: bool = False, dequantize: bool 
             f"transformers cannot use the config of {folder} "
             f"(model_type {shown(raw.get('model_type'))}): {first_line(error, 300)}{told}"
         ) from error
-    for part in (config, config.get_text_config()) if dequantize or packing_entry(raw) else ():
+    other = dequantize or packing_entry(raw) is not None or in_bitmasks(raw)
+    for part in (config, config.get_text_config()) if other else ():
         part.__dict__.pop("quantization_config", None)
     return config
 

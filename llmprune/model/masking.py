@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.masks import KeepMasks
 from llmprune.common.messages import shown
 from llmprune.model.target import Target
 
@@ -23,7 +23,7 @@ class Masking:
         ValueError: a mask that belongs to no matrix, or is of another shape.
     """
 
-    def __init__(self, masks: Masks, targets: Iterable[Target], label: str) -> None:
+    def __init__(self, masks: KeepMasks, targets: Iterable[Target], label: str) -> None:
         self.masks = masks
         known = {target.key: target for target in targets}
         path = masks.path

@@ -12,21 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.contents import CONFIG, RECORD
 from llmprune.checkpoint.dequantised import Dequantised
-from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed import Packed, packing_entry
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
 from llmprune.model.config import check_folder, check_whole, read_config
-from llmprune.model.quantised import check_stored, dequantising, packing_entry, without_quantisation
+from llmprune.model.quantised import (
+    check_stored,
+    dequantising,
+    in_bitmasks,
+    without_quantisation,
+)
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Source = Checkpoint | Dequantised | Packed | Bitmasked  # where the weights of a folder are read from
 
 
 @dataclass(frozen=True)
@@ -128,17 +136,21 @@ def open_model(
     return Model(located, files, located.label, source, skeleton, tokenizer, options=options)
 
 
-def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Checkpoint | Dequantised | Packed]:
-    """The small files of a folder, and its weights: those of a packed folder as if they were dense.
+def read_folder(folder: Path, dequantize: bool = False) -> tuple[Snapshot, Source]:
+    """The small files of a folder, and its weights: those of a packed folder, or one in bitmasks, as if they
+    were dense.
 
     Raises:
         ValueError: weights that are missing, damaged, or stored in a type that cannot be pruned.
     """
-    source: Checkpoint | Dequantised | Packed = Checkpoint(folder)
+    source: Source = Checkpoint(folder)
     files = Snapshot(folder)
     values = read_json(folder / CONFIG)
     if (entry := packing_entry(values)) is not None:
         source = Packed(Checkpoint(folder), entry)
+        files = Snapshot(folder, {CONFIG: _dense_config})
+    elif in_bitmasks(values) and not dequantize:
+        source = Bitmasked(Checkpoint(folder))
         files = Snapshot(folder, {CONFIG: _dense_config})
     elif dequantize:
         source = Dequantised(Checkpoint(folder), dequantising(values, str(folder)))
@@ -189,7 +201,7 @@ def whole(model: Model) -> Any:
     import transformers
 
     assert model.located is not None
-    if isinstance(model.source, (Dequantised, Packed)):
+    if isinstance(model.source, (Dequantised, Packed, Bitmasked)):
         return _filled(model)
     auto = getattr(transformers, model.skeleton.auto_class)
     with libraries():

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.bitmask import FORMATS
 from llmprune.checkpoint.dequantised import METHODS
-from llmprune.checkpoint.packed import METHOD
+from llmprune.checkpoint.packed import packing_entry
 from llmprune.checkpoint.reader import TensorInfo
 from llmprune.common.cards import entry, front_matter
 from llmprune.common.messages import shown
@@ -49,6 +50,11 @@ def dequantising(config: Mapping[str, Any], where: str) -> tuple[int, int] | Non
     """
     for key, value in _found(config):
         method = _plain_method(_method(key, value))
+        if _in_bitmasks(key, value):
+            raise ValueError(
+                f"{where} has {key} with {' or '.join(FORMATS)}, which is read without dequantize; leave "
+                "--dequantize out"
+            )
         if method not in METHODS:
             raise ValueError(
                 f"dequantize works on {' and '.join(METHODS)}, and {where} has {key}: {method}; "
@@ -60,10 +66,28 @@ def dequantising(config: Mapping[str, Any], where: str) -> tuple[int, int] | Non
     return None
 
 
-def packing_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of a packed checkpoint; None for any other."""
-    entry = config.get("quantization_config")
-    return entry if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
+def in_bitmasks(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that weights are in a sparse format of compressed-tensors that is read here."""
+    return any(_in_bitmasks(key, value) for key, value in _found(config))
+
+
+def _in_bitmasks(key: str, value: Any) -> bool:
+    found = value.get("sparsity_config") if isinstance(value, dict) else None
+    found = value if key.endswith("sparsity_config") else found
+    return isinstance(found, dict) and found.get("format") in FORMATS
+
+
+def check_loaded(config: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` where a config says that the weights are in a format that transformers cannot load.
+
+    Args:
+        where: the checkpoint as the user named it.
+    """
+    if in_bitmasks(config):
+        raise ValueError(
+            f"{where} is in {' or '.join(FORMATS)} of compressed-tensors, which transformers does not load; "
+            f"make it dense first: llmprune convert {where} --to dense --output DIR"
+        )
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +106,8 @@ def check_dense(config: Mapping[str, Any], where: str, folder: Path | None = Non
     """
     for key, value in _found(config):
         method = _method(key, value)
-        if _plain_method(method) == METHOD:
-            continue  # our own packed checkpoints
+        if packing_entry({key: value}) is not None or _in_bitmasks(key, value):
+            continue  # our own packed checkpoints, and what is unpacked as it is read
         if method is None:
             raise ValueError(
                 f"{where} has {key}: {shown(value)}, which names no method; if its weights are quantised, "

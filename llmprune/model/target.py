@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llmprune.checkpoint.packed import Packed
 from llmprune.model.conversion import Piece
 
 
@@ -166,6 +167,13 @@ class Target:
             self.module.weight = nn.Parameter(part.to(old.device, old.dtype), requires_grad=False)
         else:
             self.scatter(self.oriented(part), {name: self.loaded(name) for name in self.owners})
+
+
+def bits_of(source: Packed, target: Target) -> Tensor:
+    """The mask of a matrix that is packed, as the bits of `masks.safetensors`, uint8 [R, ceil(C / 8)]."""
+    rows, columns = target.shape
+    first = (target.index or 0) * rows
+    return source.load_mask(target.tensor)[first : first + rows, : -(-columns // 8)].contiguous()
 
 
 def by_expert(targets: Iterable[Target]) -> list[list[Target]]:

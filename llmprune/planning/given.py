@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.masks import KeepMasks
 from llmprune.contracts import Pattern
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
@@ -22,7 +22,7 @@ REASON = "given masks"
 
 @dataclass(frozen=True)
 class Given:
-    """Masks that a run starts from.
+    """KeepMasks that a run starts from.
 
     Attributes:
         masking: whose masks they are.
@@ -35,7 +35,7 @@ class Given:
     remarks: tuple[str, ...] = ()
 
 
-def given(masks: Masks, recipe: Recipe, model: Model) -> Given:
+def given(masks: KeepMasks, recipe: Recipe, model: Model) -> Given:
     """The masks of a file as the start of a run.
 
     Raises:
@@ -81,7 +81,7 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _pattern(recipe: Recipe, target: Target, keep: Tensor, masks: Masks) -> tuple[Pattern, float]:
+def _pattern(recipe: Recipe, target: Target, keep: Tensor, masks: KeepMasks) -> tuple[Pattern, float]:
     """Pattern and sparsity of a matrix by its mask: those with which `Pattern.check` finds it exact."""
     pattern = recipe.pattern_for(recipe.rule_for(target.name))
     if isinstance(pattern, NM):

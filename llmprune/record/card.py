@@ -111,6 +111,10 @@ def _masks_line(record: Record) -> str:
 def load_snippet(name: str, record: Record) -> str:
     """Python code that loads a folder or repository with a class of transformers."""
     quoted, auto_class = json.dumps(name, ensure_ascii=False), record["model"].get("auto_class", CAUSAL)
+    if record.get("format", {}).get("name") == "sparse-bitmask":
+        return f"""import llmprune
+llmprune.convert({quoted}, to="dense", output="dense")  # once
+model = llmprune.load("dense")"""
     first = "import llmprune  # which knows packed weights\n" if "format" in record else ""
     return f"""{first}from transformers import {auto_class}, AutoTokenizer
 

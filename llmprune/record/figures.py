@@ -109,6 +109,12 @@ def seconds_by_phase(record: Mapping[str, Any]) -> str:
 
 def size_remark(record: Mapping[str, Any]) -> str:
     """What a user must know of the size and speed of what was written."""
+    if record.get("format", {}).get("name") == "sparse-bitmask":
+        return (
+            "The weights are in the format sparse-bitmask of compressed-tensors: of every pruned matrix the "
+            "nonzero values and a bit per weight are stored. compressed-tensors reads it up to version 0.14; "
+            "llmprune convert makes it dense (--to dense)."
+        )
     if "format" in record:
         return (
             "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored. "

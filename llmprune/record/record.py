@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from llmprune.checkpoint.contents import MASKS, RECORD, SCHEMA
+from llmprune.checkpoint.contents import RECORD, SCHEMA
 from llmprune.checkpoint.journal import Identity
-from llmprune.checkpoint.masks import Masks
+from llmprune.checkpoint.masks import KeepMasks
 from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.version import __version__
@@ -74,11 +74,11 @@ def _as_opened(model: Model) -> Record:
     }
 
 
-def origin(masks: Masks) -> Record:
+def origin(masks: KeepMasks) -> Record:
     """The entry `masks` of the record: which masks were given, and what the record beside them says."""
     found: Record = {"digest": masks.digest}
-    if masks.path.name == MASKS and (masks.path.parent / RECORD).is_file():
-        beside = read_record(masks.path.parent)
+    if masks.folder is not None and (masks.folder / RECORD).is_file():
+        beside = read_record(masks.folder)
         model, recipe = (beside.get(key) for key in ("model", "recipe"))
         if isinstance(model, dict) and isinstance(recipe, dict):
             revision = model.get("revision")
@@ -222,7 +222,7 @@ def converted(
             "parameters": skeleton.elements,
         },
         **form,
-        "matrices": [{k: v for k, v in row.items() if k != "zeros"} for row in rows],
+        "matrices": [{k: v for k, v in row.items() if k not in ("zeros", "signs")} for row in rows],
         "totals": {
             "weights": weights,
             "zeros": zeros,

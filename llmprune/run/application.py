@@ -7,6 +7,7 @@ import time
 import torch
 
 from llmprune.checkpoint.masks import pack
+from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_ahead
 from llmprune.checkpoint.writer import Shard, check_space
 from llmprune.contracts import CalibrationSet
@@ -14,7 +15,7 @@ from llmprune.machine import device as devices
 from llmprune.machine.processes import ALONE
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
-from llmprune.model.target import Target
+from llmprune.model.target import Target, bits_of
 from llmprune.model.targets import targets_of
 from llmprune.numerics.counts import zeros_of
 from llmprune.patterns import exact_pattern
@@ -53,6 +54,7 @@ class Application(Production):
         before = records.origin(masking.masks)
         before["masks"] |= {"dense": masking.dense} if masking.dense else {}
         before |= records.opening(model, self._recipe(), _NO_ROWS, self._digest(), 1)
+        before |= records.packed_form() if self.options.packed else {}
         record = self._made_before(before)
         if record is None:
             self._begin(before, masking)
@@ -93,6 +95,7 @@ class Application(Production):
                 targets = [t for t in targets_of(skeleton, names[number]) if t.name in self._masking]
                 masks: Tensors = {}
                 rows = [self._masked(target, tensors, masks) for target in targets]
+                masks |= self._own(names[number])
                 clock.lap("prune")
                 shard = {name: t for name, t in tensors.items() if name not in skeleton.shared}
                 writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
@@ -100,6 +103,16 @@ class Application(Production):
                 self.reporter.step()
                 del tensors, shard
             return self._finish(before, clock, memory)
+
+    def _own(self, block: str) -> Tensors:
+        """The masks of the matrices of a block that are packed and get no other: they stay packed."""
+        source = self.model.source
+        if not isinstance(source, Packed):
+            return {}
+        left = (
+            target for target in targets_of(self.model.skeleton, block) if target.name not in self._masking
+        )
+        return {t.key: bits_of(source, t) for t in left if t.tensor in source.layouts}
 
     def _masked(self, target: Target, tensors: Tensors, masks: Tensors) -> Row:
         """Zero the pruned weights of a matrix in place, and keep its mask; returns its row of the record."""

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.checkpoint.packed import METHOD, PARTS, VERSION, Layout, Packed, check, read_parts
 from llmprune.checkpoint.reader import Checkpoint
+from llmprune.common.messages import shown
 from llmprune.kernels.layout import GROUP
 from llmprune.model.conversion import Group, groups_of, renamed
 from llmprune.model.skeleton import Skeleton
@@ -97,6 +98,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         packed = [group for group in groups if any(name in layouts for name in group.tensors)]
         for group in packed:
             owner, leaf = _owner(model, group.parameters[0])
+            _check_shape(getattr(owner, leaf), group, layouts)
             linear = isinstance(owner, (nn.Linear, Conv1D)) and leaf == "weight"
             if group.converter is None and linear and not config.dequantize:
                 name = group.tensors[0]
@@ -165,7 +167,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             made = group.make(model, {name: self._source.load(name) for name in group.tensors})
             for name, tensor in made.items():
-                owner, leaf, _, dtype = self._owners[name]
+                owner, leaf, shape, dtype = self._owners[name]
+                _check_same(name, tensor.shape, shape)
                 del owner.__dict__[leaf]
                 owner._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         if stacks and hasattr(model, "set_experts_implementation"):
@@ -268,6 +271,20 @@ def _folder_of(files: list[str] | None) -> Path:
 def _owner(model: Any, name: str) -> tuple[Any, str]:
     parent, _, leaf = name.rpartition(".")
     return model.get_submodule(parent), leaf
+
+
+def _check_shape(parameter: Tensor, group: Group, layouts: Mapping[str, Layout]) -> None:
+    """Raise `ValueError` where a packed tensor has another shape than the parameter that it becomes."""
+    if group.converter is None:
+        _check_same(group.tensors[0], layouts[group.tensors[0]].shape, parameter.shape)
+
+
+def _check_same(name: str, have: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(have) != tuple(wanted):
+        raise ValueError(
+            f"weight {shown(name)} has shape {tuple(have)} where the config asks for {tuple(wanted)}; "
+            "config and checkpoint do not match"
+        )
 
 
 def _patterns(group: Group) -> tuple[str, ...]:

@@ -228,7 +228,7 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
         ("bytes", f"{size_text(sizes['dense'])} dense, {size_text(sizes['written'])} written ({share:.0%})"),
         ("seconds", f"{converted['seconds']:.1f}"),
     ]
-    if converted["format"] == "packed":
+    if converted["format"] != "dense":
         count = f"{converted['matrices']} packed"
         rows.insert(2, ("matrices", f"{count}, {len(left)} stay dense: packing would not make them smaller"))
     console.verbatim()
