@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import ending, frame, mask
+from llmprune.cli import bench, ending, frame, mask
 from llmprune.cli.options import (
     BLOCKS,
     COMPUTING,
@@ -202,6 +202,9 @@ def generate(
     screen.print_generated(console, generated)
     if as_json:
         frame.emit(generated)
+
+
+_command(ORIGIN, BLOCKS, OUTPUT)(bench.bench)
 
 
 @_command(OUTPUT)
