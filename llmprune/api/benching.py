@@ -80,7 +80,6 @@ def bench(
     Raises:
         ValueError: bad input, nothing sparse, or too little room, before any long work.
     """
-    about = machine()
     texts = cast("Sequence[str]", perplexity)  # as `checked` makes them
     started, picture = time.monotonic(), Path(plot).expanduser() if plot else None
     wanted = _wanted(values, seconds, picture, perplexities.wanted(texts, eval_seqlen, limit))
@@ -100,6 +99,7 @@ def bench(
             f"{path} has no sparse matrix, so there is nothing to compare: prune it first, or pack all its "
             "weights with --values int8 or int4"
         )
+    about = machine()
     with reporting(reporter, progress, processes.ALONE) as report, contextlib.ExitStack() as stack:
         of_products = _products(matrices, seconds if products_only else seconds * _PRODUCTS, report)
         forms = None if products_only else stack.enter_context(_forms(path, model, values, report))
