@@ -195,10 +195,13 @@ def generate(
 
     frame.quiet_libraries(True)
     console = frame.console(as_json, quiet)
-    shown = None if quiet else console.piece
-    if shown:
-        shown(prompt)
-    generated = api.generate(path, prompt, stream=shown, **options)
+    pieces: list[str] = []
+
+    def shown(piece: str) -> None:  # the prompt stands before its text, but not before an error
+        console.piece(piece if pieces else prompt + piece)
+        pieces.append(piece)
+
+    generated = api.generate(path, prompt, stream=None if quiet else shown, **options)
     screen.print_generated(console, generated)
     if as_json:
         frame.emit(generated)
