@@ -22,7 +22,7 @@ from llmprune.api.contestant import Contestant
 from llmprune.checkpoint.masks import Masks
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.cli.bench import default_plot
-from llmprune.machine.processor import cache_bytes, processor_name
+from llmprune.machine.processor import cache_bytes, processor_name, share_at_work
 from llmprune.model.opening import counting_skeleton, read_folder
 from llmprune.model.targets import packed_layouts
 from llmprune.record import drawing, figures
@@ -265,6 +265,7 @@ def test_the_cache_and_the_processor_are_read_from_the_system(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("processor : 0\nmodel name\t: Some   CPU 9\nmodel name : other\n")
     assert processor_name(info) == "Some CPU 9" and processor_name(tmp_path / "none")
+    assert 0 <= share_at_work(0.01) <= 1
 
 
 # Processes
@@ -407,12 +408,13 @@ def test_the_screen_says_what_was_measured_at_any_width(width, measured, monkeyp
     from llmprune.terminal.console import Screen
 
     monkeypatch.setenv("COLUMNS", str(width)) if width else monkeypatch.delenv("COLUMNS", raising=False)
-    print_bench(Screen(), measured)
+    print_bench(Screen(), {**measured, "machine": measured["machine"] | {"busy": 0.5, "gpu": True}})
     out = capsys.readouterr().out
     assert "\x1b" not in out
     for line in out.splitlines():
         assert width is None or len(line) <= width or " " not in line.strip().removeprefix("plot  "), line
     text = " ".join(out.split())
+    assert "other programs take 50% of the processors" in text and "GPU not measured" in text
     for said in ("Benchmark of pruned", "kernels", "weight files", "memory", "loading", "perplexity builtin"):
         assert said in text, said
     for said in (

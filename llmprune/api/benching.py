@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 import tempfile
 import time
@@ -25,8 +24,7 @@ from llmprune.common.messages import shown, size_text
 from llmprune.kernels import library
 from llmprune.machine import device as devices
 from llmprune.machine import processes
-from llmprune.machine.processor import cache_bytes, processor_name
-from llmprune.machine.threads import usable_processors
+from llmprune.machine.processor import cache_bytes, processor_name, share_at_work
 from llmprune.model.opening import Model, OpenOptions, open_model
 from llmprune.record import drawing
 from llmprune.run.reporter import RunReporter
@@ -136,9 +134,8 @@ def machine() -> dict[str, Any]:
     """This machine: its processor, what computes with packed weights, and how busy it is."""
     return {
         "processor": processor_name(),
-        "processors": usable_processors(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        "busy": share_at_work(),
         "cache_bytes": cache_bytes(),
         "kernels": library.status(),
         "native": library.available(),

@@ -85,6 +85,6 @@ def _check_length(tokenizer: Any, prompt: str, new: int, limit: int | None) -> N
     room = limit - count
     remedy = f"use --max-new-tokens {room} or less" if room > 0 else "give a shorter prompt"
     raise ValueError(
-        f"the prompt has {count} token{'s' * (count != 1)}, and with {new} new ones that is over the model's limit of {limit}; "
-        f"{remedy}"
+        f"the prompt has {count} token{'s' * (count != 1)}, and with {new} new ones that is over the "
+        f"model's limit of {limit}; {remedy}"
     )

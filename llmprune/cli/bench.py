@@ -51,9 +51,12 @@ def bench(
     options |= {"eval_seqlen": eval_seqlen, "limit": limit, "perplexity": perplexity}
     options |= {"values": values, "seconds": seconds, "products_only": products_only}
     picture = None if plot == NO_PLOT else Path(plot) if plot else default_plot(path)
-    console, found = with_terminal(
-        as_json, quiet, lambda terminal: api.bench(path, plot=picture, reporter=terminal, **options)
-    )
+    try:
+        console, found = with_terminal(
+            as_json, quiet, lambda terminal: api.bench(path, plot=picture, reporter=terminal, **options)
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing of a benchmark is kept, run the same command again") from None
     print_bench(console, found)
     if as_json:
         emit(found)

@@ -1,4 +1,4 @@
-"""What the processor of this machine is called, and how much its last-level cache holds."""
+"""What the processor of this machine is called, how much its last-level cache holds, and how busy it is."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def cache_bytes(folder: Path = _CPU) -> int:
         except (OSError, ValueError, IndexError):
             continue
     return found[max(found)] if found else _USUAL
+
+
+def share_at_work(seconds: float = 0.3) -> float:
+    """The share of the processors, 0 to 1, that programs take while this one waits for so long."""
+    import psutil
+
+    return round(float(psutil.cpu_percent(interval=seconds)) / 100, 3)

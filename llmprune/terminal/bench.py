@@ -9,6 +9,7 @@ from typing import Any
 from llmprune.common.messages import size_text
 from llmprune.terminal.console import Screen
 
+_BUSY = 0.2  # a share of the processors that others take, from which it is told
 Rows = list[tuple[str, ...]]
 
 
@@ -21,9 +22,9 @@ def print_bench(console: Screen, found: Mapping[str, Any]) -> None:
     ]
     if machine["gpu"]:
         rows.append(("GPU", "not measured: this is the CPU's speed"))
-    if machine["load"] > machine["processors"] / 2:
-        busy = f"{machine['load']:.1f} programs at work on {machine['processors']} processors"
-        rows.append(("busy", f"{busy}: on a quiet machine the figures are surer"))
+    if machine["busy"] > _BUSY:
+        share = f"other programs take {machine['busy']:.0%} of the processors"
+        rows.append(("busy", f"{share}: figures of a quiet machine are surer"))
     console.verbatim()
     console.table(f"Benchmark of {found['model']}", rows)
     console.verbatim()
