@@ -238,7 +238,9 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     console.verbatim()
     console.table("Converted", rows)
     console.verbatim()
-    steps = [("score it", f"llmprune eval {shlex.quote(converted['output'])}")]
+    folder = shlex.quote(converted["output"])
+    steps = [("score it", f"llmprune eval {folder}"), ("measure it", f"llmprune bench {folder}")]
+    steps = steps if converted["format"] == "packed" else steps[:1]
     _next_steps(console, steps)
 
 
