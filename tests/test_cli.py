@@ -23,7 +23,7 @@ from llmprune.hub import download as hub
 SMALL = ("--samples", 4, "--seqlen", 64)
 
 
-COMMANDS = {"run", "prune", "push", "eval", "inspect", "convert", "generate"}
+COMMANDS = {"run", "prune", "push", "eval", "inspect", "convert", "generate", "bench"}
 COMMANDS |= {"methods", "recipes", "models"}
 
 

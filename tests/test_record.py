@@ -115,7 +115,7 @@ def test_the_record_has_the_keys_of_the_interface(record):
     assert set(record["calibration"]) == {"source", "samples", "sequence_length", "seed", "digest"}
     assert all(set(row) == MATRIX for row in record["matrices"])
     assert {"weights", "zeros", "sparsity", "seconds", "peak_memory_bytes", "bytes"} <= set(record["totals"])
-    assert set(record["totals"]["bytes"]) == {"dense", "written"}
+    assert set(record["totals"]["bytes"]) == {"dense", "written", "packed"}
     assert set(record["evaluation"]) == {"perplexity", "tasks"}
     assert {"versions", "device"} <= set(record["environment"])
     for entry in record["evaluation"]["perplexity"].values():

@@ -15,6 +15,7 @@ from llmprune.checkpoint.reader import read_json
 from llmprune.hub.download import locate
 from llmprune.kernels.library import status
 from llmprune.machine import device as devices
+from llmprune.model.config import read_config, token_limit
 from llmprune.model.tokenizer import read_tokenizer
 
 
@@ -48,7 +49,7 @@ def generate(
         `peak_memory_bytes`.
 
     Raises:
-        ValueError: no such model, no tokenizer, or values out of range.
+        ValueError: no such model, no tokenizer, values out of range, or more tokens than the model takes.
     """
     from llmprune.runtime.generation import Sampling
     from llmprune.runtime.generation import generate as go_on
@@ -59,6 +60,8 @@ def generate(
     tokenizer = read_tokenizer(located.folder, trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, which text needs; put its files into the folder")
+    limit = token_limit(read_config(located.folder, trust_remote_code))
+    _check_length(tokenizer, prompt, max_new_tokens, limit)
     packed = packing_entry(read_json(located.folder / CONFIG)) is not None
     started = time.monotonic()
     model = load(path, revision=revision, trust_remote_code=trust_remote_code).eval()
@@ -70,3 +73,18 @@ def generate(
         "kernels": status() if packed else None,
         "peak_memory_bytes": devices.peak_memory(),
     }
+
+
+def _check_length(tokenizer: Any, prompt: str, new: int, limit: int | None) -> None:
+    """Raise `ValueError` where a prompt has no token, or there would be more tokens than a model takes."""
+    count = len(tokenizer(prompt)["input_ids"])
+    if count == 0:
+        raise ValueError("the prompt has no token; give some text")
+    if limit is None or count + new <= limit:
+        return
+    room = limit - count
+    remedy = f"use --max-new-tokens {room} or less" if room > 0 else "give a shorter prompt"
+    raise ValueError(
+        f"the prompt has {count} token{'s' * (count != 1)}, and with {new} new ones that is over the "
+        f"model's limit of {limit}; {remedy}"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from llmprune.common.messages import size_text
 from llmprune.planning.plan import Plan
 from llmprune.recipe.types import Recipe
-from llmprune.record.figures import method_of, score_rows, share_of_all
+from llmprune.record.figures import method_of, score_rows, share_of_all, sizes_on_disk
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,14 +27,13 @@ class Result:
     def __repr__(self) -> str:
         record, totals = self.record, self.record["totals"]
         pruned = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices"
-        dense_size, written_size = (size_text(totals["bytes"][key]) for key in ("dense", "written"))
         scores = [(s.name, f"{s.dense} dense, {s.pruned} pruned ({s.change})") for s in score_rows(record)]
         rows = [
             ("model", record["model"]["source"]),
             ("method", method_of(record)),
             ("sparsity", f"{pruned}, {share_of_all(record)}"),
             *(scores or [("scores", "none, pruned without evaluation")]),
-            ("bytes", f"{dense_size} dense, {written_size} written"),
+            ("bytes", sizes_on_disk(record)),
             ("seconds", f"{totals['seconds']['total']:.1f}"),
             ("output", str(self.output)),
         ]

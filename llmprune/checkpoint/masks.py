@@ -23,6 +23,7 @@ from torch import Tensor
 from llmprune.checkpoint.contents import MASKS
 from llmprune.checkpoint.files import Entry, WeightFile, layout, raw
 from llmprune.common.messages import shown
+from llmprune.kernels.plain import word_counts
 from llmprune.numerics.counts import true_per_row
 
 
@@ -135,6 +136,12 @@ class Masks(KeepMasks):
     def load(self, name: str) -> Tensor:
         """One keep mask, bool [R, C]."""
         return unpack(self._file.load(name), self.shapes[name][1])
+
+    def kept(self, name: str) -> int:
+        """How many weights one mask keeps."""
+        bits = self._file.load(name).flatten()
+        words = torch.nn.functional.pad(bits, (0, -len(bits) % 8))
+        return int(word_counts(words.view(1, -1)).sum())
 
 
 def _shape_of(name: str, entry: Entry, listed: Mapping[str, Any]) -> tuple[int, int]:

@@ -93,13 +93,16 @@ class Layout:
     def bytes(self, mask: Tensor) -> int:
         """Bytes of all parts of the packed tensor with this mask."""
         each, taken = bits_and_rows.counts(mask, self.columns)
-        kept = int(each.sum())
-        values = {16: self.dtype.itemsize * kept, 8: kept, 4: int(taken.sum())}[self.bits]
+        return self.bytes_of(int(each.sum()), int(taken.sum()))
+
+    def bytes_of(self, kept: int, taken: int = 0) -> int:
+        """Bytes of all parts with so many kept values; `taken`: the bytes that they take as int4."""
+        values = {16: self.dtype.itemsize * kept, 8: kept, 4: taken}[self.bits]
         scales = 0 if self.bits == 16 else 2 * self.rows * -(-self.columns // GROUP)
         if self.bits != 16 and kept == self.rows * self.columns:
             return values + scales
         starts = (8 if kept >= 1 << 31 else 4) * (self.rows + 1)
-        return values + mask.nbytes + starts + scales
+        return values + 8 * self.rows * self.words + starts + scales
 
 
 def pack(dense: Tensor, mask: Tensor, layout: Layout, scales: Tensor | None = None) -> dict[str, Tensor]:

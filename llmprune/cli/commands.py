@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import ending, frame, mask
+from llmprune.cli import bench, ending, frame, mask
 from llmprune.cli.options import (
     BLOCKS,
     COMPUTING,
@@ -200,13 +200,19 @@ def generate(
 
     frame.quiet_libraries(True)
     console = frame.console(as_json, quiet)
-    shown = None if quiet else console.piece
-    if shown:
-        shown(prompt)
-    generated = api.generate(path, prompt, stream=shown, **options)
+    pieces: list[str] = []
+
+    def shown(piece: str) -> None:  # the prompt stands before its text, but not before an error
+        console.piece(piece if pieces else prompt + piece)
+        pieces.append(piece)
+
+    generated = api.generate(path, prompt, stream=None if quiet else shown, **options)
     screen.print_generated(console, generated)
     if as_json:
         frame.emit(generated)
+
+
+_command(ORIGIN, BLOCKS, OUTPUT)(bench.bench)
 
 
 @_command(OUTPUT)

@@ -45,6 +45,12 @@ def read_config(folder: Path, trust_remote_code: bool = False, dequantize: bool 
     return config
 
 
+def token_limit(config: Any) -> int | None:
+    """The longest sequence that a model was made for, in tokens; None if its config does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def check_folder(
     folder: Path, where: str, trust_remote_code: bool, dequantize: bool = False
 ) -> dict[str, Any]:

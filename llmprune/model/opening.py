@@ -21,7 +21,7 @@ from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
-from llmprune.model.config import check_folder, check_whole, read_config
+from llmprune.model.config import check_folder, check_whole, read_config, token_limit
 from llmprune.model.quantised import (
     check_stored,
     dequantising,
@@ -64,8 +64,7 @@ class Model:
     @property
     def limit(self) -> int | None:
         """The longest sequence that the model was made for, in tokens; None if its config does not say."""
-        limit = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return token_limit(self.skeleton.model.config)
 
     def check(self) -> None:
         """Raise `ValueError` if its files, or its weights in memory, have changed since it was opened."""

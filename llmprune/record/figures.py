@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from llmprune.common.messages import size_text
+
 Record = dict[str, Any]
 
 
@@ -115,16 +117,50 @@ def size_remark(record: Mapping[str, Any]) -> str:
             "nonzero values and a bit per weight are stored. compressed-tensors reads it up to version 0.14; "
             "llmprune convert makes it dense (--to dense)."
         )
+    sizes = record["totals"]["bytes"]
     if "format" in record:
         return (
-            "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored. "
-            "transformers loads them where llmprune is installed and imported; without it, it stops. Whether "
-            "they are faster depends on the machine."
+            "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored, "
+            f"{_of(sizes['written'], sizes['dense'])} in all. transformers loads them where llmprune is "
+            "installed and imported; without it, it stops. How fast they are depends on the machine: "
+            "llmprune bench measures it."
         )
-    return (
+    dense = (
         "The weights are stored densely, zeros included: as they are, this model is neither smaller on disk "
-        "nor faster than the original. llmprune convert makes it smaller (--to packed)."
+        "nor faster than the original."
     )
+    packed = sizes.get("packed")
+    if packed is None:
+        return f"{dense} llmprune convert makes it smaller (--to packed), llmprune bench measures how fast."
+    if packed >= sizes["dense"]:
+        return f"{dense} Packed it would not be smaller: too few weights are zero."
+    return (
+        f"{dense} Packed it takes {_of(packed, sizes['dense'])}: llmprune convert writes it so (--to "
+        "packed), llmprune bench measures how fast it is then."
+    )
+
+
+def _of(packed: int, dense: int) -> str:
+    return f"{size_text(packed)} instead of {size_text(dense)} ({packed / dense:.0%})"
+
+
+def sizes_on_disk(record: Mapping[str, Any]) -> str:
+    """The bytes of the weights: dense, as they were written, and packed."""
+    sizes = record["totals"]["bytes"]
+    dense, written = size_text(sizes["dense"]), size_text(sizes["written"])
+    packed = f", {size_text(sizes['packed'])} if packed" if "packed" in sizes else ""
+    return f"{dense} dense, {written} written" + ("" if "format" in record else packed)
+
+
+def speed_measured(record: Mapping[str, Any]) -> str:
+    """What the run has measured of the speed of its weights when they are packed; empty where it has not."""
+    speed = record.get("speed", {})
+    if not speed.get("tokens"):
+        return str(speed.get("kernels", ""))
+    (rows, columns), (first, *others) = speed["shape"], speed["tokens"].items()
+    times = f"{first[1]['faster_by']:.2f} x the speed of dense at {first[0]} token"
+    times += "".join(f", {entry['faster_by']:.2f} x at {n}" for n, entry in others)
+    return f"packed {times}: products of its largest matrices, {rows} x {columns}; {speed['kernels']}"
 
 
 def masks_given(record: Mapping[str, Any]) -> str:

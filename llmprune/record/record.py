@@ -190,6 +190,11 @@ def complete(
     }
 
 
+def values_of(record: Record) -> str:
+    """How the kept values of a record's weights are packed, or would be."""
+    return str(record.get("format", {}).get("values", "same"))
+
+
 def converted(
     known: Record | None, model: Model, writer: CheckpointWriter, form: Record, seconds: float
 ) -> Record:
@@ -206,8 +211,14 @@ def converted(
         "dense": sum(t.bytes for t in model.source.tensors.values()),
         "written": sum(p.stat().st_size for p in writer.folder.glob("model-*.safetensors")),
     }
+    if form:
+        sizes["packed"] = sizes["written"]
+    elif known is not None and "packed" in known["totals"]["bytes"]:
+        sizes["packed"] = known["totals"]["bytes"]["packed"]
     if known is not None:
-        kept = {key: value for key, value in known.items() if key != "format"}
+        # A speed was measured with other values than these where they are rounded now.
+        old = known.get("speed", {}).get("values") != values_of(form) if form else False
+        kept = {k: v for k, v in known.items() if k != "format" and not (old and k == "speed")}
         totals = {**known["totals"], "bytes": sizes, "files": writer.files}
         return kept | form | {"totals": totals}
     skeleton = model.skeleton

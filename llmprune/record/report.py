@@ -21,7 +21,9 @@ from llmprune.record.figures import (
     score_rows,
     seconds_by_phase,
     size_remark,
+    sizes_on_disk,
     sparsity_reached,
+    speed_measured,
 )
 from llmprune.record.record import calibrated_on
 
@@ -98,19 +100,25 @@ def _summary(record: Record) -> list[tuple[str, str]]:
     rows = "{samples} x {sequence_length} tokens".format(**record["calibration"])
     calibrated = bool(record["calibration"]["samples"])
     source, seed = calibrated_on(record["calibration"]), record["calibration"]["seed"]
-    dense, written = (size_text(totals["bytes"][key]) for key in ("dense", "written"))
     return [
         ("model", f"{model['source']} ({model['parameters']:,} parameters)"),
         ("method", method_of(record)),
         *_choices(record),
         ("sparsity reached", sparsity_reached(record)),
         ("calibration", f"{rows} of {source}, seed {seed}" if calibrated else "none"),
-        ("weights on disk", f"{dense} dense, {written} written"),
+        ("weights on disk", sizes_on_disk(record)),
+        *_speed(record),
         ("peak memory", size_text(totals["peak_memory_bytes"])),
         ("seconds", seconds_by_phase(record)),
         ("device", f"{environment['device']}, {environment['dtype']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
     ]
+
+
+def _speed(record: Record) -> list[tuple[str, str]]:
+    """The row on speed, where it was measured, and on which processor."""
+    said = speed_measured(record)
+    return [("speed", f"{said} on {record['speed']['processor']}")] if said else []
 
 
 def _error_text(error: float | None) -> str:

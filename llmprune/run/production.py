@@ -22,7 +22,7 @@ from llmprune.recipe.types import Recipe
 from llmprune.record import record as records
 from llmprune.record import report
 from llmprune.record.figures import Record
-from llmprune.run import corridor
+from llmprune.run import corridor, speed
 from llmprune.run.block import Block
 from llmprune.run.clock import Clock
 from llmprune.run.preparation import Options, Request, planned
@@ -214,6 +214,7 @@ class Production:
         writer.index()
         clock.lap("write")
         record = records.complete(before, model, writer.rows, clock.seconds, memory.peak, writer)
+        record = speed.measured(record, writer.folder, model.skeleton, self.reporter)
         report.write(writer.folder, record, writer.output.name)
         writer.finish()
         return record

@@ -17,7 +17,9 @@ from llmprune.record.figures import (
     score_rows,
     seconds_by_phase,
     size_remark,
+    sizes_on_disk,
     sparsity_reached,
+    speed_measured,
 )
 from llmprune.terminal.console import Bars, Lines, Screen
 from llmprune.terminal.layout import GAP
@@ -155,6 +157,7 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
         ("recount it", f"llmprune inspect {folder}"),
         ("score it", f"llmprune eval {folder} --perplexity FILE"),
         *([] if packed else [("pack it", f"llmprune convert {folder} --to packed --output {folder}-packed")]),
+        ("measure it", f"llmprune bench {folder}"),
         ("share it", f"llmprune push {folder} YOUR-NAME/{shlex.quote(output.resolve().name)}"),
     ]
     _next_steps(console, steps)
@@ -162,11 +165,12 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
 
 def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
     totals = record["totals"]
-    size, private = totals["bytes"], totals["peak_private_memory_bytes"]
+    private = totals["peak_private_memory_bytes"]
     pruning = f"; {size_text(private)} while pruning, shared file pages left out" if private else ""
     return [
         ("sparsity", sparsity_reached(record)),
-        ("weights on disk", f"{size_text(size['dense'])} dense, {size_text(size['written'])} written"),
+        ("weights on disk", sizes_on_disk(record)),
+        *([("speed", said)] if (said := speed_measured(record)) else []),
         ("seconds", seconds_by_phase(record)),
         ("peak memory", f"{size_text(totals['peak_memory_bytes'])}{pruning}"),
         ("output", f"{output} (open report.html for every matrix)"),
@@ -234,7 +238,9 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     console.verbatim()
     console.table("Converted", rows)
     console.verbatim()
-    steps = [("score it", f"llmprune eval {shlex.quote(converted['output'])}")]
+    folder = shlex.quote(converted["output"])
+    steps = [("score it", f"llmprune eval {folder}"), ("measure it", f"llmprune bench {folder}")]
+    steps = steps if converted["format"] == "packed" else steps[:1]
     _next_steps(console, steps)
 
 
