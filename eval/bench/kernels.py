@@ -2,8 +2,8 @@
 
 `kernels.py [--shapes 4096x11008] [--sparsities 0.5,0.7,0.8,2:4] [--rows 1]` prints a table per shape and
 number of rows of x; sparsity 0 is a full matrix without a mask. All are measured in turn in one run, each
-over several matrices that fill the last-level cache more than twice; times are medians. A copy's bandwidth counts
-what it reads and what it writes.
+over several matrices that fill the last-level cache more than twice; times are medians. A copy's bandwidth
+counts what it reads and what it writes.
 """
 
 import argparse
