@@ -1,8 +1,9 @@
 """The native products with packed weights against torch's dense ones: bf16, int8 and int4.
 
 `kernels.py [--shapes 4096x11008] [--sparsities 0.5,0.7,0.8,2:4] [--rows 1]` prints a table per shape and
-number of rows of x. All are measured in turn in one run, each over several matrices that fill the last-level
-cache more than twice; times are medians. A copy's bandwidth counts what it reads and what it writes.
+number of rows of x; sparsity 0 is a full matrix without a mask. All are measured in turn in one run, each
+over several matrices that fill the last-level cache more than twice; times are medians. A copy's bandwidth
+counts what it reads and what it writes.
 """
 
 import argparse
@@ -48,6 +49,8 @@ def packed(weight, keep, bits):
     values = packing.pack_nibbles(values, mask, shape[1]) if bits == 4 else values
     dense = (q * keep)[:ERROR_ROWS].double()
     dense *= scale[:ERROR_ROWS].double().repeat_interleave(128, 1)[:, : shape[1]]
+    if keep.all():
+        mask = rows = None
     return products.checked(values, mask, rows, scale, shape, bits), dense
 
 
@@ -84,7 +87,7 @@ def contestants(weight, x, arguments):
     named, errors = dict(dense_opponents(weight, x)), {}
     for amount in arguments.sparsities.split(","):
         keep = sparse(weight, amount)
-        for bits in (16, 8, 4):
+        for bits in (16, 8, 4) if not keep.all() else (8, 4):
             made, dense = packed(weight, keep, bits)
             for exact in (False, True) if bits < 16 and arguments.exact else (False,):
                 name = f"{amount}, {'bf16' if bits == 16 else f'int{bits}'}{', exact' if exact else ''}"

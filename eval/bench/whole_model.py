@@ -232,8 +232,9 @@ def measure(folders, arguments):
 def show(figures, one_thread):
     dense = figures["bf16"]
     speeds = [key for key in dense if key.startswith(("tokens", "prefill"))]
-    threads = 1 if one_thread else torch.get_num_threads()
-    print(f"\n{status()}, {threads} threads{', processor time' * one_thread}\n")
+    if one_thread:
+        torch.set_num_threads(1)
+    print(f"\n{status()}{', processor time' * one_thread}\n")
     print("| | file GB | load s | private GB loading | working | of files GB |", end="")
     print("".join(f" {key} | x |" for key in speeds))
     print("|" + "---|" * (6 + 2 * len(speeds)))
