@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 import yaml
 from hub_server import READER, TOKEN, Fault
 from outputs import FILES as PUBLISHED
@@ -436,3 +437,27 @@ def test_the_command_says_where_it_lies_and_what_to_do_next(own_hub, out, typed)
     code, shown, err = typed("push", out / "nowhere", "me/pruned")
     assert (code, shown, err.count("\n")) == (1, "", 1)
     assert TOKEN not in shown + err
+
+
+def test_a_packed_folder_is_pushed_and_loaded_from_there(own_hub, out, tmp_path):
+    llmprune.convert(out, to="packed", output=tmp_path / "packed")
+    llmprune.push(tmp_path / "packed", "me/packed")
+    there = remote(own_hub, "me/packed")
+    assert set(there) == PUBLISHED - {"masks.safetensors"}
+    card = there["README.md"].decode()
+    assert "import llmprune  # which knows packed weights\nfrom transformers import" in card
+    assert 'from_pretrained("me/packed", dtype="auto")' in card
+    tokens = torch.arange(8, dtype=torch.int64)[None]
+    logits = [llmprune.load(model)(tokens).logits for model in ("me/packed", tmp_path / "packed")]
+    assert torch.equal(*logits)
+    assert llmprune.inspect("me/packed")["record_agrees"]
+    assert llmprune.mask_check("me/packed")["filled"] == 0
+
+
+def test_a_conversion_of_what_no_run_has_made_needs_a_card(own_hub, make_llama, tmp_path):
+    llmprune.convert(make_llama(), to="packed", output=tmp_path / "packed")
+    assert "write README.md in it yourself, then push again" in refusal(tmp_path / "packed", "me/packed")
+    assert not own_hub.repositories
+    (tmp_path / "packed" / "README.md").write_text("# mine\n")
+    llmprune.push(tmp_path / "packed", "me/packed")
+    assert remote(own_hub, "me/packed")["README.md"] == b"# mine\n"

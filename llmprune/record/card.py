@@ -201,11 +201,14 @@ def card_text(folder: Path, repository: str, revision: str | None) -> str:
         ValueError: the card cannot be read; or there is none and the record is not of this program.
     """
     path = folder / CARD
+    record = {} if path.is_file() else read_record(folder)
+    if record and "recipe" not in record:
+        raise ValueError(
+            f"{folder} was converted from a checkpoint that llmprune did not prune, so there is nothing to "
+            f"make a model card of; write {CARD} in it yourself, then push again"
+        )
     try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        else:
-            text = model_card(read_record(folder), repository)
+        text = model_card(record, repository) if record else path.read_text(encoding="utf-8")
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / RECORD} is not a record of this program; restore the original") from None
     except (OSError, UnicodeDecodeError) as error:
