@@ -68,7 +68,7 @@ def counts(mask: Tensor, columns: int) -> tuple[Tensor, Tensor]:
             f"the mask of {columns} columns must be contiguous uint8 [rows, {wanted}], "
             f"not {mask.dtype} {list(mask.shape)}"
         )
-    if library.available():
+    if mask.is_cpu and library.available():
         values, taken = (torch.empty(len(mask), dtype=torch.int64) for _ in range(2))
         behind = library.native().llmprune_counts(
             mask.data_ptr(), len(mask), columns, values.data_ptr(), taken.data_ptr()
@@ -153,10 +153,10 @@ def check_parts(values: Tensor, mask: Tensor, rows: Tensor, bits: int) -> None:
     if bits not in _DTYPES or values.dtype not in _DTYPES[bits]:
         raise ValueError(f"values of {bits} bits cannot be {values.dtype}; bits are 32, 16, 8 or 4")
     for name, part, dimensions in (("values", values, 1), ("mask", mask, 2), ("rows", rows, 1)):
-        if part.ndim != dimensions or not part.is_contiguous() or part.device.type != "cpu":
+        if part.ndim != dimensions or not part.is_contiguous() or part.device != values.device:
             raise ValueError(
-                f"{name} must be contiguous, with {dimensions} dimension{'s' * (dimensions > 1)}, on the CPU,"
-                f" not {list(part.shape)} on {part.device}"
+                f"{name} must be contiguous, with {dimensions} dimension{'s' * (dimensions > 1)}, on"
+                f" {values.device}, not {list(part.shape)} on {part.device}"
             )
     if mask.dtype != torch.uint8 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(

@@ -6,6 +6,7 @@ More rows, and any where there is no native code, go through blocks of dense row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["Packed", "by_blocks", "check", "checked", "fused", "packed_linear"]
 
 _AT_ONCE = 16  # rows of x that the fused kernel takes
 _BLOCK_BYTES = 8 << 20  # of a block of dense rows
+_GPU_BLOCK_BYTES = 128 << 20
 
 _operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
@@ -75,6 +77,16 @@ def _packed_linear(x: Tensor, *rest: Any) -> Tensor:
     return y.view(*x.shape[:-1], len(packed.mask))
 
 
+@torch.library.impl(_operators, "packed_linear", "CUDA")
+def _packed_linear_on_gpu(x: Tensor, *rest: Any) -> Tensor:
+    packed = Packed(*rest[:6])
+    _check_call(x, packed)
+    if x.device != packed.values.device:
+        raise ValueError(f"x is on {x.device}, the packed matrix on {packed.values.device}")
+    y = by_blocks(x.reshape(-1, packed.columns), packed)
+    return y.view(*x.shape[:-1], len(packed.mask))
+
+
 def _shape(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 
@@ -111,19 +123,25 @@ def fused(x: Tensor, packed: Packed, exact: bool = False, path: int = 0) -> Tens
     return y
 
 
-def by_blocks(x: Tensor, packed: Packed) -> Tensor:
-    """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are."""
+def by_blocks(
+    x: Tensor, packed: Packed, expand: Callable[[Packed, int, Tensor], None] = expand_rows
+) -> Tensor:
+    """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are.
+
+    `expand` writes some rows from one on.
+    """
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
     rows, columns = len(packed.mask), packed.columns
-    most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
+    room = _BLOCK_BYTES if x.is_cpu else _GPU_BLOCK_BYTES
+    most = max(64, room // (columns * dtype.itemsize) // 64 * 64)
     # The native code scales to float32 or bfloat16.
     wide = dtype == torch.float16 and packed.scale is not None
-    block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
-    y = torch.empty((len(x), rows), dtype=x.dtype)
+    block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype, device=x.device)
+    y = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     x = x.to(dtype)
     for first in range(0, rows, most):
         part = block[: min(most, rows - first)]
-        expand_rows(packed, first, part)
+        expand(packed, first, part)
         y[:, first : first + len(part)] = x @ part.to(dtype).t()
     return y
