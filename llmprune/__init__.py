@@ -20,6 +20,7 @@ install()
 
 __all__ = [
     "__version__",
+    "accelerate",
     "convert",
     "evaluate",
     "generate",
@@ -35,6 +36,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        accelerate,
         convert,
         evaluate,
         generate,

@@ -1,5 +1,6 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
+from llmprune.api.acceleration import accelerate
 from llmprune.api.checkpoints import evaluate, inspect, load, push
 from llmprune.api.conversion import convert
 from llmprune.api.generation import generate
@@ -10,6 +11,7 @@ from llmprune.api.result import DryRun, Result, plan_summary
 __all__ = [
     "DryRun",
     "Result",
+    "accelerate",
     "convert",
     "evaluate",
     "generate",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.kernels import library
+from llmprune.kernels import gpu, library
 from llmprune.kernels.layout import FLOATS, Packed, check, check_parts, checked, mask_width
 from llmprune.kernels.packing import expand_rows
 
@@ -83,7 +83,7 @@ def _packed_linear_on_gpu(x: Tensor, *rest: Any) -> Tensor:
     _check_call(x, packed)
     if x.device != packed.values.device:
         raise ValueError(f"x is on {x.device}, the packed matrix on {packed.values.device}")
-    y = by_blocks(x.reshape(-1, packed.columns), packed)
+    y = by_blocks(x.reshape(-1, packed.columns), packed, gpu.expand_rows)
     return y.view(*x.shape[:-1], len(packed.mask))
 
 

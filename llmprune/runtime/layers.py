@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from llmprune.checkpoint.packed import PARTS, Layout, check
 from llmprune.kernels.layout import GROUP, Packed, mask_width
 from llmprune.kernels.packing import expand
 from llmprune.kernels.products import packed_linear
+from llmprune.kernels.ways import Plan
 from llmprune.runtime.standins import Standin, starts_of
 
 
@@ -43,14 +45,25 @@ class PackedLinear(nn.Module):
             scales = torch.empty(rows, -(-columns // GROUP), dtype=torch.bfloat16, device="meta")
             self.register_buffer("weight_scale", scales)
         self._starts: Tensor | None = None
+        self.plan: Plan | None = None  # on a GPU, where `accelerate` has found a faster way
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move the parts; what was made of them, and measured, does not hold elsewhere."""
+        before = self._buffers["weight"]
+        super()._apply(fn, recurse)
+        after = self._buffers["weight"]
+        assert before is not None and after is not None
+        if (before.device, before.dtype) != (after.device, after.dtype):
+            self._starts = self.plan = None
+        return self
 
     @property
     def weight(self) -> Any:
         """The values while they are loaded; from then on a stand-in for the dense weight."""
         values = self._buffers["weight"]
-        if not self._ready:
+        if not self._ready or values is None:
             return values
-        return Standin(torch.Size(self.layout.shape), self.layout.dtype, self.dense)
+        return Standin(torch.Size(self.layout.shape), self.layout.dtype, self.dense, values.device)
 
     def parts(self) -> dict[str, Tensor]:
         """The parts by what is added to the name."""
@@ -78,7 +91,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of inputs [..., C] the outputs [..., R]."""
-        y = packed_linear(x, *self.packed())
+        packed = self.packed()
+        y = packed_linear(x, *packed) if self.plan is None else self.plan.product(x, packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
