@@ -207,3 +207,36 @@ def test_they_compile_for_gpus(more):
     lines = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
     assert len(lines) == (4 if "--shapes" in more else 2 * 4 * len(ways.SHAPES))
     assert all(float(count) > 5 for line in lines for count in line[3:] if count.strip())
+
+
+# The benchmark
+
+
+def test_the_benchmark_wants_a_gpu_and_says_so_in_one_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    program = [sys.executable, str(ROOT / "eval" / "bench" / "gpu.py"), "--rows", "1"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "gpu.py measures on an NVIDIA GPU, and torch sees none here\n"
+
+
+def test_its_rule_is_applied_in_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "eval" / "bench"))
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "eval" / "bench" / "gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    seconds = {
+        "dense bf16": 3.0,
+        "0.7, bf16, fused 8x4": 2.5,
+        "0.7, bf16, torch": 0.1,
+        "0.8, bf16, fused 8x4": 0.1,
+    }
+    said = bench.verdict({((4096, 11008), 1): seconds})
+    assert (
+        said.startswith("the fused kernel is 1.20 times as fast as dense, below 1.5")
+        and "no speed-up" in said
+    )
+    said = bench.verdict({((4096, 11008), 1): seconds | {"0.7, bf16, fused 16x4": 2.0}})
+    assert "1.50 times as fast as dense: from 1.5 on it counts" in said
+    assert "was not measured" in bench.verdict({((4096, 4096), 1): seconds})
