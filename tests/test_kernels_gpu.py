@@ -62,6 +62,21 @@ def test_kept_zeros_and_payloads_of_nan_survive():
     assert torch.equal(out.view(torch.int16), raw * keep)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_without_a_mask_every_weight_is_kept(values):
+    for shape in ((5, 449), (3, 64), (2, 1)):
+        case = Case(shape, values, pattern(shape, "full"))
+        packed = case.checked()._replace(mask=None, rows=None)
+        out = torch.full(shape, 7, dtype=torch.float32)
+        gpu.expand_rows(packed, 0, out)
+        wanted = packing.expand(*case.parts[:2], shape, torch.float32, case.scale)
+        assert torch.equal(bits(out), bits(wanted))
+        gpu.expand_rows(packed, shape[0] - 1, out[:1])
+        assert torch.equal(bits(out[:1]), bits(wanted[-1:]))
+        with pytest.raises(ValueError, match="every weight is kept"):
+            gpu.prepared(packed)
+
+
 @pytest.mark.parametrize("values", ["int8", "int4", torch.bfloat16], ids=str)
 def test_bad_row_starts_are_not_followed_by_torch(values):
     case = Case((6, 320), values, pattern((6, 320), "some"))

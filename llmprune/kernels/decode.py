@@ -167,7 +167,7 @@ def product(x: Tensor, packed: Packed, beside: tuple[Tensor, Tensor], shape: tup
         shape: outputs of a program and its warps; with more than one row of x, outputs from 16 on.
     """
     outputs, warps = shape
-    rows = len(packed.mask)
+    rows = len(beside[0])
     y = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     _product[(triton.cdiv(rows, outputs),)](
         x,
@@ -209,5 +209,6 @@ def expand_rows(beside: tuple[Tensor, Tensor], packed: Packed, first: int, out: 
 def _parts(packed: Packed, beside: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
     """Values, words of the mask, first slots of these and of the rows, and scale, for a kernel."""
     starts, bases = beside
+    assert packed.mask is not None
     bases = bases.view(torch.uint32) if bases.dtype == torch.int32 else bases
     return packed.values, packed.mask.view(torch.uint32), starts.view(torch.uint16), bases, packed.scale

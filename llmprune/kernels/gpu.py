@@ -36,8 +36,10 @@ def prepared(packed: Packed) -> tuple[Tensor, Tensor]:
         of every row, int32 or int64 [R].
 
     Raises:
-        ValueError: a row may have 65536 slots or more.
+        ValueError: every weight is kept, so that there is no mask, or a row may have 65536 slots or more.
     """
+    if packed.mask is None or packed.rows is None:
+        raise ValueError("every weight is kept, and a matrix without a mask has no kernel of Triton")
     if packed.columns + -(-packed.columns // WORD) >= _MOST_SLOTS:
         raise ValueError(f"rows of {packed.columns} columns are too long for the kernel of few rows of x")
     four = packed.bits == 4
@@ -60,16 +62,27 @@ def expand_rows(packed: Packed, first: int, out: Tensor) -> None:
 
 def _expand_some(packed: Packed, first: int, out: Tensor) -> None:
     last, four = first + len(out), packed.bits == 4
-    mask = packed.mask[first:last]
+    mask, rows = _mask_and_rows(packed, first, last)
     bit = torch.arange(8, dtype=torch.uint8, device=mask.device)
     keep = ((mask[..., None] >> bit) & 1).bool().view(len(out), -1, HALF)
     slot = keep.cumsum(-1, dtype=torch.int64) - 1 + half_starts(mask, packed.bits)[..., None]
-    slot += (packed.rows[first:last].long() * (2 if four else 1))[:, None, None]
+    slot += (rows.long() * (2 if four else 1))[:, None, None]
     keep, slot = (part.flatten(1)[:, : packed.columns] for part in (keep, slot))
     made = torch.int8 if four else packed.values.dtype
     out.copy_(_values_at(packed, slot).masked_fill_(~keep, 0).view(made))
     if packed.scale is not None:
         out.copy_(plain.scaled(out, packed.scale[first:last], out.dtype))
+
+
+def _mask_and_rows(packed: Packed, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Of some rows the mask, and where their values start; made up where every weight is kept."""
+    if packed.mask is not None and packed.rows is not None:
+        return packed.mask[first:last], packed.rows[first:last]
+    device, columns, words = packed.values.device, packed.columns, -(-packed.columns // WORD)
+    mask = torch.full((last - first, words * WORD // 8), 255, dtype=torch.uint8, device=device)
+    half = WORD // 2  # bytes of a word's int4 values
+    each = columns // WORD * half + (columns % WORD + 1) // 2 if packed.bits == 4 else columns
+    return mask, torch.arange(first, last, device=device) * each
 
 
 def _values_at(packed: Packed, slot: Tensor) -> Tensor:
