@@ -279,14 +279,14 @@ def test_a_packed_layer_that_is_wrong_everywhere_stops_it(gpu_here, monkeypatch)
 
 
 def test_what_was_measured_does_not_move(triton_here):
-    layer, _ = packed_layer("int4")
+    layer, _ = packed_layer()
     by_name(nn.ModuleDict({"layer": layer}), Clock(lambda way, n: 2.0 if way == "torch" else 0.5))
     plan = layer.plan
     layer.to("cpu")
     assert layer.plan is plan is not None
-    layer.packed()
+    assert layer.packed().rows.device == torch.device("cpu")
     layer.to("meta")
-    assert layer.plan is None and layer._starts is None
+    assert layer.plan is None and layer.packed().rows.device == torch.device("meta")
     assert layer.weight.device == torch.device("meta")
 
 
