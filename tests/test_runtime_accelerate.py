@@ -12,6 +12,7 @@ import transformers
 from packed_matrices import Case, pattern
 from test_checkpoint_packed import make, prune
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -19,7 +20,7 @@ from torch.sparse._semi_structured_conversions import (
 
 import llmprune
 from llmprune.checkpoint.packed import Layout
-from llmprune.kernels import products, ways
+from llmprune.kernels import gpu, products, ways
 from llmprune.runtime import accelerate, semi_structured
 from llmprune.runtime.layers import PackedLinear
 from llmprune.runtime.semi_structured import TwoOfFourLinear
@@ -343,3 +344,34 @@ def test_it_reports_and_returns_every_layer(gpu_here, monkeypatch):
     assert done["rows"] == [1, 16] and done["changed"] == 1 and len(said) == len(done["layers"]) == 2
     assert done["layers"][0]["ways"] == {1: "cutlass", 16: "cutlass"}
     assert "left: its weight does not hold 2:4" in said[1]
+
+
+def test_a_layer_with_a_plan_compiles():
+    layer, case = packed_layer()
+    steps = ((1, ways.Way("fused", (8, 4))), (16, ways.TORCH))
+    layer.plan = ways.Plan(*gpu.prepared(layer.packed()), steps)
+    x = torch.randn(5, 130, dtype=torch.bfloat16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), products.packed_linear(x, *case.checked()))
+    fake = torch.ops.llmprune.packed_linear_triton(
+        *(t.to("meta") if isinstance(t, torch.Tensor) else t for t in (x, *layer.packed())),
+        layer.plan.starts.to("meta"),
+        layer.plan.bases.to("meta"),
+        [8, 4],
+    )
+    assert fake.shape == (5, 48) and fake.dtype == x.dtype
+
+
+def test_torchs_own_tensors_are_parameters_and_not_converted_twice(gpu_here):
+    model = Small()
+    packed, meta = sparse_semi_structured_from_dense_cutlass(model.up.weight.detach())
+    made = SparseSemiStructuredTensorCUTLASS(model.up.weight.shape, packed, meta, None, None, None)
+    model.up.weight = nn.Parameter(made, requires_grad=False)
+    assert by_name(model, Clock(lambda way, n: 0.1))["up"].left == "done before"
+    assert type(model.up.weight) is SparseSemiStructuredTensorCUTLASS
+
+
+def test_seconds_are_the_median_of_what_was_called():
+    calls = []
+    seconds = accelerate.devices.seconds_of(lambda: calls.append(1), torch.device("cpu"), times=5)
+    assert len(calls) == 3 + 5 and 0 <= seconds < 1
