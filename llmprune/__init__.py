@@ -20,6 +20,7 @@ install()
 
 __all__ = [
     "__version__",
+    "accelerate",
     "bench",
     "convert",
     "evaluate",
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        accelerate,
         bench,
         convert,
         evaluate,

@@ -19,6 +19,7 @@ from llmprune.api import arguments
 from llmprune.recipe import loading as recipes
 
 FUNCTIONS = (
+    "accelerate",
     "prune",
     "run_model",
     "evaluate",
@@ -225,6 +226,8 @@ WRONG = {
     "a": [5, b"folder", None, ""],
     "b": [5, b"folder", None, ""],
     "masks": [5, b"file", ""],
+    "rows": [0, [], [1.5], "16", [True], None],
+    "report": [5, "print"],
     "overwrite": [1, "yes", None],
     "resume": [1, "yes", None],
     "restart": [1, "yes", None],
@@ -262,6 +265,7 @@ def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmprune.run.corridor.prune_blocks", lambda *_: pytest.fail("work began"))
     needed = {
+        "accelerate": {"model": torch.nn.Linear(4, 4)},
         "push": {"folder": tiny_llama, "repository": "me/x"},
         "generate": {"path": tiny_llama, "prompt": "text"},
         "convert": {"path": tiny_llama, "to": "packed", "output": "out"},

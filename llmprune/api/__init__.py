@@ -1,5 +1,6 @@
 """The Python API: the functions that `import llmprune` offers, and that the commands call."""
 
+from llmprune.api.acceleration import accelerate
 from llmprune.api.benching import bench
 from llmprune.api.checkpoints import evaluate, inspect, load, push
 from llmprune.api.conversion import convert
@@ -11,6 +12,7 @@ from llmprune.api.result import DryRun, Result, plan_summary
 __all__ = [
     "DryRun",
     "Result",
+    "accelerate",
     "bench",
     "convert",
     "evaluate",

@@ -76,6 +76,16 @@ def _some(name: str, value: Any) -> int:
     return found
 
 
+def _counts(name: str, value: Any) -> tuple[int, ...]:
+    """Whole numbers from 1, ascending, each once."""
+    found = plain(value)
+    found = [found] if isinstance(found, int) else found
+    listed = list(found) if isinstance(found, (list, tuple, range)) else []
+    if not listed or not all(type(number) is int and number >= 1 for number in listed):
+        raise _wrong(name, "a whole number from 1, or a list of them", value)
+    return tuple(sorted(set(listed)))
+
+
 def _real(name: str, value: Any) -> float:
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
@@ -259,6 +269,8 @@ CHECKS: Mapping[str, Check] = {
     "max_new_tokens": _some,
     "temperature": _real,
     "stream": _maybe_function,
+    "rows": _counts,
+    "report": _maybe_function,
     "format": _text,
     "tokenizer": _tokenizer,
     "revision": _maybe_text,

@@ -86,7 +86,7 @@ def counts(mask: Tensor, columns: int) -> tuple[Tensor, Tensor]:
             f"the mask of {columns} columns must be contiguous uint8 [rows, {wanted}], "
             f"not {mask.dtype} {list(mask.shape)}"
         )
-    if library.available():
+    if mask.is_cpu and library.available():
         values, taken = (torch.empty(len(mask), dtype=torch.int64) for _ in range(2))
         behind = library.native().llmprune_counts(
             mask.data_ptr(), len(mask), columns, values.data_ptr(), taken.data_ptr()
@@ -183,10 +183,10 @@ def check_parts(values: Tensor, mask: Tensor | None, rows: Tensor | None, bits: 
     for name, part, dimensions in (("values", values, 1), ("mask", mask, 2), ("rows", rows, 1)):
         if part is None:
             continue
-        if part.ndim != dimensions or not part.is_contiguous() or part.device.type != "cpu":
+        if part.ndim != dimensions or not part.is_contiguous() or part.device != values.device:
             raise ValueError(
-                f"{name} must be contiguous, with {dimensions} dimension{'s' * (dimensions > 1)}, on the CPU,"
-                f" not {list(part.shape)} on {part.device}"
+                f"{name} must be contiguous, with {dimensions} dimension{'s' * (dimensions > 1)}, on"
+                f" {values.device}, not {list(part.shape)} on {part.device}"
             )
     if mask is None or rows is None:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.kernels import library, plain
+from llmprune.kernels import gpu, library, plain
 from llmprune.kernels.layout import (
     Packed,
     bits_of,
@@ -134,10 +134,12 @@ def expand(
     if scale is not None:
         check_scale(scale, shape)
         bits, made = 4 if four else 8, dtype if dtype == torch.bfloat16 else torch.float32
+    elif four and not values.is_cpu:
+        bits, made = 4, torch.int8
     elif four:  # q itself is wanted, of bytes
         values, taken, bits, made = unpack_nibbles(values, mask, shape[1]), each, 8, torch.int8
     packed = Packed(values.contiguous(), mask, starts_of(taken if four else each), scale, shape[1], bits)
-    out = torch.empty(shape, dtype=made)
+    out = torch.empty(shape, dtype=made, device=values.device)
     expand_rows(packed, 0, out)
     return out.to(dtype)
 
@@ -157,6 +159,9 @@ def expand_rows(packed: Packed, first: int, out: Tensor, path: int = 0) -> None:
     `out` has the dtype of the values, or is float32, or with a scale bfloat16; `path` is 0 for the fastest.
     """
     last = first + len(out)
+    if not out.is_cpu:
+        gpu.expand_rows(packed, first, out)
+        return
     if library.available():
         matrix = library.matrix_of(packed[:4], packed.columns)
         native = library.native()

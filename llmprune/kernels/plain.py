@@ -11,13 +11,16 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def word_counts(mask: Tensor) -> Tensor:
     """Kept values in each word of a mask [R, 8 W]: int64 [R, W]."""
-    words = mask.numpy().view(np.uint64)
-    if hasattr(np, "bitwise_count"):
-        return torch.from_numpy(np.bitwise_count(words).astype(np.int64))
-    for shift, bits in ((1, 0x5555555555555555), (2, 0x3333333333333333), (4, 0x0F0F0F0F0F0F0F0F)):
-        kept = np.uint64(bits)  # numpy 1: sums of neighbouring bits, pairs and nibbles
-        words = (words & kept) + ((words >> np.uint64(shift)) & kept)
-    return torch.from_numpy(words.view(np.uint8).reshape(*words.shape, 8).sum(axis=-1, dtype=np.int64))
+    if mask.is_cpu and hasattr(np, "bitwise_count"):
+        return torch.from_numpy(np.bitwise_count(mask.numpy().view(np.uint64)).astype(np.int64))
+    return byte_counts(mask).view(len(mask), -1, 8).sum(-1, dtype=torch.int64)
+
+
+def byte_counts(mask: Tensor) -> Tensor:
+    """How many bits are set in each byte: uint8, the shape of the mask; on any device."""
+    pairs = mask - ((mask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (nibbles + (nibbles >> 4)) & 0x0F
 
 
 def bits_behind(mask: Tensor, columns: int) -> bool:

@@ -8,13 +8,13 @@ More rows, and any where there is no native code, go through blocks of dense row
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.kernels import library
+from llmprune.kernels import gpu, library
 from llmprune.kernels.layout import FLOATS, Packed, check, check_parts, checked, mask_width
 from llmprune.kernels.packing import expand_rows
 
@@ -23,6 +23,7 @@ __all__ = ["Packed", "alike", "by_blocks", "check", "checked", "fused", "packed_
 MOST_MATRICES = 8  # that the native code multiplies with one x at once
 _AT_ONCE = 16  # rows of x that the fused kernel takes
 _BLOCK_BYTES = 8 << 20  # of a block of dense rows
+_GPU_BLOCK_BYTES = 128 << 20
 
 _operators = torch.library.Library("llmprune", "FRAGMENT")
 _operators.define(
@@ -113,6 +114,21 @@ def _products(x: Tensor, matrices: list[Packed], exact: bool) -> list[Tensor]:
     else:
         ys = [by_blocks(flat, packed) for packed in matrices]
     return [y.view(*x.shape[:-1], packed.height) for y, packed in zip(ys, matrices, strict=True)]
+
+
+@torch.library.impl(_operators, "packed_linear", "CUDA")
+def _packed_linear_on_gpu(x: Tensor, *rest: Any) -> Tensor:
+    packed = Packed(*rest[:6])
+    _check_call(x, packed)
+    if x.device != packed.values.device:
+        raise ValueError(f"x is on {x.device}, the packed matrix on {packed.values.device}")
+    y = by_blocks(x.reshape(-1, packed.columns), packed, gpu.expand_rows)
+    return y.view(*x.shape[:-1], packed.height)
+
+
+@torch.library.impl(_operators, "packed_linears", "CUDA")
+def _packed_linears_on_gpu(x: Tensor, *rest: Any) -> list[Tensor]:
+    return [_packed_linear_on_gpu(x, *packed) for packed in _matrices(*rest[:6])]
 
 
 def _shape(x: Tensor, *rest: Any) -> Tensor:
@@ -210,26 +226,31 @@ class Prepared:
         return self._native(x.contiguous(), x.dtype)
 
 
-def by_blocks(x: Tensor, packed: Packed) -> Tensor:
+def by_blocks(
+    x: Tensor, packed: Packed, expand: Callable[[Packed, int, Tensor], None] = expand_rows
+) -> Tensor:
     """y [n, R] of x [n, C] through blocks of dense rows in the dtype of x, or in float32 where values are.
 
-    With AMX bf16 products are our own, of rows that stay in the cache; all others are torch's.
+    With AMX bf16 products are our own, of rows that stay in the cache; all others are torch's. `expand`
+    writes some rows from one on.
     """
     small = packed.scale is not None or packed.values.dtype == torch.bfloat16
-    if small and x.dtype == torch.bfloat16 and library.available() and library.native().llmprune_tiles():
+    tiles = small and x.is_cpu and x.dtype == torch.bfloat16 and library.available()
+    if tiles and library.native().llmprune_tiles():
         return _by_tiles(x, packed)
     same = packed.scale is not None or packed.values.dtype == x.dtype
     dtype = x.dtype if same else torch.float32
     rows, columns = packed.height, packed.columns
-    most = max(64, _BLOCK_BYTES // (columns * dtype.itemsize) // 64 * 64)
+    room = _BLOCK_BYTES if x.is_cpu else _GPU_BLOCK_BYTES
+    most = max(64, room // (columns * dtype.itemsize) // 64 * 64)
     # The native code scales to float32 or bfloat16.
     wide = dtype == torch.float16 and packed.scale is not None
-    block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype)
-    y = torch.empty((len(x), rows), dtype=x.dtype)
+    block = torch.empty((min(most, rows), columns), dtype=torch.float32 if wide else dtype, device=x.device)
+    y = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     x = x.to(dtype)
     for first in range(0, rows, most):
         part = block[: min(most, rows - first)]
-        expand_rows(packed, first, part)
+        expand(packed, first, part)
         y[:, first : first + len(part)] = x @ part.to(dtype).t()
     return y
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import statistics
 import sys
 import threading
 import time
@@ -222,6 +223,41 @@ def _best_time(device: torch.device, work: Callable[[], object], times: int) -> 
         wait_for(device)
         best = min(best, time.perf_counter() - started)
     return max(best, 1e-9)
+
+
+def on_nvidia(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on a GPU of NVIDIA."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, times: int = 20) -> float:
+    """Seconds of a call, the median of several.
+
+    On a GPU it is the time between two events on the device, as inside a CUDA graph: the host's time to
+    launch is not in it. The GPU's cache is overwritten before each call, so that weights come from memory.
+    """
+    for _ in range(3):
+        call()
+    if device.type != "cuda":
+        found = []
+        for _ in range(times):
+            started = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - started)
+        return statistics.median(found)
+    pairs = []
+    with torch.cuda.device(device):
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        other = torch.empty(max(2 * cache, 256 << 20), dtype=torch.uint8, device=device)
+        for _ in range(times):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            other.zero_()
+            begin.record()
+            call()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize(device)
+    return statistics.median(float(begin.elapsed_time(end)) / 1000 for begin, end in pairs)
 
 
 def free_memory(device: torch.device) -> int:

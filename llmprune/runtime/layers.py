@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from llmprune.checkpoint.packed import PARTS, Layout, check
 from llmprune.kernels.layout import GROUP, Packed, mask_width
 from llmprune.kernels.packing import expand
 from llmprune.kernels.products import Prepared, packed_linear
+from llmprune.kernels.ways import Plan
 from llmprune.runtime.standins import Standin, starts_of
 from llmprune.runtime.together import Together
 
@@ -47,14 +48,25 @@ class PackedLinear(nn.Module):
         self._counted: tuple[Tensor, Tensor] | None = None
         self._made: tuple[list[int], Prepared] | None = None
         self.together: Together | None = None
+        self.plan: Plan | None = None  # on a GPU, where `accelerate` has found a faster way
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move the parts; what was made of them, and measured, does not hold elsewhere."""
+        before = self._buffers["weight"]
+        super()._apply(fn, recurse)
+        after = self._buffers["weight"]
+        assert before is not None and after is not None
+        if (before.device, before.dtype) != (after.device, after.dtype):
+            self._counted = self._made = self.plan = None
+        return self
 
     @property
     def weight(self) -> Any:
         """The values while they are loaded; from then on a stand-in for the dense weight."""
         values = self._buffers["weight"]
-        if not self._ready:
+        if not self._ready or values is None:
             return values
-        return Standin(torch.Size(self.layout.shape), self.layout.dtype, self.dense)
+        return Standin(torch.Size(self.layout.shape), self.layout.dtype, self.dense, values.device)
 
     def parts(self) -> dict[str, Tensor]:
         """The parts by what is added to the name."""
@@ -98,7 +110,7 @@ class PackedLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """y [..., R] of x [..., C], without the bias."""
-        if not torch.compiler.is_compiling():
+        if x.is_cpu and not torch.compiler.is_compiling():
             prepared = self.prepared()
             if prepared.takes(x):
                 return prepared(x)[0]
@@ -106,7 +118,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of inputs [..., C] the outputs [..., R]."""
-        y = self.product(x) if self.together is None else self.together.product(self, x)
+        if self.plan is not None:
+            y = self.plan.product(x, self.packed())
+        else:
+            y = self.product(x) if self.together is None else self.together.product(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

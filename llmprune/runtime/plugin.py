@@ -30,7 +30,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.runtime.layers import PackedLinear, together
-from llmprune.runtime.standins import PackedStack, Rows, starts_of
+from llmprune.runtime.standins import PackedStack, Rows, device_near, follow, move_stacks, starts_of
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -170,7 +170,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 owner, leaf, shape, dtype = self._owners[name]
                 _check_same(name, tensor.shape, shape)
                 del owner.__dict__[leaf]
-                owner._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+                placed = tensor.to(device_near(model, name), dtype)
+                owner._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+        for name in stacks:
+            owner = self._owners[name][0]
+            move_stacks(owner, device_near(model, name))
+            follow(owner)
         if stacks and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         if self.quantization_config.dequantize:

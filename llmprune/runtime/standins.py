@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from llmprune.checkpoint.packed import Layout
@@ -57,10 +58,18 @@ class Standin:
     Args:
         shape, dtype: of the dense weight.
         dense: unpacks it; the result is not kept.
+        device: where the packed parts are; None for the CPU.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, dense: Callable[[], Tensor]) -> None:
-        self.shape, self.dtype, self.dense, self.device = shape, dtype, dense, torch.device("cpu")
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        dense: Callable[[], Tensor],
+        device: torch.device | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.dense = shape, dtype, dense
+        self.device = device or torch.device("cpu")
 
     @classmethod
     def __torch_function__(
@@ -89,6 +98,36 @@ class Standin:
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
         return other @ self.dense()
+
+
+def follow(owner: nn.Module) -> None:
+    """Let the stacks of a module move with it, as its parameters do."""
+    owner._apply = MethodType(_apply, owner)  # type: ignore[method-assign]
+
+
+def _apply(owner: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    type(owner)._apply(owner, fn, recurse)
+    move_stacks(owner, fn(torch.empty(0, dtype=torch.uint8)).device)
+    return owner
+
+
+def device_near(model: nn.Module, name: str) -> torch.device:
+    """The device of what lies nearest to a parameter that was taken away from the model."""
+    while name:
+        name = name.rpartition(".")[0]
+        near = model.get_submodule(name)
+        for tensor in (*near.parameters(), *near.buffers()):
+            if not tensor.is_meta:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def move_stacks(owner: nn.Module, device: torch.device) -> None:
+    """Move the stacks of one module to a device."""
+    moved: dict[int, dict[str, Tensor]] = {}
+    for stack in vars(owner).values():
+        if isinstance(stack, PackedStack) and stack.device != device:
+            stack.move(device, moved)
 
 
 def _dense(leaf: Any) -> Any:
@@ -122,10 +161,21 @@ class PackedStack(Standin):
             matrix = pieces[0].dense(self.dtype)
         else:
             size = self.shape[1:][::-1] if self._turned else self.shape[1:]
-            matrix = torch.empty(size, dtype=self.dtype)
+            matrix = torch.empty(size, dtype=self.dtype, device=self.device)
             for piece in pieces:
                 matrix[piece.place] = piece.dense(self.dtype)
         return matrix.T if self._turned else matrix
+
+    def move(self, device: torch.device, moved: dict[int, dict[str, Tensor]]) -> None:
+        """Move the packed parts; `moved` has those that other stacks have moved already, by `id`."""
+        for pieces in self._matrices:
+            for piece in pieces:
+                if id(piece.parts) not in moved:
+                    moved[id(piece.parts)] = {part: t.to(device) for part, t in piece.parts.items()}
+        self._matrices = [
+            [piece._replace(parts=moved[id(piece.parts)]) for piece in pieces] for pieces in self._matrices
+        ]
+        self.device = device
 
     @classmethod
     def __torch_function__(

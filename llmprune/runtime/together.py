@@ -57,7 +57,8 @@ class Together:
     def product(self, layer: Layer, x: Tensor) -> Tensor:
         """y [..., R] of x [..., C], without a bias."""
         # Tensors of inference mode do not count their changes, so nobody could tell whether x is the same.
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference():
+        shares = type(x) is Tensor and x.is_cpu and not x.is_inference()
+        if not shares or torch.compiler.is_compiling():
             return layer.product(x)
         y = self._waiting(layer, x)
         if y is not None:
