@@ -169,7 +169,7 @@ def test_values_name_what_an_update_rounds_to():
     from llmprune.recipe import loading
 
     recipe = loading.load("best", {"values": "int8"})
-    assert [u.name for u in recipe.update] == ["block-tune", "rounding"] and recipe.bits == VALUES["int8"]
+    assert [u.name for u in recipe.update] == ["rounding", "block-tune"] and recipe.bits == VALUES["int8"]
     again = loading.from_dict(json.loads(json.dumps(recipe.as_dict())))
     assert again == recipe
     own = loading.load("wanda", {"values": "int4", "update": {"name": "rounding", "bits": 8}})

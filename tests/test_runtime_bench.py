@@ -444,7 +444,8 @@ def test_json_is_one_object_with_everything_else_beside(pruned, typed, tmp_path,
 # The end of a run
 
 
-def test_a_run_measures_its_largest_matrices(tmp_path):
+def test_a_run_measures_its_largest_matrices(tmp_path, monkeypatch):
+    monkeypatch.setattr(glance, "_LEAST", 1 << 16)
     options = {"recipe": "magnitude", "sparsity": 0.7, "calibration": "builtin", "samples": 2, "seqlen": 16}
     record = llmprune.prune("demo", output=tmp_path / "dense", **options).record
     found = record["speed"]
@@ -468,7 +469,9 @@ def test_a_run_measures_its_largest_matrices(tmp_path):
 
 def test_tiny_matrices_are_not_measured(pruned):
     record = json.loads((pruned / "llmprune.json").read_text())
-    assert "speed" not in record and figures.speed_measured(record) == ""
+    small = record["speed"]["small"]
+    assert small == max((row["shape"] for row in record["matrices"]), key=lambda shape: shape[0] * shape[1])
+    assert f"not measured: the call with a {small[0]} x {small[1]} matrix" in figures.speed_measured(record)
     assert "measure" not in record["totals"]["seconds"]
 
 

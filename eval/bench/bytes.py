@@ -62,7 +62,7 @@ def prune(amount, bits, arguments, output, **more):
     if bits < 16:  # as `--values int4` does; here for 3 and 2 bits, too
         # The case of the recipe for int4, which these are no values of.
         steps = {"name": "block-tune", "steps": arguments.steps, "rates": [0.012, 0.004]}
-        settings["update"] = [steps, {"name": "rounding", "bits": bits}]
+        settings["update"] = [{"name": "rounding", "bits": bits}, steps]
     llmprune.prune(
         arguments.model,
         recipe=arguments.recipe,
@@ -208,7 +208,7 @@ def main():
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--amounts", nargs="*", default=["0.5", "0.6", "0.7", "0.8", "2:4"])
     parser.add_argument("--dense-bits", nargs="*", type=int, default=[16, 8, 4, 3, 2])
-    parser.add_argument("--steps", type=int, default=420, help="of block tuning, where values are rounded")
+    parser.add_argument("--steps", type=int, default=280, help="of block tuning, where values are rounded")
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--json", type=Path, required=True, help="where cells are kept, and read again")

@@ -13,7 +13,7 @@ from typing import Any
 from llmprune import patterns, registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import parse_yaml, read_yaml, shipped, shipped_names
-from llmprune.contracts import VALUES
+from llmprune.contracts import VALUES, BlockStep
 from llmprune.recipe.given import NAME
 from llmprune.recipe.types import (
     PRECISIONS,
@@ -191,13 +191,15 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _with_rounding(updates: list[Any], values: Any) -> list[Any]:
-    """The updates, with one that rounds to these values, unless they name it themselves."""
+    """The updates, with one that rounds to these values as the last of a matrix, unless they name it."""
     if not isinstance(values, str) or values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(VALUES)}, got {shown(values)}")
     names = [update.get("name") if isinstance(update, dict) else update for update in updates]
     if values == "same" or ROUNDING in names:
         return updates
-    return [*updates, {"name": ROUNDING, "bits": VALUES[values]}]
+    of_blocks = [isinstance(n, str) and issubclass(registry.find("updates", n), BlockStep) for n in names]
+    place = of_blocks.index(True) if True in of_blocks else len(updates)
+    return [*updates[:place], {"name": ROUNDING, "bits": VALUES[values]}, *updates[place:]]
 
 
 def _typed(key: str, value: Any, wanted: type) -> Any:

@@ -193,8 +193,9 @@ class Recipe:
 
     @property
     def methods(self) -> list[str]:
-        """The names of pruner, refiner and updates, in the order they run."""
-        return [spec.name for spec in (self.pruner, self.refiner, *self.update) if spec]
+        """Pruner, refiner and updates in words, in the order they run."""
+        specs = (self.pruner, self.refiner, *self.update)
+        return [method_name(spec.name, spec.options) for spec in specs if spec]
 
     def build_allocator(self) -> Allocator:
         """The allocator with its options."""
@@ -242,6 +243,11 @@ class Recipe:
             if value[key] == usual:
                 del value[key]
         return value
+
+
+def method_name(name: str, options: Mapping[str, Any]) -> str:
+    """An algorithm in words: its name, and of rounding the bits."""
+    return f"{name} to {options['bits']} bits" if name == ROUNDING else name
 
 
 def _flat(spec: dict[str, Any]) -> dict[str, Any]:

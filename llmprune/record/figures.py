@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llmprune.common.messages import size_text
+from llmprune.recipe.types import method_name
 
 Record = dict[str, Any]
 
@@ -155,6 +156,11 @@ def sizes_on_disk(record: Mapping[str, Any]) -> str:
 def speed_measured(record: Mapping[str, Any]) -> str:
     """What the run has measured of the speed of its weights when they are packed; empty where it has not."""
     speed = record.get("speed", {})
+    if "small" in speed:
+        rows, columns = speed["small"]
+        return (
+            f"not measured: with matrices of at most {rows} x {columns} a call takes longer than its product"
+        )
     if not speed.get("tokens"):
         return str(speed.get("kernels", ""))
     (rows, columns), (first, *others) = speed["shape"], speed["tokens"].items()
@@ -174,7 +180,7 @@ def method_of(record: Record) -> str:
     """The method in words: pruner, refiner, updates, pattern, recipe, and what differs from the defaults."""
     recipe = record["recipe"]
     specs = (recipe["pruner"], recipe["refiner"], *recipe.get("update", []))
-    steps = " + ".join(spec["name"] for spec in specs if spec)
+    steps = " + ".join(method_name(spec["name"], spec) for spec in specs if spec)
     allocator = recipe.get("allocator", {"name": "uniform"})["name"]
     shared = f", sparsity shared out by {allocator}" if allocator != "uniform" else ""
     permuted = ", channels permuted" if recipe.get("permute") else ""

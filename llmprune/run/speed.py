@@ -32,15 +32,18 @@ def measured(record: Record, folder: Path, skeleton: Skeleton, reporter: RunRepo
         packed = totals["bytes"]["written"]
     else:
         packed = glance.packed_bytes(source, packed_layouts(skeleton), Masks(folder / MASKS))
-    matrices, speed = Matrices(skeleton, source), Record()
-    if glance.worth_measuring(matrices):
+    matrices = Matrices(skeleton, source)
+    small = glance.too_small(matrices)
+    if small:
+        speed: Record = {"small": small}
+    else:
         reporter.stage("measuring products", 1)
         # Far below what pruning took, so that the peak of the memory stays that of pruning.
         speed = glance.speed(matrices, cache_bytes(), totals["peak_memory_bytes"] // 4)
         reporter.step()
     totals = totals | {"bytes": totals["bytes"] | {"packed": packed}}
-    if not speed:
-        return record | {"totals": totals}
+    if not speed.get("tokens"):
+        return record | {"totals": totals} | ({"speed": speed} if speed else {})
     seconds, taken = totals["seconds"], round(time.monotonic() - started, 3)
     totals["seconds"] = seconds | {"measure": taken, "total": round(seconds["total"] + taken, 3)}
     about = {"processor": processor_name(), "values": records.values_of(record)}

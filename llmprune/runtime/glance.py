@@ -12,7 +12,7 @@ from llmprune.kernels import library
 from llmprune.runtime.bench import Enough, Matrices, products
 
 TOKENS = (1, 16)
-_LEAST = 1 << 16  # weights of a matrix: of smaller ones the call takes longer than the product
+_LEAST = 1 << 20  # weights of a matrix: of smaller ones the call takes longer than the product
 _READING, _MEASURING = 3.0, 1.5  # seconds: for all matrices, and for each number of tokens
 
 
@@ -35,9 +35,10 @@ def packed_bytes(source: WeightSource, layouts: Mapping[str, Layout], masks: Mas
     )
 
 
-def worth_measuring(matrices: Matrices) -> bool:
-    """Whether the largest matrices are large enough for a speed to mean something."""
-    return any(rows * columns >= _LEAST for rows, columns in matrices.groups)
+def too_small(matrices: Matrices) -> list[int] | None:
+    """The shape of the largest matrices where even they are too small to gain anything; else None."""
+    rows, columns = max(matrices.groups, key=lambda size: size[0] * size[1], default=(_LEAST, 1))
+    return [rows, columns] if rows * columns < _LEAST else None
 
 
 def speed(matrices: Matrices, cache: int, memory: int) -> dict[str, Any]:
