@@ -100,11 +100,11 @@ def fail(code):
     return strike
 
 
-def prune(model, tokens, recipe):
+def prune(model, tokens, recipe, form="dense"):
     """A run, as a function of output and resume."""
 
     def job(output, resume=False):
-        options = {"recipe": recipe, "sparsity": 0.6, "calibration": tokens}
+        options = {"recipe": recipe, "sparsity": 0.6, "calibration": tokens, "format": form}
         llmprune.prune(model, output=output, resume=resume, overwrite=True, **options)
 
     return job
@@ -170,6 +170,7 @@ class Campaign:
         model, tokens = root / "model", torch.randint(0, 512, (8, 32))
         LlamaForCausalLM(config).save_pretrained(model)
         self.jobs = {recipe: prune(model, tokens, recipe) for recipe in ("dsnot", "sparsegpt")}
+        self.jobs["packed"] = prune(model, tokens, "sparsegpt", "packed")
         if conversions:
             self.jobs = self._conversions(root / "inputs")
         self.jobs = {name: job for name, job in self.jobs.items() if not only or name in only.split(",")}
