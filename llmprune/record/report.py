@@ -118,7 +118,8 @@ def _summary(record: Record) -> list[tuple[str, str]]:
 def _speed(record: Record) -> list[tuple[str, str]]:
     """The row on speed, where it was measured, and on which processor."""
     said = speed_measured(record)
-    return [("speed", f"{said} on {record['speed']['processor']}")] if said else []
+    processor = record.get("speed", {}).get("processor")
+    return [("speed", f"{said} on {processor}" if processor else said)] if said else []
 
 
 def _error_text(error: float | None) -> str:
