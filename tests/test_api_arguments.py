@@ -208,7 +208,7 @@ WRONG = {
     "seconds": [None, "60", 0, -1.0, math.inf, True],
     "products_only": [1, "yes", None],
     "plot": [5, b"a.png", "", "plot.svg", "no-such-folder/plot.png"],
-    "values": [None, 4, "int3", ["int8"]],
+    "values": [4, "int3", ["int8"]],
     "blocks": [5, True, "no.such.list"],
     "dequantize": [1, "yes", None],
     "tokenizer": ["demo", 5],

@@ -108,6 +108,7 @@ def test_the_record_has_the_keys_of_the_interface(record):
         "totals",
         "evaluation",
         "environment",
+        "speed",
     }
     assert record["schema"] == 1
     licence = {"license", "license_name", "license_link"}

@@ -261,7 +261,7 @@ CHECKS: Mapping[str, Check] = {
     "dtype": _dtype,
     "offload": _text,
     "to": _text,
-    "values": _text,
+    "values": _maybe_text,
     "prompt": _text,
     "seconds": _real,
     "products_only": _flag,

@@ -57,8 +57,7 @@ class Together:
     def product(self, layer: Layer, x: Tensor) -> Tensor:
         """y [..., R] of x [..., C], without a bias."""
         # Tensors of inference mode do not count their changes, so nobody could tell whether x is the same.
-        shares = type(x) is Tensor and x.is_cpu and not x.is_inference()
-        if not shares or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_inference():
             return layer.product(x)
         y = self._waiting(layer, x)
         if y is not None:
