@@ -68,6 +68,7 @@ def test_they_are_those_of_the_dense_twin(tmp_path, kind, rules):
     records = [json.loads((f / "llmprune.json").read_text()) for f in (tmp_path / "back", dense)]
     for record in records:
         del record["totals"]["bytes"], record["totals"]["files"]
+        record.pop("speed", None)  # of the weights as they were written
     assert records[0] == records[1] and llmprune.inspect(tmp_path / "back")["record_agrees"]
 
 

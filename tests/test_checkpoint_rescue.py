@@ -78,7 +78,10 @@ def test_what_counts_and_scores_reads_it_as_it_is(old, tmp_path):
             lambda f, t: llmprune.load(f),
             r"transformers does not load; make it dense first: llmprune con",
         ),
-        (lambda f, t: llmprune.generate(f, "x"), r"make it dense first: llmprune convert .* --to dense"),
+        (
+            lambda f, t: llmprune.generate(f, "x", max_new_tokens=4),
+            r"make it dense first: llmprune convert .* --to dense",
+        ),
         (
             lambda f, t: llmprune.prune(f, recipe="magnitude", calibration=TOKENS, output=t / "out"),
             r"packed already; to prune it further, first make it dense: llmprune convert .* --to dense",

@@ -16,7 +16,17 @@ from llmprune.terminal import console
 
 SMALL = ("--samples", 4, "--seqlen", 32)
 
-RECORD = ("schema", "model", "recipe", "calibration", "matrices", "totals", "evaluation", "environment")
+RECORD = (
+    "schema",
+    "model",
+    "recipe",
+    "calibration",
+    "matrices",
+    "totals",
+    "evaluation",
+    "environment",
+    "speed",
+)
 
 
 def test_a_strict_inspection_fails_where_record_and_weights_disagree(typed, finished, tiny_llama, tmp_path):

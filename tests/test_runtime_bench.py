@@ -44,9 +44,12 @@ def pruned(make_llama, tmp_path_factory):
 def measured(pruned, tmp_path_factory):
     """What `bench` says of it, where it drew the plot, and the folder before and after."""
     plot = tmp_path_factory.mktemp("plot") / "bench.png"
-    before, temporary = everything(pruned), set(Path(tempfile.gettempdir()).glob("llmprune-bench-*"))
-    found = llmprune.bench(pruned, plot=plot, **QUICK)
-    assert set(Path(tempfile.gettempdir()).glob("llmprune-bench-*")) <= temporary
+    before, temporary = everything(pruned), tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)  # it is looked up once
+        found = llmprune.bench(pruned, plot=plot, **QUICK)
+    assert not list(temporary.glob("llmprune-bench-*"))
     assert everything(pruned) == before
     return found
 

@@ -235,7 +235,7 @@ def by_blocks(
     writes some rows from one on.
     """
     small = packed.scale is not None or packed.values.dtype == torch.bfloat16
-    tiles = small and x.is_cpu and x.dtype == torch.bfloat16 and library.available()
+    tiles = expand is expand_rows and small and x.dtype == torch.bfloat16 and library.available()
     if tiles and library.native().llmprune_tiles():
         return _by_tiles(x, packed)
     same = packed.scale is not None or packed.values.dtype == x.dtype

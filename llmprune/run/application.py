@@ -53,8 +53,10 @@ class Application(Production):
         check_space(self.options.output, predict_disk(model.source, shapes))
         before = records.origin(masking.masks)
         before["masks"] |= {"dense": masking.dense} if masking.dense else {}
-        before |= records.opening(model, self._recipe(), _NO_ROWS, self._digest(), 1)
-        before |= records.packed_form() if self.options.packed else {}
+        recipe = self._recipe()
+        before |= records.opening(model, recipe, _NO_ROWS, self._digest(), 1)
+        self._packing = self._packer(recipe)
+        before |= records.packed_form() if self._packing else {}
         record = self._made_before(before)
         if record is None:
             self._begin(before, masking)

@@ -69,4 +69,4 @@ class Rounding(Step):
         if self.config.passes:
             matrix = damped(job.stats.gram, damp)
             weight = descend(pruned.weight, weight, keep, matrix, snap, self.config.passes)
-        return replace(pruned, weight=weight, scales=scales)
+        return replace(pruned, weight=weight, scales=scales, notes={**pruned.notes, "damp": damp})
