@@ -186,3 +186,20 @@ def test_scores_of_a_rounded_folder_are_those_of_its_dense_twin(tiny_llama, cali
         assert torch.equal(tensor, weights[1].state_dict()[name]), name
     scale = open_model(tmp_path / "packed").source.source.load("model.layers.0.mlp.up_proj.weight_scale")
     assert scale.dtype == torch.bfloat16 and grids.GROUP == 128
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "values", "some"), [(0.02, None, True), (0.5, None, False), (0.0, "int4", False)]
+)
+def test_the_plan_says_what_stays_dense(tiny_llama, calibration_tokens, tmp_path, sparsity, values, some):
+    options = {"recipe": "wanda", "sparsity": sparsity, "calibration": calibration_tokens, "format": "packed"}
+    plan = llmprune.prune(tiny_llama, values=values, output=tmp_path / "out", dry_run=True, **options).plan
+    told = [remark for remark in plan.remarks if "stay dense" in remark]
+    assert bool(told) == some
+    if some:
+        made = llmprune.prune(tiny_llama, output=tmp_path / "out", **options)
+        listed = json.loads((made.output / "config.json").read_text())["quantization_config"]["matrices"]
+        assert (
+            f"{len(plan.matrices) - len(listed)} of {len(plan.matrices)} pruned matrices stay dense"
+            in told[0]
+        )
