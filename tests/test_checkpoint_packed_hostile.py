@@ -113,7 +113,8 @@ whole_damage = st.lists(
     min_size=1,
     max_size=2,
 )
-readers = st.sampled_from(["stream"] * 6 + ["masks", "inspect", "convert", "load", "load", "dequantised"])
+READERS = ("stream", "masks", "inspect", "convert", "load", "dequantised")
+readers = st.sampled_from(["stream"] * 5 + ["load", *READERS])
 
 
 def hit(tensors, names, action, which, where, what):
@@ -276,12 +277,6 @@ def decoder(name):
     return decoded if name in FOLDERS else decoded_bitmasks
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *BITMASKS])
-def test_the_decoder_reads_what_we_read(folders, name):
-    source = open_model(folders(name)).source
-    agree({n: source.load(n) for n in source.tensors}, decoder(name)(folders(name)))
-
-
 @pytest.mark.parametrize(
     "cases", [6, pytest.param(CASES // (len(FOLDERS) + len(BITMASKS)), marks=pytest.mark.exhaustive)]
 )
@@ -289,6 +284,9 @@ def test_the_decoder_reads_what_we_read(folders, name):
 def test_damage_is_refused_in_one_line_or_read_rightly(folders, tmp_path, name, cases):
     valid, trial, output = folders(name), tmp_path / "trial", tmp_path / "written"
     decode = decoder(name)
+    for how in READERS:  # undamaged; and the first time takes long in a process
+        shutil.rmtree(output, ignore_errors=True)
+        read(valid, how, output, decode)()
 
     @settings(
         max_examples=max(1, cases),
