@@ -172,8 +172,10 @@ def test_values_name_what_an_update_rounds_to():
     assert [u.name for u in recipe.update] == ["rounding", "block-tune"] and recipe.bits == VALUES["int8"]
     again = loading.from_dict(json.loads(json.dumps(recipe.as_dict())))
     assert again == recipe
-    own = loading.load("wanda", {"values": "int4", "update": {"name": "rounding", "bits": 8}})
+    own = loading.load("wanda", {"values": "int8", "update": {"name": "rounding", "bits": 8}})
     assert own.bits == 8 and len(own.update) == 1
+    with pytest.raises(ValueError, match="values int4 contradict the update rounding to 8 bits"):
+        loading.load("wanda", {"values": "int4", "update": {"name": "rounding", "bits": 8}})
     assert loading.load("wanda", {"values": "same"}).bits is None
 
 

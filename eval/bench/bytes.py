@@ -60,7 +60,7 @@ def prune(amount, bits, arguments, output, **more):
     amounts = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
     settings = {}
     if bits < 16:  # as `--values int4` does; here for 3 and 2 bits, too
-        # The case of the recipe for int4, which these are no values of.
+        # What the recipe's case for int4 sets; a case does not know the bits of an update.
         steps = {"name": "block-tune", "steps": arguments.steps, "rates": [0.012, 0.004]}
         settings["update"] = [{"name": "rounding", "bits": bits}, steps]
     llmprune.prune(

@@ -195,7 +195,15 @@ def _with_rounding(updates: list[Any], values: Any) -> list[Any]:
     if not isinstance(values, str) or values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(VALUES)}, got {shown(values)}")
     names = [update.get("name") if isinstance(update, dict) else update for update in updates]
-    if values == "same" or ROUNDING in names:
+    if ROUNDING in names:
+        named = updates[names.index(ROUNDING)]
+        bits = named.get("bits", 4) if isinstance(named, dict) else 4
+        if values != "same" and VALUES[values] != bits:
+            raise ValueError(
+                f"values {values} contradict the update rounding to {shown(bits)} bits; keep one"
+            )
+        return updates
+    if values == "same":
         return updates
     of_blocks = [isinstance(n, str) and issubclass(registry.find("updates", n), BlockStep) for n in names]
     place = of_blocks.index(True) if True in of_blocks else len(updates)
