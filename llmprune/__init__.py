@@ -32,6 +32,7 @@ __all__ = [
     "mask_diff",
     "prune",
     "push",
+    "recover",
     "run_model",
 ]
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         mask_diff,
         prune,
         push,
+        recover,
         run_model,
     )
 

@@ -1,7 +1,7 @@
 """Finds and builds algorithms by name.
 
 An algorithm's name is the name of its file in `pruners/`, `refiners/`, `updates/` or `allocators/` (the
-"room"), with `-` for `_`. There is no list to edit.
+"room"), or in one of the rooms of `recovery/`, with `-` for `_`. There is no list to edit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from llmprune.common.messages import nearest, shown
 from llmprune.contracts import Algorithm
 
 ROOMS = ("pruners", "refiners", "updates", "allocators")
+RECOVERY_ROOMS = ("recovery.schedules", "recovery.rules", "recovery.trainables", "recovery.objectives")
+
+
+def kind_of(room: str) -> str:
+    """What an algorithm of a room is called."""
+    return room.rpartition(".")[2].removesuffix("s")
 
 
 def names(room: str) -> list[str]:
@@ -34,7 +40,7 @@ def find(room: str, name: str) -> type[Algorithm]:
             on unchanged.
     """
     if name not in names(room):
-        raise nearest(room.removesuffix("s"), name, names(room))
+        raise nearest(kind_of(room), name, names(room))
     module = importlib.import_module(f"llmprune.{room}.{name.replace('-', '_')}")
     found = [
         c
@@ -55,7 +61,7 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
     types = get_type_hints(cls.Config)
     for key, value in options.items():
         if key not in types:
-            raise nearest(f"option of {room.removesuffix('s')} {shown(name)}", key, types or ["(none)"])
+            raise nearest(f"option of {kind_of(room)} {shown(name)}", key, types or ["(none)"])
         if get_origin(types[key]) is tuple:
             options = {**options, key: _numbers(key, name, value)}
             continue

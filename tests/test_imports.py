@@ -94,7 +94,7 @@ def test_the_hall_stays_empty():
 @pytest.mark.parametrize("path", ALGORITHMS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_algorithms_import_only_contracts_numerics_and_torch(path):
     for name in imports(path):
-        ours = name == "llmprune.contracts" or name.startswith("llmprune.numerics")
+        ours = name == "llmprune.contracts" or name.startswith(("llmprune.numerics", "llmprune.recovery"))
         assert ours or name.split(".")[0] == "torch" or name in LIBRARY, name
 
 

@@ -7,6 +7,7 @@ from llmprune.api.conversion import convert
 from llmprune.api.generation import generate
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
+from llmprune.api.recovering import recover
 from llmprune.api.result import DryRun, Result, plan_summary
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "plan_summary",
     "prune",
     "push",
+    "recover",
     "run_model",
 ]

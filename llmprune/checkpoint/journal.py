@@ -44,6 +44,11 @@ class Journal:
         """The entries of finished blocks, in order."""
         return [entry for entry in self.entries if "block" in entry]
 
+    @property
+    def trains(self) -> bool:
+        """Whether the state of a training lies beside it."""
+        return any("training" in entry for entry in self.entries)
+
     def find(self, key: str) -> Any:
         """The value under `key` in the first entry that has it; None if there is none."""
         return next((entry[key] for entry in self.entries if key in entry), None)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from llmprune.checkpoint import replacement
 from llmprune.checkpoint.contents import (
+    BEST_STEP,
     CONFIG,
     INDEX,
     JOURNAL,
     MADE,
     MASKS,
     RECORD,
+    TRAINING,
     WRITTEN_LAST,
     exact_name,
     shard_name,
@@ -138,9 +140,10 @@ class CheckpointWriter:
         if restart:  # the old journal is removed by `begin`, when it is known that the new run is possible
             return Journal(self.folder / JOURNAL, anew=True)
         journal = Journal(self.folder / JOURNAL)
-        if journal.blocks and not resume:
+        if (journal.blocks or journal.trains) and not resume:
+            held = f"{len(journal.blocks)} finished blocks" if journal.blocks else "a training that has begun"
             raise ValueError(
-                f"an unfinished run into {self._given} holds {len(journal.blocks)} finished blocks; "
+                f"an unfinished run into {self._given} holds {held}; "
                 "continue it with --resume or throw it away with --restart"
             )
         return journal if resume else Journal(self.folder / JOURNAL, anew=True)
@@ -201,13 +204,15 @@ class CheckpointWriter:
         self.shards, self._packing = shards, packing
         if self.reopened:  # the complete output is of another run, and may be replaced
             self.reopened, self.journal = False, Journal(self.folder / JOURNAL)
-        if not self.journal.blocks and self.journal.identity != json.loads(json.dumps(identity)):
+        begun = self.journal.blocks or self.journal.trains
+        if not begun and self.journal.identity != json.loads(json.dumps(identity)):
             self._clear()
             self._begun = True
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             weights = [shard_name(number, shards) for number in range(1, shards + 1)]
             weights += [exact_name(number) for number in range(1, shards)] if exact else []
+            weights += [TRAINING, BEST_STEP] if "recovery" in identity else []
             self.journal.begin(identity, None if companions is None else [*weights, *MADE, *companions])
         self.check_identity(identity)
         for entry in self.journal.blocks:

@@ -39,8 +39,9 @@ def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
     for name, entry in record["evaluation"]["perplexity"].items():
         protocol = entry["protocol"]
         note = f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better"
-        change = _signed(entry["pruned"] / entry["dense"] - 1, ",.1%", 3)
-        dense, pruned = f"{entry['dense']:.2f}", f"{entry['pruned']:.2f}"
+        known = entry["dense"] is not None
+        change = _signed(entry["pruned"] / entry["dense"] - 1, ",.1%", 3) if known else "not comparable"
+        dense, pruned = f"{entry['dense']:.2f}" if known else "none", f"{entry['pruned']:.2f}"
         rows.append(ScoreRow(f"perplexity {name}", dense, pruned, "", change, note))
     for task, metrics in record["evaluation"]["tasks"].items():
         documents = metrics["protocol"]["documents"]
@@ -184,4 +185,5 @@ def method_of(record: Record) -> str:
     allocator = recipe.get("allocator", {"name": "uniform"})["name"]
     shared = f", sparsity shared out by {allocator}" if allocator != "uniform" else ""
     permuted = ", channels permuted" if recipe.get("permute") else ""
-    return f"{steps}, {recipe['pattern']}{shared}{permuted} (recipe {recipe['name']})"
+    trained = f", recovered by {record['recovery']['recipe']['name']}" if "recovery" in record else ""
+    return f"{steps}, {recipe['pattern']}{shared}{permuted} (recipe {recipe['name']}){trained}"

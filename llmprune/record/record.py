@@ -167,7 +167,7 @@ def complete(
     weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
     zeros = sum(m["zeros"] for m in matrices)
     times = {phase: round(value, 3) for phase, value in seconds.items()}
-    kept = ("schema", "model", "recipe", "masks", "calibration", "allocation", "format")
+    kept = ("schema", "model", "recipe", "masks", "calibration", "allocation", "recovery", "format")
     return {
         **{key: before[key] for key in kept if key in before},
         "matrices": [{k: v for k, v in m.items() if k != "zeros"} for m in matrices],

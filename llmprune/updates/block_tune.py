@@ -4,15 +4,20 @@ the dense model's outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
-from llmprune.numerics.grids import Straight, spread
+from llmprune.recovery.loop import Diverged, Loop, Method, RateSpec
+from llmprune.recovery.objectives.block import Block
+from llmprune.recovery.optimizer import OptimizerSpec
+from llmprune.recovery.parts import Matrix, Numbers, Outputs, Task, Term
+from llmprune.recovery.schedules.fixed import Fixed
+from llmprune.recovery.trainables.kept import Kept
+from llmprune.recovery.trainables.rounded import Rounded
 
 
 class BlockTune(BlockStep):
@@ -75,139 +80,74 @@ class BlockTune(BlockStep):
             )
         order = torch.randperm(job.sequences, generator=job.generator).tolist()
         held_count = min(max(1, round(self.config.held_out * job.sequences)), job.sequences - 1)
-        held, training = order[:held_count], order[held_count:]
         seed = int(torch.randint(1 << 62, (1,), generator=job.generator))
-        kept = {name: keep.float() for name, keep in job.keeps.items()}  # products with bool are much slower
-        before = _error(job, job.weights, held)
-        tuned = Tuned({})
+        task = _task(job, order[held_count:], order[:held_count])
+        terms = (Term(Block()),)
+        before, rate, after = None, 0.0, float("inf")
+        loop = None
         for rate in self.config.rates:
-            tuned = Tuned({})  # the memory of a rate that failed is free before the next begins
-            tuned = _Descent(self.config, job, kept, training, rate, seed).finish()
-            after = _error(job, tuned.weights, held)
+            loop = None  # the memory of a rate that failed is free before the next begins
+            loop = Loop(task, self._method(job, terms, rate, seed))
+            before = loop.error(terms) if before is None else before
+            try:
+                while not loop.done:
+                    loop.advance()
+                after = loop.error(terms)
+            except Diverged:
+                after = float("nan")
             if after < before:  # false for NaN too
                 break
+        assert loop is not None and before is not None
         applied = after < before
         notes = {"rate": rate, "held_out_before": before, "held_out_after": after, "applied": applied}
-        tuned = tuned if applied else Tuned(job.weights, scales=job.scales)
-        return replace(tuned, notes={"tune": notes})
-
-
-class _Descent:
-    """One run of AdamW at one learning rate."""
-
-    def __init__(
-        self,
-        config: BlockTune.Config,
-        job: BlockJob,
-        kept: Mapping[str, Tensor],
-        training: list[int],
-        rate: float,
-        seed: int,
-    ) -> None:
-        self._config, self._job, self._kept, self._training, self._rate = config, job, kept, training, rate
-        self._generator = torch.Generator().manual_seed(seed)
-        self._weights = {name: weight.clone().requires_grad_() for name, weight in job.weights.items()}
-        self._sizes = [_root_mean_square(weight, kept[name]) for name, weight in job.weights.items()]
-        # Of the scales their logarithms are trained, so that they stay positive.
-        self._growths = {n: torch.zeros_like(s, dtype=torch.float32) for n, s in job.scales.items()}
-        self._sizes += [config.scale_rate for growth in self._growths.values()]
-        trained = [*self._weights.values(), *(g.requires_grad_() for g in self._growths.values())]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": [parameter]} for parameter in trained],
-            lr=rate,
-            betas=(0.9, 0.95),
-            eps=1e-12,
-            weight_decay=0.0,
-            fused=True,
-        )
-        self._queue: list[int] = []
-
-    def finish(self) -> Tuned:
-        """Do all steps; returns the weights and their scales."""
-        for step in range(self._config.steps):
-            # A short warm-up, then a cosine that falls to 0: the
-            # small last steps leave no noise in the weights.
-            warm_up = min(1.0, (step + 1) / 10)
-            decay = 0.5 * (1 + math.cos(math.pi * step / self._config.steps))
-            for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
-                group["lr"] = self._rate * size * warm_up * decay
-            self._gradients(self._next())
-            self._optimizer.step()
-            with torch.no_grad():
-                for name, weight in self._weights.items():
-                    weight.mul_(self._kept[name])
-        with torch.no_grad():
-            scales = {name: self._scale(name).bfloat16() for name in self._growths}
-            return Tuned({name: w.detach() for name, w in self._present().items()}, scales=scales)
-
-    def _scale(self, name: str) -> Tensor:
-        """The scales of a weight as they are now; they are stored in bfloat16."""
-        scale = self._job.scales[name].float() * self._growths[name].exp()
-        return scale + (scale.bfloat16().float() - scale).detach()
-
-    def _present(self) -> dict[str, Tensor]:
-        """The weights that the block computes with: those that are trained, rounded where they must be."""
-        if not self._growths:
-            return self._weights
-        return {
-            name: Straight.apply(weight, spread(self._scale(name), weight.shape), self._job.bits)
-            for name, weight in self._weights.items()
+        if not applied:
+            return Tuned(job.weights, {"tune": notes}, job.scales)
+        weights = {name: loop.merged(name) for name in job.weights}
+        scales = {
+            n: t.scales().detach().bfloat16() for n, t in loop.trained.items() if isinstance(t, Rounded)
         }
+        return Tuned(weights, {"tune": notes}, scales)
 
-    def _next(self) -> list[int]:
-        """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
-        if len(self._queue) < self._config.batch:
-            order = torch.randperm(len(self._training), generator=self._generator).tolist()
-            self._queue = [self._training[i] for i in order]
-        batch, self._queue = self._queue[: self._config.batch], self._queue[self._config.batch :]
-        return batch
-
-    def _gradients(self, batch: list[int]) -> None:
-        """Compute the gradients of the batch's loss, the same on every process.
-
-        Pruned weights get gradients too, but they are set to zero again after the step.
-        """
-        job, present = self._job, self._present()
-        weights = present
-        if self._growths:
-            weights = {name: weight.detach().requires_grad_() for name, weight in present.items()}
-        for weight in weights.values():
-            weight.grad = torch.zeros_like(weight)
-        size = torch.zeros((), dtype=torch.float64)
-        for part in _parts(job, batch):
-            with torch.enable_grad():
-                targets = job.targets(part).float()
-                error = (job.outputs(weights, part).float() - targets).square().sum()
-                error.backward()
-            size += targets.square().sum().double().cpu()
-        job.add(size, *(weight.grad for weight in weights.values()))
-        for weight in weights.values():
-            assert weight.grad is not None
-            weight.grad.div_(float(size))
-        if self._growths:
-            self._optimizer.zero_grad()
-            torch.autograd.backward(list(present.values()), [w.grad for w in weights.values()])
+    def _method(self, job: BlockJob, terms: tuple[Term, ...], rate: float, seed: int) -> Method:
+        config = self.config
+        rounded = Rounded.Config(scale_rate=config.scale_rate)
+        trainable = (lambda: Rounded(rounded)) if job.scales else Kept
+        return Method(
+            schedule=Fixed(),
+            rule=None,
+            numbers=Numbers(),
+            terms=terms,
+            trainable=trainable,
+            # A short warm-up, then a cosine that falls to 0: the small last steps leave no noise.
+            rate=RateSpec(rate=rate, warm_up=10, relative=True),
+            optimizer=OptimizerSpec(betas=(0.9, 0.95), eps=1e-12),
+            steps=config.steps,
+            batch=config.batch,
+            seed=seed,
+        )
 
 
-def _root_mean_square(weight: Tensor, keep: Tensor) -> float:
-    """The root mean square of the kept weights; 1 where none differs from 0."""
-    size = float(weight.double().square().sum() / keep.sum().clamp(min=1))
-    return math.sqrt(size) or 1.0
+def _task(job: BlockJob, training: list[int], held: list[int]) -> Task:
+    """The block as something to train."""
 
+    def student(weights: Mapping[str, Tensor], rows: list[int]) -> Outputs:
+        return Outputs(None, [job.outputs({name: weights[name] for name in weights}, rows)])
 
-@torch.no_grad()
-def _error(job: BlockJob, weights: Mapping[str, Tensor], held: list[int]) -> float:
-    """Squared error divided by the squared dense outputs, on some sequences of all processes."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for part in _parts(job, held):
-        targets = job.targets(part).float()
-        sums[0] += (job.outputs(weights, part).float() - targets).square().sum().double().cpu()
-        sums[1] += targets.square().sum().double().cpu()
-    job.add(sums)
-    return float(sums[0] / sums[1])
+    def teacher(rows: list[int]) -> Outputs:
+        return Outputs(None, [job.targets(rows)])
 
-
-def _parts(job: BlockJob, sequences: list[int]) -> list[list[int]]:
-    """Those of the sequences that this process holds, in batches that fit into memory."""
-    mine = [s for s in sequences if s in job.mine]
-    return [mine[i : i + job.batch] for i in range(0, len(mine), job.batch)]
+    matrices = {
+        name: Matrix(weight, job.keeps[name], scales=job.scales.get(name), bits=job.bits)
+        for name, weight in job.weights.items()
+    }
+    return Task(
+        matrices=matrices,
+        sequences=training,
+        held=held,
+        tokens=lambda rows: torch.zeros(len(rows), 1, dtype=torch.int64),
+        student=student,
+        teacher=teacher,
+        mine=lambda rows: [row for row in rows if row in job.mine],
+        batch=job.batch,
+        add=job.add,
+    )

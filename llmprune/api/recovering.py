@@ -1,0 +1,322 @@
+"""The Python function `recover`: train a pruned model, or prune one while it is trained."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune import calibration as calibrations
+from llmprune import patterns
+from llmprune.api import arguments
+from llmprune.api.arguments import AnyPath, checked
+from llmprune.api.reporting import reporting
+from llmprune.api.result import Result
+from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.reader import read_record
+from llmprune.checkpoint.replacement import MODEL, input_files
+from llmprune.checkpoint.stored_masks import holds_masks, masks_at
+from llmprune.common.messages import shown
+from llmprune.contracts import CalibrationSet, Pattern
+from llmprune.machine import processes
+from llmprune.model.masking import Masking
+from llmprune.model.opening import Model, OpenOptions, open_model
+from llmprune.model.targets import all_targets
+from llmprune.recipe import recovery as recipes
+from llmprune.recipe.recovery import RecoveryRecipe
+from llmprune.recipe.types import resolve_sparsity
+from llmprune.run.lesson import Lesson
+from llmprune.run.preparation import Options, Source
+from llmprune.run.recovery import Recovery
+from llmprune.run.reporter import RunReporter
+from llmprune.text.files import file_path
+from llmprune.text.mixture import is_file, plain_sources
+from llmprune.text.tokenisation import default_length
+
+
+@checked()
+def recover(
+    path: AnyPath,
+    *,
+    text: Source | AnyPath,
+    tokens: int,
+    output: AnyPath,
+    recipe: AnyPath | Mapping[str, Any] | None = None,
+    teacher: AnyPath | None = None,
+    masks: AnyPath | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    epochs: int = 1,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    perplexity: AnyPath | Sequence[AnyPath] = (),
+    tasks: str | Sequence[str] = (),
+    suite: AnyPath | None = None,
+    eval_seqlen: int | None = None,
+    include_tasks: AnyPath | None = None,
+    task_data: AnyPath | None = None,
+    limit: int | None = None,
+    score: bool = True,
+    format: str = "dense",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    blocks: str | None = None,
+    reporter: RunReporter | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Train a pruned model with its sparsity kept or evolved, or prune a dense one while it is trained.
+
+    The result is the step with the lowest loss on held-out text whose masks have exactly the sparsity that
+    was asked for; the start itself where no step was better.
+
+    Args:
+        path: `demo`, an alias, a hub id or a folder: pruned (dense or packed), or dense where the recipe
+            prunes as it trains.
+        text: what to train on: a source as for calibration, or an iterable of strings or tokens int64 [N, T].
+        tokens: to train on, all epochs together.
+        output: the folder to write.
+        recipe: a recipe of recovery by name, a YAML file, or a mapping of its fields; None for recover-best.
+        teacher: the dense model, by name or folder; None for the one that the record names, where one is
+            needed.
+        masks: keep masks of a pruned model that come in a file of their own.
+        sparsity: of a dense start, the share of weights that are pruned in the end; of a pruned one, where
+            it shall be higher.
+        pattern: likewise, `unstructured` or `N:M`.
+        epochs: how often the text is read.
+        seqlen: tokens per sequence; by default 2048, or the model's limit if that is shorter.
+        seed: of everything random; 0 unless the recipe says otherwise.
+        settings: any fields of the recipe by dotted key, such as `{"rate.rate": 1e-4}`.
+        perplexity: texts to score, as for `run_model`. tasks, suite, eval_seqlen, include_tasks, task_data,
+            limit: likewise.
+        score: whether the dense model, the start and the result are scored.
+        format: of the weights in that folder: `dense` or `packed`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
+        dtype: of forward and backward passes: `auto`, `float32`, `bfloat16` or a torch.dtype; what is trained
+            is held in float32.
+        overwrite: replace an output of llmprune in that folder, once the new one is complete.
+        resume: continue where an earlier recovery into this folder stopped.
+        restart: throw away what an unfinished one left in this folder.
+        revision: branch, tag or commit of a model of the hub; None for its default branch.
+        trust_remote_code: run Python code of the checkpoint or of task files.
+        blocks: the list of the model's blocks by name; None as for `evaluate`.
+        reporter: an object with `plan`, `stage`, `step` and `note` that is told the progress.
+        progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
+
+    Returns:
+        A `Result` with `output` and `record`, whose entry `recovery` holds recipe, text, curve and best step.
+
+    Raises:
+        ValueError: bad input, before any long work; one line says what was received and what to do.
+    """
+    named: Any = recipes.DEFAULT if recipe is None else recipe
+    overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
+    chosen = recipes.load(named, overrides)
+    _check_numbers(tokens, epochs, format)
+    spec = arguments.evaluation(
+        perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
+    )
+    team = processes.current()
+
+    def opened_at(what: Any, revision: str | None = None) -> Model:
+        how = OpenOptions(
+            revision=revision,
+            device=str(device),
+            dtype=str(dtype),
+            trust_remote_code=trust_remote_code,
+            blocks=blocks,
+        )
+        return open_model(what, how)
+
+    with reporting(reporter, progress, team) as report:
+        model = team.in_turn(lambda: opened_at(path, revision))
+        masking = _masking(model, masks)
+        aim = _aim(chosen, masking, sparsity, pattern, path)
+        base = team.in_turn(lambda: _base(model, chosen, masking, teacher, opened_at))
+        rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
+        prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
+        lesson = Lesson(model, chosen, rows, team, masking, aim, base)
+        target = Path(output).expanduser()
+        options = Options(
+            output=target,
+            inputs=input_files([(MODEL, model.folder), *_read(text, masks, teacher), *spec.inputs]),
+            overwrite=overwrite,
+            resume=resume,
+            restart=restart,
+            packed=format == "packed",
+            trust_remote_code=trust_remote_code,
+        )
+        recovery = Recovery(lesson, tokens, options, report)
+        try:
+            record = recovery.recover(prepared, opened_at)
+        except BaseException as error:
+            recovery.close(error)
+            raise
+        recovery.close(None)
+        return Result(target, record)
+
+
+def _check_numbers(tokens: int, epochs: int, format: str) -> None:
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if format not in ("dense", "packed"):
+        raise ValueError(f"format must be dense or packed, got {shown(format)}")
+
+
+def _masking(model: Model, masks: AnyPath | None) -> Masking | None:
+    """The masks of the start; None for a dense one."""
+    if isinstance(model.source, Packed) and model.source.values != "same":
+        raise ValueError(
+            f"{model.label} holds values rounded to {model.source.values}, which training would leave; train "
+            "before rounding, or make it dense first (llmprune convert --to dense)"
+        )
+    if masks is not None:
+        return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
+    if model.folder is None or not holds_masks(model.folder):
+        return None
+    return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)
+
+
+def _aim(
+    recipe: RecoveryRecipe, masking: Masking | None, sparsity: Any, pattern: str | None, path: AnyPath
+) -> tuple[Pattern, float] | None:
+    """The pattern and sparsity to end with; None for those of the start's masks, or for a dense result.
+
+    Raises:
+        ValueError: a recipe that cannot reach them.
+    """
+    if masking is None and sparsity is None and pattern is None:
+        raise ValueError(
+            f"{path} has no masks, so it is dense; give --sparsity or --pattern to a recipe that prunes as "
+            "it trains (gmp, sr-ste, ...), or the masks with --masks FILE; --sparsity 0 trains it dense"
+        )
+    if sparsity is None and pattern is None:
+        return None
+    name = pattern or "unstructured"
+    wanted = resolve_sparsity(name, sparsity)
+    if masking is None and wanted == 0:
+        if recipe.moves:
+            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
+        return None
+    if not recipe.moves:
+        first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
+        raise ValueError(
+            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
+        )
+    if masking is not None and wanted < masking.masks.sparsity - 1e-3:
+        raise ValueError(
+            f"{path} is {masking.masks.sparsity:.2%} sparse, and sparsity {wanted:g} is less; leave it out"
+        )
+    found = patterns.parse(name)
+    if masking is None and recipe.schedule.name == "exchange":
+        raise ValueError(
+            f"recipe {recipe.name} exchanges weights of a pruned model, and {path} is dense; "
+            "first prune it: llmprune prune"
+        )
+    return found, wanted
+
+
+def _base(
+    model: Model, recipe: RecoveryRecipe, masking: Masking | None, teacher: AnyPath | None, opened_at: Any
+) -> Model | None:
+    """The dense model, where one is needed or named.
+
+    Raises:
+        ValueError: it cannot be found, or is of another vocabulary or tokenizer.
+    """
+    needed = (
+        recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
+    )
+    if teacher is None and (masking is None or not needed):
+        return None
+    name = teacher if teacher is not None else _recorded(model)
+    if name is None:
+        raise ValueError(
+            f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
+        )
+    try:
+        base: Model = opened_at(name)
+    except ValueError as error:
+        if teacher is not None:
+            raise
+        raise ValueError(
+            f"recipe {recipe.name} needs the dense model {shown(name)}, which the record names and which "
+            f"cannot be opened ({str(error)[:120]}); name it with --teacher"
+        ) from None
+    _check_alike(model, base)
+    return base
+
+
+def _recorded(model: Model) -> str | None:
+    """The dense model by the name in the record; None where it was a folder of this or another machine."""
+    folder = model.folder
+    if folder is None or not (folder / RECORD).is_file():
+        return None
+    name = read_record(folder).get("model", {}).get("source")
+    local = not isinstance(name, str) or (name != "demo" and "/" not in name and Path(name).exists())
+    return None if local else name
+
+
+def _check_alike(model: Model, base: Model) -> None:
+    """Raise `ValueError` where a teacher has another vocabulary, tokenizer or shape than the start."""
+    for what, own, other in (
+        ("vocabulary", model.skeleton.vocabulary, base.skeleton.vocabulary),
+        ("width", model.skeleton.width, base.skeleton.width),
+        ("number of blocks", len(model.skeleton.blocks), len(base.skeleton.blocks)),
+    ):
+        if own != other:
+            raise ValueError(
+                f"teacher {base.label} has {what} {other} and {model.label} {own}; name the dense model "
+                "it was made of"
+            )
+    probe = "The quick brown fox, 123 — naïve.\n\tdef f(x): return x"
+    if model.tokenizer is not None and base.tokenizer is not None:
+        own, other = (m.tokenizer(probe)["input_ids"] for m in (model, base))
+        if list(own) != list(other):
+            raise ValueError(f"teacher {base.label} has another tokenizer than {model.label}; name another")
+
+
+def _rows(
+    model: Model, recipe: RecoveryRecipe, text: Any, tokens: int, reading: tuple[int, int | None]
+) -> CalibrationSet:
+    """The sequences to train on, and those held out beside them."""
+    epochs, length = reading
+    length = length or default_length(model.limit)
+    samples = math.ceil(tokens / (length * epochs))
+    if samples < 2:
+        raise ValueError(
+            f"{tokens} tokens in {epochs} epochs are {samples} sequence of {length}; give more --tokens or a "
+            "smaller --seqlen"
+        )
+    held = max(1, round(samples * recipe.held_out / (1 - recipe.held_out)))
+    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
+    request = calibrations.CalibrationRequest(
+        samples=None if ready else samples + held,
+        length=None if ready else length,
+        limit=model.limit,
+        vocabulary=model.skeleton.vocabulary,
+        seed=recipe.seed,
+    )
+    rows = calibrations.build(text, model.tokenizer, request)
+    if len(rows.tokens) < 2:
+        raise ValueError(f"the text has {len(rows.tokens)} sequence, and one is held out; give more")
+    return rows
+
+
+def _read(text: Any, masks: Any, teacher: Any) -> list[tuple[str, object]]:
+    """The files and folders that are read beside the model."""
+    parts = plain_sources(os.fspath(text)) if isinstance(text, (str, os.PathLike)) else []
+    files = [("the text", file_path(part)) for part in parts if is_file(part)]
+    return [*files, ("the masks", masks), ("the teacher", teacher)]

@@ -1,0 +1,500 @@
+"""The one loop of training with sparsity: a step moves weights, and now and then masks; nothing else
+trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.contracts import Pattern
+from llmprune.numerics.counts import all_finite
+from llmprune.recovery.masking import scaled
+from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
+from llmprune.recovery.parts import (
+    MaskRule,
+    Matrix,
+    Numbers,
+    Phase,
+    Schedule,
+    Task,
+    Term,
+    Trainable,
+    View,
+)
+
+DECAYS = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateSpec:
+    """The learning rate over the steps.
+
+    Attributes:
+        rate: the highest one.
+        warm_up: steps over which it rises from zero; below 1 a share of all steps.
+        decay: how it falls afterwards, counted from the first step: `cosine`, `linear` or `constant`.
+        floor: where it ends, as a share of the highest.
+        relative: whether it is relative to the root mean square of a matrix's kept weights, since the steps
+            of AdamW do not follow the size of a weight.
+    """
+
+    rate: float = 3e-4
+    warm_up: float = 0.05
+    decay: str = "cosine"
+    floor: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 10:
+            raise ValueError(f"rate must be above 0 and at most 10, got {self.rate}")
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up must be at least 0, got {self.warm_up}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
+
+    def at(self, step: int, steps: int) -> float:
+        """The learning rate of a step."""
+        warm = self.warm_up if self.warm_up >= 1 else self.warm_up * steps
+        rise = min(1.0, (step + 1) / warm) if warm else 1.0
+        progress = step / steps
+        falls = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+        return self.rate * rise * (self.floor + (1 - self.floor) * falls[self.decay])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of training with sparsity, put together.
+
+    Attributes:
+        schedule, rule, numbers, terms: see `parts`; `rule` may be None where masks never move.
+        trainable: makes what is trained of a matrix.
+        rate, optimizer: how tensors move.
+        steps: of the optimizer. batch: sequences per step.
+        clip: the largest norm of all gradients together; 0 for any.
+        seed: of everything random.
+    """
+
+    schedule: Schedule
+    rule: MaskRule | None
+    numbers: Numbers
+    terms: tuple[Term, ...]
+    trainable: Any
+    rate: RateSpec
+    optimizer: OptimizerSpec
+    steps: int
+    batch: int
+    clip: float = 0.0
+    seed: int = 0
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight is NaN or Inf."""
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of a step by name, made when they are read."""
+
+    def __init__(self, loop: Loop, phase: Phase) -> None:
+        self._loop, self._phase = loop, phase
+
+    def __getitem__(self, name: str) -> Tensor:
+        loop = self._loop
+        if name in loop.others:
+            return loop.others[name]
+        return loop.trained[name].weight(loop.keeps[name], self._phase)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._loop.trained, *self._loop.others])
+
+    def __len__(self) -> int:
+        return len(self._loop.trained) + len(self._loop.others)
+
+
+class Loop:
+    """Training with sparsity, a step at a time.
+
+    Attributes:
+        keeps: the masks by name, bool.
+        trained: what is trained of each matrix, by name.
+        others: the other tensors that are trained, float32, by name.
+        step: how many steps are done.
+        flipped: the share of mask entries that the last move has changed.
+    """
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self.task, self.method = task, method
+        self.step, self.flipped = 0, 0.0
+        self.keeps = {name: matrix.keep.clone() for name, matrix in task.matrices.items()}
+        self.others = {
+            name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
+            for name, tensor in task.others.items()
+        }
+        self.trained: dict[str, Trainable] = {}
+        for name, matrix in task.matrices.items():
+            self.trained[name] = method.trainable()
+            self.trained[name].start(matrix, self._generator(name, -1))
+        self._sizes = {name: self._size(name, matrix) for name, matrix in task.matrices.items()}
+        self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
+        self._shuffle = torch.Generator().manual_seed(method.seed)
+        self._queue: list[int] = []
+        self._gradients: dict[str, Tensor] = {}
+        self._active: dict[str, Tensor] = {}
+        wants = method.rule.wants if method.rule else frozenset()
+        self._wants = wants if method.schedule.config.moves else frozenset()
+        if "active" in self._wants:
+            self._active = {name: keep.to(torch.float32) for name, keep in self.keeps.items()}
+
+    def _size(self, name: str, matrix: Matrix) -> float:
+        """What learning rates of a matrix are relative to."""
+        if not self.method.rate.relative:
+            return 1.0
+        kept = matrix.keep.sum().clamp(min=1)
+        return math.sqrt(float(matrix.weight.double().mul(matrix.keep).square().sum() / kept)) or 1.0
+
+    def _generator(self, name: str, step: int) -> torch.Generator:
+        """A generator for everything random about a matrix at a step."""
+        seed = hashlib.sha256(f"{self.method.seed} {step} {name}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+
+    def phase(self, step: int) -> Phase:
+        """What holds at a step."""
+        return self.method.schedule.at(step, self.method.steps, self.method.numbers)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.method.steps
+
+    def advance(self) -> float:
+        """Do one step; returns its loss.
+
+        Raises:
+            Diverged: the loss is NaN or Inf; nothing has moved then.
+        """
+        phase = self.phase(self.step)
+        if phase.move:
+            self._move(phase)
+        coming = self.phase(self.step + 1).move and "gradient" in self._wants
+        loss = self._backward(phase, coming)
+        paused = coming and self.method.rule is not None and self.method.rule.pauses
+        if not paused:
+            self._update(phase)
+        for tensor in self._leaves().values():
+            tensor.grad = None
+        self.step += 1
+        if self.done and self.phase(self.step).move:
+            self._move(self.phase(self.step))
+        return loss
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """Everything that the optimizer moves, by name."""
+        leaves = {
+            f"{name}:{part}": tensor for name, t in self.trained.items() for part, tensor in t.tensors.items()
+        }
+        return leaves | self.others
+
+    # -- gradients ------------------------------------------------------------------------------------------
+
+    def _backward(self, phase: Phase, dense: bool) -> float:
+        """Compute the gradients of the next batch; returns the loss.
+
+        `dense`: also those of pruned weights, which are kept for the next move.
+        """
+        task, rows = self.task, self._next()
+        mine = task.mine(rows)
+        parts = [mine[i : i + task.batch] for i in range(0, len(mine), task.batch)]
+        sizes = self._sums(rows, parts)
+        beta, gamma, lam, rho = phase.numbers
+        passing = gamma if not (dense or "moments" in self._wants) else 1.0
+        seen = replace(phase, numbers=(beta, passing, lam, rho))
+        total = torch.zeros(1, dtype=torch.float64)
+        for part in parts:
+            loss = self._loss(_Weights(self, seen), part, sizes)
+            loss.backward()
+            total += loss.detach().double().cpu()
+        penalty = self._penalty(seen)
+        if penalty is not None:
+            penalty.backward()
+        for tensor in self._leaves().values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        task.add(total, *(tensor.grad for tensor in self._leaves().values()))
+        if not math.isfinite(float(total)):
+            raise Diverged(f"the loss became {float(total)} at step {self.step + 1} of {self.method.steps}")
+        if dense or "moments" in self._wants:
+            self._part_from_pruned(dense, gamma)
+        return float(total)
+
+    def _part_from_pruned(self, dense: bool, gamma: float) -> None:
+        """Keep dense gradients for the next move; those of pruned weights do not move them."""
+        for name, trainable in self.trained.items():
+            for part in trainable.masked:
+                tensor = trainable.tensors[part]
+                assert tensor.grad is not None
+                if dense:
+                    self._gradients[name] = tensor.grad.clone()
+                if gamma != 1 and "moments" not in self._wants:
+                    tensor.grad = torch.where(self.keeps[name], tensor.grad, tensor.grad * gamma)
+
+    def _sums(self, rows: list[int], parts: list[list[int]]) -> list[float]:
+        """What the sum of every term is divided by."""
+        sizes = torch.zeros(len(self.method.terms), dtype=torch.float64)
+        for part in parts:
+            tokens = self.task.tokens(part)
+            for number, term in enumerate(self.method.terms):
+                outputs = None
+                if term.objective.measures:
+                    assert self.task.teacher is not None
+                    outputs = self.task.teacher(part)
+                sizes[number] += term.objective.size(tokens, outputs)
+        self.task.add(sizes)
+        return sizes.tolist()
+
+    def _loss(self, weights: Mapping[str, Tensor], part: list[int], sizes: list[float]) -> Tensor:
+        task, terms = self.task, self.method.terms
+        tokens = task.tokens(part)
+        teacher = None
+        if any(term.objective.teaches for term in terms):
+            assert task.teacher is not None
+            with torch.no_grad():
+                teacher = task.teacher(part)
+        with torch.enable_grad():
+            student = task.student(weights, part)
+            loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
+            for term, size in zip(terms, sizes, strict=True):
+                loss = loss + term.weight / size * term.objective.total(student, teacher, tokens).to(
+                    loss.device
+                )
+            return loss
+
+    def _penalty(self, phase: Phase) -> Tensor | None:
+        """What trainables add to the loss; on the first process only, since gradients are summed."""
+        total = None
+        for name, trainable in self.trained.items():
+            if type(trainable).penalty is Trainable.penalty or not self.task.mine([0]):
+                continue
+            with torch.enable_grad():
+                found = trainable.penalty(trainable.weight(self.keeps[name], phase), phase)
+            if found is not None:
+                total = found if total is None else total + found
+        return total
+
+    def _next(self) -> list[int]:
+        """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
+        task, size = self.task, self.method.batch
+        if len(self._queue) < size:
+            order = torch.randperm(len(task.sequences), generator=self._shuffle).tolist()
+            self._queue = [task.sequences[i] for i in order]
+        batch, self._queue = self._queue[:size], self._queue[size:]
+        return batch
+
+    # -- steps ----------------------------------------------------------------------------------------------
+
+    def _update(self, phase: Phase) -> None:
+        method = self.method
+        for trainable in self.trained.values():
+            trainable.pull()
+        scale = self._clipping(phase)
+        rate = method.rate.at(self.step, method.steps)
+        lam = phase.numbers[2]
+        for name, trainable in self.trained.items():
+            keep = self.keeps[name]
+            for part, tensor in trainable.tensors.items():
+                masked, key = part in trainable.masked, f"{name}:{part}"
+                assert tensor.grad is not None
+                gradient = tensor.grad if scale == 1 else tensor.grad * scale
+                own = rate * trainable.rate_of(part, self._sizes[name])
+                self._optimizer.step(key, tensor, gradient, own, keep if masked else None, lam)
+            trainable.settle(keep, phase)
+        for name, tensor in self.others.items():
+            assert tensor.grad is not None
+            self._optimizer.step(name, tensor, tensor.grad * scale, rate, None, 0.0)
+
+    def _clipping(self, phase: Phase) -> float:
+        """What gradients are multiplied with so that their norm, over the entries that move, is not too
+        large.
+        """
+        if not self.method.clip:
+            return 1.0
+        still = phase.numbers[1] == 0 and "moments" in self._wants  # pruned weights get gradients, and stay
+        masks = {
+            f"{name}:{part}": self.keeps[name]
+            for name, t in self.trained.items()
+            for part in t.masked
+            if still
+        }
+        total = 0.0
+        for key, tensor in self._leaves().items():
+            assert tensor.grad is not None
+            gradient = scaled(tensor.grad, masks[key], 0.0) if key in masks else tensor.grad
+            total += float(gradient.double().square().sum())
+        return min(1.0, self.method.clip / (math.sqrt(total) + 1e-6))
+
+    # -- masks ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _move(self, phase: Phase) -> None:
+        """Choose every mask anew, exactly; the first process decides."""
+        inputs: Mapping[str, Tensor] = {}
+        if "inputs" in self._wants:
+            assert self.task.inputs is not None
+            inputs = self.task.inputs(_Weights(self, phase))
+        changed = entries = 0
+        for name, matrix in self.task.matrices.items():
+            old = self.keeps[name]
+            view = self._view(name, matrix.aim(phase), phase, inputs.get(name))
+            new = self._chosen(view)
+            self.task.agree(new)
+            if view.aim is not None:
+                view.aim[0].check(new, view.aim[1])
+            flips = new != old
+            changed, entries = changed + int(flips.sum()), entries + flips.numel()
+            self._put(name, old, new, phase, view)
+        self.flipped = changed / max(1, entries)
+
+    def _put(self, name: str, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
+        trainable = self.trained[name]
+        before = {part: id(tensor) for part, tensor in trainable.tensors.items()}
+        trainable.moved(old, new, phase, view)
+        self.keeps[name] = new
+        if name in self._active:
+            self._active[name] += new
+        for part, tensor in trainable.tensors.items():
+            key = f"{name}:{part}"
+            if id(tensor) != before.get(part):
+                self._optimizer.drop(key)
+            elif part in trainable.masked and phase.numbers[1] == 0 and "moments" not in self._wants:
+                self._optimizer.forget(key, old & new)
+
+    def _view(
+        self, name: str, aim: tuple[Pattern, float] | None, phase: Phase, inputs: Tensor | None
+    ) -> View:
+        trainable = self.trained[name]
+        moments = None
+        if "moments" in self._wants:
+            (part,) = trainable.masked or {"theta"}
+            moments = self._optimizer.moments(f"{name}:{part}")
+            if moments is None:
+                moments = (torch.zeros_like(trainable.compared()),) * 2
+        return View(
+            weight=trainable.compared(),
+            keep=self.keeps[name],
+            aim=aim,
+            phase=phase,
+            generator=self._generator(name, phase.step),
+            gradient=self._gradients.pop(name, None),
+            mean=moments[0] if moments else None,
+            square=moments[1] if moments else None,
+            inputs=inputs,
+            active=self._active.get(name),
+            learned=trainable.learned(phase),
+        )
+
+    def _chosen(self, view: View) -> Tensor:
+        if view.aim is None:
+            return torch.ones_like(view.keep)
+        assert self.method.rule is not None
+        score = self.method.rule.score(view)
+        return view.aim[0].select(score.contiguous(), view.aim[1])
+
+    # -- results --------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether every mask has its final pattern and sparsity."""
+        for name, matrix in self.task.matrices.items():
+            if matrix.pattern is None:
+                continue
+            try:
+                matrix.pattern.check(self.keeps[name], matrix.sparsity)
+            except ValueError:
+                return False
+        return True
+
+    def merged(self, name: str) -> Tensor:
+        """The weight of a matrix as it would be saved now, float32, exactly zero where it is pruned."""
+        return self.trained[name].merge(self.keeps[name])
+
+    @torch.no_grad()
+    def error(self, terms: tuple[Term, ...]) -> float:
+        """The loss by some terms on the held-out sequences, with the weights as they would be saved."""
+        task = self.task
+        held = task.mine(list(task.held))
+        parts = [held[i : i + task.batch] for i in range(0, len(held), task.batch)]
+        weights = _Merged(self)
+        sums = torch.zeros(2, len(terms), dtype=torch.float64)
+        for part in parts:
+            tokens = task.tokens(part)
+            teaches = any(term.objective.teaches for term in terms)
+            teacher = task.teacher(part) if teaches and task.teacher is not None else None
+            student = task.student(weights, part)
+            for number, term in enumerate(terms):
+                sums[0, number] += float(term.objective.total(student, teacher, tokens))
+                sums[1, number] += term.objective.size(tokens, teacher)
+        task.add(sums)
+        return float(sum(t.weight * sums[0, i] / sums[1, i] for i, t in enumerate(terms)))
+
+    # -- going on -------------------------------------------------------------------------------------------
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that is needed to go on from here: tensors by name, and values for JSON."""
+        tensors = {f"leaf/{key}": tensor.detach() for key, tensor in self._leaves().items()}
+        for name, trainable in self.trained.items():
+            tensors |= {f"fixed/{name}:{part}": t for part, t in trainable.kept_fixed().items()}
+        tensors |= {f"keep/{name}": keep for name, keep in self.keeps.items()}
+        tensors |= {f"state/{key}": tensor for key, tensor in self._optimizer.saved().items()}
+        tensors |= {f"gradient/{name}": tensor for name, tensor in self._gradients.items()}
+        tensors |= {f"active/{name}": tensor for name, tensor in self._active.items()}
+        values = {
+            "step": self.step,
+            "flipped": self.flipped,
+            "steps": self._optimizer.steps,
+            "queue": self._queue,
+        }
+        tensors["shuffle/"] = self._shuffle.get_state()
+        return tensors, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `saved` returned."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            groups.setdefault(kind, {})[name] = tensor
+        self.keeps = groups.get("keep", {})
+        for name, trainable in self.trained.items():
+            for part in trainable.tensors:
+                trainable.tensors[part] = groups["leaf"][f"{name}:{part}"].requires_grad_()
+        for key, tensor in groups.get("fixed", {}).items():
+            name, _, part = key.rpartition(":")
+            self.trained[name].fixed[part] = tensor
+        self.others = {name: groups["leaf"][name].requires_grad_() for name in self.others}
+        self._gradients, self._active = groups.get("gradient", {}), groups.get("active", {})
+        self._optimizer.restore(groups.get("state", {}), values["steps"])
+        self._shuffle.set_state(groups["shuffle"][""])
+        self.step, self.flipped = values["step"], values["flipped"]
+        self._queue = list(values["queue"])
+
+
+class _Merged(_Weights):
+    """The weights as they would be saved."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop, loop.phase(loop.step))
+
+    def __getitem__(self, name: str) -> Tensor:
+        loop = self._loop
+        return loop.others[name].detach() if name in loop.others else loop.merged(name)
+
+
+def finite(loop: Loop) -> bool:
+    """Whether every weight is finite."""
+    return all(all_finite(loop.merged(name)) for name in loop.trained)

@@ -1,0 +1,25 @@
+"""Block error (EBFT, arXiv 2402.12419): the squared error of a block's outputs, divided by the squared
+targets.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune.recovery.parts import Objective, Outputs
+
+
+class Block(Objective):
+    """For training a block at a time: the teacher's outputs are the targets."""
+
+    teaches = True
+    looks = True
+    measures = True
+
+    def size(self, tokens: Tensor, teacher: Outputs | None) -> float:
+        assert teacher is not None
+        return float(teacher.hidden[0].float().square().sum().double())
+
+    def total(self, student: Outputs, teacher: Outputs | None, tokens: Tensor) -> Tensor:
+        assert teacher is not None
+        return (student.hidden[0].float() - teacher.hidden[0].float()).square().sum()

@@ -1,0 +1,19 @@
+"""Magnitude weighted by curvature (ELSA, arXiv 2510.01650): what a weight costs by the second moment of
+Adam.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune.recovery.parts import MaskRule, View
+
+
+class Curvature(MaskRule):
+    """v theta^2, with v the second moment of Adam, corrected for its start."""
+
+    wants = frozenset({"moments"})
+
+    def score(self, view: View) -> Tensor:
+        assert view.square is not None
+        return view.square * view.weight.square()

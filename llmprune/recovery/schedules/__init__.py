@@ -1,0 +1,1 @@
+"""When masks move, how sparse they are, and what is dense meanwhile."""

@@ -1,0 +1,1 @@
+"""What is trained of a matrix, and the weight that it stands for."""

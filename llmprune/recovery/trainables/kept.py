@@ -1,0 +1,65 @@
+"""Kept weights: those that a mask keeps, in float32, with nothing left of those it prunes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.recovery.masking import Masked
+from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+
+
+class Kept(Trainable):
+    """V is theta, zero where it is pruned."""
+
+    masked = frozenset({"theta"})
+    state = (3.0, 0.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of kept weights.
+
+        Attributes:
+            grown: where a weight that is kept anew starts: at `zero`, or at the dense model's (`dense`).
+        """
+
+        grown: str = "zero"
+
+        def __post_init__(self) -> None:
+            if self.grown not in ("zero", "dense"):
+                raise ValueError(f"grown must be zero or dense, got {self.grown!r}")
+
+    def start(self, matrix: Matrix, generator: torch.Generator) -> None:
+        if self.config.grown == "dense" and matrix.origin is None:
+            raise ValueError("grown weights start at the dense model's; name it with --teacher")
+        self._origin = matrix.origin
+        theta = matrix.weight.detach().to(torch.float32, copy=True)
+        self.tensors = {"theta": theta.masked_fill_(~matrix.keep, 0.0).requires_grad_()}
+
+    def weight(self, keep: Tensor, phase: Phase) -> Tensor:
+        beta, gamma, _, _ = phase.numbers
+        weight: Tensor = Masked.apply(self.tensors["theta"], keep, beta, gamma)
+        return weight
+
+    def compared(self) -> Tensor:
+        return self.tensors["theta"].detach()
+
+    @torch.no_grad()
+    def settle(self, keep: Tensor, phase: Phase) -> None:
+        rho = phase.numbers[3]
+        if rho < 1:
+            theta = self.tensors["theta"]
+            theta.copy_(torch.where(keep, theta, theta * rho if rho else 0.0))
+
+    @torch.no_grad()
+    def moved(self, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
+        theta = self.tensors["theta"]
+        if phase.numbers[3] == 0:  # else what is pruned keeps its last value
+            theta.masked_fill_(~new, 0.0)
+        if self.config.grown == "dense" and self._origin is not None:
+            theta.copy_(torch.where(new & ~old, self._origin().to(theta), theta))
+
+    def merge(self, keep: Tensor) -> Tensor:
+        return torch.where(keep, self.tensors["theta"].detach(), 0.0)

@@ -1,0 +1,204 @@
+"""What a recovery trains on and with whom: matrices, text rows and teacher of a model become a `Task`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.contracts import CalibrationSet, Pattern
+from llmprune.machine import device as devices
+from llmprune.machine.processes import Team
+from llmprune.model.activations import micro_batch
+from llmprune.model.masking import Masking
+from llmprune.model.opening import Model
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.student import Student, filled
+from llmprune.model.target import Target
+from llmprune.model.targets import all_targets
+from llmprune.patterns import exact_pattern
+from llmprune.recipe.recovery import RecoveryRecipe
+from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
+from llmprune.statistics.squares import input_squares
+
+_SEEN = 16  # sequences by which the inputs of matrices are measured
+_MOST_HELD = 1 << 16  # tokens that are held out at most
+_ROOM = 0.125  # of the free memory may be taken by activations that are kept instead of computed twice
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a recovery is given.
+
+    Attributes:
+        model: the start: pruned, with `masking`, or dense.
+        recipe: how it is trained.
+        rows: the text, [N, T].
+        team: the processes.
+        masking: the masks of a pruned start; None for a dense one.
+        aim: the pattern and sparsity that a dense start, or one that is pruned further, ends with.
+        base: the dense model: teacher, and where revived weights start; None where none is needed.
+    """
+
+    model: Model
+    recipe: RecoveryRecipe
+    rows: CalibrationSet
+    team: Team
+    masking: Masking | None
+    aim: tuple[Pattern, float] | None
+    base: Model | None
+
+    @functools.cached_property
+    def targets(self) -> list[Target]:
+        """The matrices that are trained: those with a mask, of a dense start all."""
+        return self.masking.targets if self.masking else all_targets(self.model.skeleton)
+
+    @functools.cached_property
+    def split(self) -> tuple[list[int], list[int]]:
+        """The numbers of the sequences to train on, and of those held out."""
+        count, length = self.rows.tokens.shape
+        held = min(max(1, round(self.recipe.held_out * count)), max(1, _MOST_HELD // length), count - 1)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
+        return sorted(order[held:]), sorted(order[:held])
+
+    def matrices(self, load: Callable[[Target], Tensor]) -> dict[str, Matrix]:
+        """The matrices, by name in the record; `load` gives a weight as [R, C]."""
+        found: dict[str, Matrix] = {}
+        for number, target in enumerate(self.targets):
+            weight = load(target)
+            keep = self._keep(target, weight)
+            pattern, sparsity = self._aim_of(target, keep)
+            found[target.key] = Matrix(
+                weight=weight,
+                keep=keep.to(weight.device),
+                pattern=pattern,
+                sparsity=sparsity,
+                part=number / len(self.targets),
+                least=self._least(keep),
+                origin=self._origin(target),
+            )
+        return found
+
+    def _keep(self, target: Target, weight: Tensor) -> Tensor:
+        if self.masking is None:
+            return torch.ones(target.shape, dtype=torch.bool)
+        return self.masking.keep(target.name)
+
+    def _aim_of(self, target: Target, keep: Tensor) -> tuple[Pattern | None, float]:
+        if self.aim is not None:
+            return self.aim
+        if self.masking is None:
+            return None, 0.0
+        found = exact_pattern(keep)
+        return (found, found.sparsity) if found else exact_sparsity(keep)
+
+    def _least(self, keep: Tensor) -> float:
+        """No schedule goes back below the start's sparsity where nothing would come back."""
+        revived = self.base is not None and self.recipe.trainable_class().revives
+        return 0.0 if self.masking is None or revived else 1 - int(keep.sum()) / keep.numel()
+
+    def _origin(self, target: Target) -> Callable[[], Tensor] | None:
+        """What gives the dense model's weight."""
+        if self.base is None or self.masking is None:
+            return None
+        source, device = self.base.source, self.model.skeleton.device
+
+        def load() -> Tensor:
+            return target.oriented(target.part(source.load(target.tensor))).to(device, torch.float32)
+
+        return load
+
+
+def plain_tensors(skeleton: Skeleton, others: str) -> list[str]:
+    """The stored tensors that are trained beside the matrices: vectors (`norms`), or whatever is left
+    (`all`).
+
+    Left out are those of parts beside the language model, and such as are converted when they are loaded.
+    """
+    if others == "none":
+        return []
+    targets = {target.tensor for target in all_targets(skeleton)}
+    beside = tuple(f"{name}." for name in skeleton.towers())
+    found: dict[str, None] = {}
+    parameters = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
+    for name, group in skeleton.group_of.items():
+        (tensor, *more) = group.tensors
+        if more or group.converter is not None or name not in parameters or tensor in targets:
+            continue
+        info = skeleton.source.tensors[tensor]
+        if name.startswith(beside) or info.dtype is None or not info.dtype.is_floating_point:
+            continue
+        if others == "all" or len(info.shape) == 1:
+            found[tensor] = None
+    return list(found)
+
+
+def whole_model(lesson: Lesson) -> Task:
+    """The task of training the whole model at once."""
+    skeleton, recipe, team = filled(lesson.model), lesson.recipe, lesson.team
+    source, device = lesson.model.source, skeleton.device
+
+    def load(target: Target) -> Tensor:
+        return target.oriented(target.part(source.load(target.tensor))).to(device).contiguous()
+
+    matrices = lesson.matrices(load)
+    names = plain_tensors(skeleton, recipe.others)
+    others = {name: source.load(name).to(device) for name in names}
+    tokens = lesson.rows.tokens
+    batch = min(recipe.batch, micro_batch(tokens.shape[1], device))
+    kept = activations(lesson.targets, batch * tokens.shape[1], skeleton.dtype)
+    student = Student(skeleton, [*matrices, *others], kept > devices.available_memory() * _ROOM)
+    skeleton.free([t.parameter for t in student.targets.values() if t.module is not None])
+    terms = recipe.terms()
+    hidden = any(term.objective.looks for term in terms)
+
+    def rows_of(rows: list[int]) -> Tensor:
+        return tokens[rows].to(device)
+
+    def run(weights: Mapping[str, Tensor], rows: list[int]) -> Outputs:
+        return Outputs(*student(weights, tokens[rows], hidden))
+
+    training, held = lesson.split
+    teacher = _teacher(lesson, hidden) if recipe.teaches else None
+
+    @torch.no_grad()
+    def inputs(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        seen = tokens[training[:_SEEN]].split(batch)
+        return input_squares(student.layers(), lambda: [student(weights, part) for part in seen])
+
+    return Task(
+        matrices=matrices,
+        sequences=training,
+        held=held,
+        tokens=rows_of,
+        student=run,
+        teacher=teacher,
+        others=others,
+        inputs=inputs,
+        mine=lambda rows: rows[team.rank :: team.size],
+        batch=batch,
+        add=team.add,
+        agree=lambda keep: team.from_rank(0, keep),
+    )
+
+
+def activations(targets: Iterable[Target], tokens: int, dtype: torch.dtype) -> int:
+    """About how many bytes the activations of so many tokens take, those of every block kept.
+
+    A block keeps what enters and leaves its matrices, and about as much between them.
+    """
+    return sum(2 * sum(target.shape) * tokens * dtype.itemsize for target in targets)
+
+
+def _teacher(lesson: Lesson, hidden: bool) -> Callable[[list[int]], Outputs]:
+    base = lesson.base or lesson.model
+    teacher, tokens = Student(filled(base), (), recompute=False), lesson.rows.tokens
+
+    @torch.no_grad()
+    def run(rows: list[int]) -> Outputs:
+        return Outputs(*teacher({}, tokens[rows], hidden))
+
+    return run

@@ -1,0 +1,302 @@
+"""A recovery from its plan to the saved folder: locked, journalled, resumable, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
+from llmprune.checkpoint.files import WeightFile
+from llmprune.checkpoint.journal import remove
+from llmprune.checkpoint.masks import pack
+from llmprune.checkpoint.packed import Packing
+from llmprune.checkpoint.reader import TensorInfo, WeightSource, fingerprint, read_ahead, read_record
+from llmprune.checkpoint.writer import Shard, check_space
+from llmprune.contracts import Pattern
+from llmprune.evaluation.scores import EvaluationSpec, Scores, score
+from llmprune.machine import device as devices
+from llmprune.model.target import Target
+from llmprune.model.targets import packed_layouts
+from llmprune.numerics.counts import all_finite, zeros_of
+from llmprune.patterns import exact_pattern
+from llmprune.planning.needs import predict_disk
+from llmprune.record import record as record_of_run
+from llmprune.record import recovery as records
+from llmprune.record import report
+from llmprune.record.figures import Record
+from llmprune.run import speed
+from llmprune.run.clock import Clock
+from llmprune.run.lesson import Lesson, plain_tensors, whole_model
+from llmprune.run.preparation import Options
+from llmprune.run.production import Production
+from llmprune.run.reporter import RunReporter
+from llmprune.run.training import Keeping, Training
+
+
+class Trained:
+    """A weight source in which trained tensors replace those of another source.
+
+    Args:
+        source: the other one.
+        tensors: those that replace, by name, in the dtype in which they are stored.
+    """
+
+    def __init__(self, source: WeightSource, tensors: Mapping[str, Tensor]) -> None:
+        self._source, self._own = source, tensors
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors, by name."""
+        return self._source.tensors
+
+    def load(self, name: str) -> Tensor:
+        """One tensor on the CPU, dense."""
+        return self._own[name] if name in self._own else self._source.load(name)
+
+    def check(self) -> None:
+        """Raise `ValueError` if the source has changed."""
+        self._source.check()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores that stand beside those of the result: of the dense model, where it is known, and the
+    start.
+    """
+
+    dense: Scores | Record | None
+    start: Scores
+
+
+class Recovery(Production):
+    """One folder written: a model trained with its sparsity kept or evolved.
+
+    Args:
+        lesson: model, recipe, text and teacher.
+        tokens: to train on, all epochs together.
+        options: where the folder goes, and how.
+        reporter: is told the progress.
+    """
+
+    def __init__(self, lesson: Lesson, tokens: int, options: Options, reporter: RunReporter) -> None:
+        self.lesson, self._tokens = lesson, tokens
+        length = lesson.rows.tokens.shape[1]
+        self.steps = max(1, tokens // (length * lesson.recipe.batch))
+        self._beginning: Record = {}  # the record of the start
+        super().__init__(lesson.model, options, lesson.team, reporter)
+        self._left = "trained and saved"
+
+    def recover(self, evaluation: EvaluationSpec | None, reopen: Any) -> Record:
+        """Train, save and score; returns the record."""
+        lesson, team, reporter = self.lesson, self.team, self.reporter
+        model = lesson.model
+        shapes = {t.key: t.shape for t in lesson.targets}
+        self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
+        team.on_first(lambda: check_space(self.options.output, self._disk(shapes)))
+        before = self._before()
+        record = team.on_first(lambda: self._made_before(before))
+        scored = self._beside(evaluation) if evaluation else None
+        if record is None:
+            team.on_first(lambda: self._start(before, shapes))
+            record = self._train(before)
+        if evaluation is not None and scored is not None and not record["evaluation"]["perplexity"]:
+            self._left = "trained and saved but not scored"
+            result = score(reopen(self.options.output.resolve()), evaluation, "recovered", reporter, team)
+            unscored, record = record, records.add_scores(record, scored.dense, scored.start, result)
+            team.on_first(lambda: self._write_pages(record, unscored))
+        self._left = "finished"
+        team.on_first(self._complete)
+        return record
+
+    def _disk(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Bytes of the result, of its best step in float32 and of a state with two moments."""
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        return predict_disk(self.model.source, shapes) + 4 * weights * (1 + 3)
+
+    def _before(self) -> Record:
+        """What the record says before the work."""
+        lesson = self.lesson
+        start = lesson.model.folder
+        if start is not None and (start / RECORD).is_file():
+            self._beginning = read_record(start)
+        before = records.opening(
+            lesson.model, self._beginning or None, lesson.recipe, lesson.rows, lesson.team.size
+        )
+        before["recovery"] |= {
+            "tokens": self.steps * lesson.recipe.batch * lesson.rows.tokens.shape[1],
+            "steps": self.steps,
+            "start": {"source": lesson.model.label, "digest": self._digest()},
+        }
+        if lesson.aim is not None:
+            before["recovery"]["aim"] = {"pattern": str(lesson.aim[0]), "sparsity": lesson.aim[1]}
+        if lesson.base is not None:
+            digest = self.team.on_first(lambda: fingerprint(lesson.base.source))  # type: ignore[union-attr]
+            before["recovery"]["teacher"] = {"source": lesson.base.label, "digest": digest}
+        return before | (record_of_run.packed_form() if self._packing else {})
+
+    def _made_before(self, before: Record) -> Record | None:
+        """The record of the finished recovery that `resume` found in the output folder."""
+        assert self.writer is not None
+        if not self.writer.reopened:
+            return None
+        record = read_record(self.writer.output)
+        differs = records.difference_of(record, before)
+        if not differs:
+            self.reporter.note(f"{self.options.output} is trained already")
+            return record
+        if not self.writer.overwrite:
+            raise ValueError(
+                f"output folder {self.options.output} holds another finished run: {differs}; "
+                "choose another with --output or replace it with --overwrite"
+            )
+        return None
+
+    def _start(self, before: Record, shapes: Mapping[str, tuple[int, int]]) -> None:
+        assert self.writer is not None
+        files = self.model.files
+        companions = files.companions(self.options.trust_remote_code) if files else None
+        identity = records.identity(before)
+        self.writer.begin(
+            identity, len(self.model.skeleton.blocks) + 1, shapes, companions, packing=self._packing
+        )
+
+    def _beside(self, evaluation: EvaluationSpec) -> Scored:
+        """The scores of the start, and of the dense model where it is at hand."""
+        lesson = self.lesson
+        start = score(lesson.model, evaluation, "start", self.reporter, self.team)
+        if lesson.masking is None:
+            return Scored(start, start)
+        if lesson.base is None:
+            return Scored(self._beginning.get("evaluation"), start)
+        return Scored(score(lesson.base, evaluation, "dense", self.reporter, self.team), start)
+
+    # -- training -------------------------------------------------------------------------------------------
+
+    def _train(self, before: Record) -> Record:
+        writer, team = self.writer, self.team
+        clock = Clock(self.model.skeleton.device)
+        with devices.PrivateMemory() as memory:
+            trained = team.tell(writer.journal.find("trained") if writer else None)
+            if trained is None:
+                trained = self._learn(clock)
+                if writer:
+                    trained["seconds"] = round(clock.seconds.get("train", 0.0), 3)
+                    writer.journal.add({"trained": trained})
+            before = {**before, "recovery": before["recovery"] | records.outcome(trained)}
+            return team.on_first(lambda: self._write(before, clock, memory, trained))
+
+    def _learn(self, clock: Clock) -> dict[str, Any]:
+        lesson, writer = self.lesson, self.writer
+        task = whole_model(lesson)
+        clock.lap("read")
+        keeping = Keeping(writer.folder, self._note_state) if writer else Keeping()
+        training = Training(task, lesson.recipe, self.steps, keeping, self.team, self.reporter)
+        training.run()
+        clock.lap("train")
+        return dataclasses.asdict(training.watch)
+
+    def _note_state(self) -> None:
+        """Say in the journal that there is something to go on with."""
+        assert self.writer is not None
+        if not self.writer.journal.find("training"):
+            self.writer.journal.add({"training": True})
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    def _write(self, before: Record, clock: Clock, memory: Any, trained: Mapping[str, Any]) -> Record:
+        assert self.writer is not None
+        if trained["best"] is None:
+            raise RuntimeError(
+                "no step of the training had the sparsity that was asked for; give it more --tokens"
+            )
+        writer, skeleton, lesson = self.writer, self.model.skeleton, self.lesson
+        best = WeightFile(writer.folder / BEST_STEP)
+        names = list(skeleton.blocks)
+        done = len(writer.finished)
+        by_block = {name: [t for t in lesson.targets if t.parameter.startswith(f"{name}.")] for name in names}
+        others = {
+            name: best.load(f"other/{name}").to(self.model.source.tensors[name].dtype)
+            for name in plain_tensors(skeleton, lesson.recipe.others)
+        }
+        self.reporter.stage("writing blocks", len(names))
+        for _ in range(done):
+            self.reporter.step()
+        for number, tensors in enumerate(
+            read_ahead(self.model.source, skeleton.block_tensors()[done:]), done
+        ):
+            tensors = {name: others.get(name, tensor) for name, tensor in tensors.items()}
+            masks: dict[str, Tensor] = {}
+            rows = [self._row(target, tensors, masks, best, before) for target in by_block[names[number]]]
+            shard = {name: t for name, t in tensors.items() if name not in skeleton.shared}
+            writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
+            self.reporter.step()
+        writer.rest(Trained(self.model.source, others))
+        clock.lap("write")
+        return self._finished(before, clock, memory)
+
+    def _row(
+        self,
+        target: Target,
+        tensors: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        best: WeightFile,
+        before: Record,
+    ) -> Record:
+        """Put the trained weight of a matrix among the tensors, in place, and keep its mask; its row."""
+        keep, weight = best.load(f"keep/{target.key}"), best.load(f"weight/{target.key}")
+        stored = target.oriented(target.part(tensors[target.tensor]))
+        stored.copy_(torch.where(keep, weight, 0.0))
+        if not all_finite(stored):
+            raise RuntimeError(
+                f"{target.key} is NaN or Inf in {str(stored.dtype).removeprefix('torch.')} after training; "
+                "lower the rate with --set rate.rate="
+            )
+        aim = self._aim(target, keep)
+        masks[target.key] = pack(keep)
+        old = before["rows"].get(target.key, {})
+        return {
+            "name": target.key,
+            "shape": list(target.shape),
+            "pattern": str(aim or exact_pattern(keep) or "unstructured"),
+            "target_sparsity": old.get("target_sparsity", 1 - int(keep.sum()) / keep.numel()),
+            "sparsity": zeros_of(stored) / keep.numel(),
+            "zeros": zeros_of(stored),
+            "relative_error": None,
+            "pruner": old.get("pruner", self.lesson.recipe.name),
+            "steps": [*old.get("steps", []), self.lesson.recipe.name],
+            "seconds": old.get("seconds", 0.0),
+        }
+
+    def _aim(self, target: Target, keep: Tensor) -> Pattern | None:
+        """The pattern that was asked for, against which the mask is checked; None for the start's own."""
+        lesson = self.lesson
+        if lesson.aim is not None:
+            lesson.aim[0].check(keep, lesson.aim[1])
+            return lesson.aim[0]
+        if lesson.masking is not None:
+            given = lesson.masking.keep(target.name)
+            if int(given.sum()) != int(keep.sum()):
+                raise RuntimeError(
+                    f"the mask of {target.key} keeps {int(keep.sum())}, not {int(given.sum())}"
+                )
+        return None
+
+    def _finished(self, before: Record, clock: Clock, memory: Any) -> Record:
+        writer, model = self.writer, self.model
+        assert writer is not None
+        if model.files:
+            writer.copy_companions(model.files, self.options.trust_remote_code)
+        model.check()
+        writer.index()
+        for name in (TRAINING, BEST_STEP):
+            remove(writer.folder / name)
+        record = record_of_run.complete(before, model, writer.rows, clock.seconds, memory.peak, writer)
+        record = speed.measured(record, writer.folder, model.skeleton, self.reporter)
+        report.write(writer.folder, record, writer.output.name)
+        writer.finish()
+        return record
