@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,6 +148,7 @@ class Loop:
         self._shuffle = torch.Generator().manual_seed(method.seed)
         self._queue: list[int] = []
         self._batch: list[int] = []  # of the step that is being done
+        self._stepped: set[str] = set()  # tensors that have moved in the step that is being done
         self._moved = -1  # the step before which masks moved last
         self._gradients: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
@@ -191,7 +193,10 @@ class Loop:
         paused = coming and self.method.rule is not None and self.method.rule.pauses
         if not paused:
             self._update(phase)
+            for name, trainable in self.trained.items():
+                trainable.settle(self.keeps[name], phase)
         self._free_gradients()
+        self._stepped.clear()
         self._batch, self.step = [], self.step + 1
         if self.done and self.phase(self.step).move:
             self._move(self.phase(self.step))
@@ -228,22 +233,47 @@ class Loop:
         passing = gamma if not (dense or "moments" in self._wants) else 1.0
         seen = replace(phase, numbers=(beta, passing, lam, rho))
         total = torch.zeros(1, dtype=torch.float64)
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             loss = self._loss(_Weights(self, seen), part, sizes)
-            loss.backward()
             total += loss.detach().double().cpu()
+            with self._moving_at_once(phase, dense, number == len(parts) and bool(total.isfinite())):
+                loss.backward()
         penalty = self._penalty(seen)
         if penalty is not None:
             penalty.backward()
-        for tensor in self._leaves().values():
-            if tensor.grad is None:
+        for key, tensor in self._leaves().items():
+            if tensor.grad is None and key not in self._stepped:
                 tensor.grad = torch.zeros_like(tensor)
-        task.add(total, *(tensor.grad for tensor in self._leaves().values()))
+        task.add(total, *(tensor.grad for tensor in self._leaves().values() if tensor.grad is not None))
         if not math.isfinite(float(total)):
             raise Diverged(f"the loss became {float(total)} at step {self.step + 1} of {self.method.steps}")
         if dense or "moments" in self._wants:
             self._part_from_pruned(dense, gamma)
         return float(total)
+
+    @contextmanager
+    def _moving_at_once(self, phase: Phase, dense: bool, last: bool) -> Iterator[None]:
+        """Move every tensor as soon as its gradient is whole, and free that, where nothing else needs it."""
+        needed = dense or "moments" in self._wants or self.method.clip or self.task.shared
+        if needed or not last or any(type(t).penalty is not Trainable.penalty for t in self.trained.values()):
+            yield
+            return
+
+        def hook(key: str) -> Callable[[Tensor], None]:
+            def move(tensor: Tensor) -> None:
+                if key not in self._stepped:  # else the step is done again, after memory ran out
+                    self._move_leaf(key, tensor, phase, 1.0)
+                tensor.grad = None
+                self._stepped.add(key)
+
+            return move
+
+        handles = [t.register_post_accumulate_grad_hook(hook(k)) for k, t in self._leaves().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _part_from_pruned(self, dense: bool, gamma: float) -> None:
         """Keep dense gradients for the next move; those of pruned weights do not move them."""
@@ -313,24 +343,27 @@ class Loop:
     # -- steps ----------------------------------------------------------------------------------------------
 
     def _update(self, phase: Phase) -> None:
-        method = self.method
-        for trainable in self.trained.values():
-            trainable.pull()
+        """Move every tensor that has not moved yet."""
         scale = self._clipping(phase)
-        rate = method.rate.at(self.step, method.steps)
-        lam = phase.numbers[2]
-        for name, trainable in self.trained.items():
-            keep = self.keeps[name]
-            for part, tensor in trainable.tensors.items():
-                masked, key = part in trainable.masked, f"{name}:{part}"
-                assert tensor.grad is not None
-                gradient = tensor.grad if scale == 1 else tensor.grad * scale
-                own = rate * trainable.rate_of(part, self._sizes[name])
-                self._optimizer.step(key, tensor, gradient, own, keep if masked else None, lam)
-            trainable.settle(keep, phase)
-        for name, tensor in self.others.items():
-            assert tensor.grad is not None
-            self._optimizer.step(name, tensor, tensor.grad * scale, rate, None, 0.0)
+        for key, tensor in self._leaves().items():
+            if key not in self._stepped:
+                self._move_leaf(key, tensor, phase, scale)
+
+    @torch.no_grad()
+    def _move_leaf(self, key: str, tensor: Tensor, phase: Phase, scale: float) -> None:
+        """Move one tensor by its gradient times `scale`."""
+        gradient, method = tensor.grad, self.method
+        assert gradient is not None
+        rate, lam = method.rate.at(self.step, method.steps), phase.numbers[2]
+        name, _, part = key.rpartition(":")
+        keep = None
+        if name in self.trained:
+            trainable = self.trained[name]
+            trainable.pull(part, phase)
+            rate *= trainable.rate_of(part, self._sizes[name])
+            keep = self.keeps[name] if part in trainable.masked else None
+        gradient = gradient if scale == 1 else gradient * scale
+        self._optimizer.step(key, tensor, gradient, rate, keep, lam)
 
     def _clipping(self, phase: Phase) -> float:
         """What gradients are multiplied with so that their norm, over the entries that move, is not too

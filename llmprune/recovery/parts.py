@@ -319,8 +319,8 @@ class Trainable(Algorithm, ABC):
         """Those of `fixed` that change while it is trained, and must be saved."""
         return {}
 
-    def pull(self) -> None:
-        """Add what moves the tensors beside the loss to their gradients."""
+    def pull(self, part: str, phase: Phase) -> None:
+        """Add what moves a tensor beside the loss to its gradient."""
 
     def settle(self, keep: Tensor, phase: Phase) -> None:
         """What becomes of the tensors after a step of the optimizer."""
@@ -391,6 +391,7 @@ class Task:
         inputs: the mean square of each input of every matrix, given weights; None where that is unknown.
         mine: of the sequences of a step those that this process has to do.
         batch: the most sequences at once.
+        shared: whether several processes do a step together.
         add: sums tensors over all processes, in place.
         agree: replaces a tensor by that of the first process.
     """
@@ -405,5 +406,6 @@ class Task:
     inputs: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     mine: Callable[[list[int]], list[int]] = list
     batch: int = 8
+    shared: bool = False
     add: Callable[..., None] = lambda *tensors: None
     agree: Callable[[Tensor], None] = lambda tensor: None

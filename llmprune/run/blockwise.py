@@ -105,6 +105,7 @@ class BlockTasks:
             teacher=teacher,
             mine=lambda rows: [row for row in rows if share.start <= row < share.stop],
             batch=self._student.batch,
+            shared=not lesson.team.alone,
             add=lesson.team.add,
             agree=lambda keep: lesson.team.from_rank(0, keep),
         )

@@ -180,6 +180,7 @@ def whole_model(lesson: Lesson) -> Task:
         inputs=inputs,
         mine=lambda rows: rows[team.rank :: team.size],
         batch=batch,
+        shared=not team.alone,
         add=team.add,
         agree=lambda keep: team.from_rank(0, keep),
     )

@@ -51,7 +51,7 @@ class Scores(Trainable):
         return weight
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self, part: str, phase: Phase) -> None:
         gradient = self.tensors["score"].grad
         if self.config.relative and gradient is not None:
             size = float(self.fixed["base"].float().square().mean().sqrt())
