@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmprune.contracts import Pattern
 from llmprune.numerics.counts import all_finite
+from llmprune.recovery.keeps import Keeps
 from llmprune.recovery.masking import scaled
 from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
 from llmprune.recovery.parts import (
@@ -134,7 +135,7 @@ class Loop:
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
         self.step, self.flipped = 0, 0.0
-        self.keeps = {name: matrix.keep.clone() for name, matrix in task.matrices.items()}
+        self.keeps = Keeps({name: matrix.keep for name, matrix in task.matrices.items()})
         self.others = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in task.others.items()
@@ -515,7 +516,7 @@ class Loop:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             groups.setdefault(kind, {})[name] = tensor
-        self.keeps = groups.get("keep", {})
+        self.keeps = Keeps(groups.get("keep", {}))
         for name, trainable in self.trained.items():
             for part in trainable.tensors:
                 trainable.tensors[part] = groups["leaf"][f"{name}:{part}"].requires_grad_()

@@ -278,18 +278,22 @@ class Trainable(Algorithm, ABC):
         tensors: what the optimizer moves, float32 and by name; each requires gradients.
         fixed: what else a later part of the training must know, by name.
         masked: the names of tensors of the matrix's own shape, whose pruned entries the numbers rule.
-        state: float32 numbers per weight that it holds, moments included, for a kept and for a pruned weight.
+        based: whether it holds the weight of the start too, in the dtype in which that is stored.
         revives: whether it trains pruned weights too, and wants those of the dense model to begin with.
     """
 
     masked: ClassVar[frozenset[str]] = frozenset()
-    state: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    based: ClassVar[bool] = False
     revives: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.tensors: dict[str, Tensor] = {}
         self.fixed: dict[str, Tensor] = {}
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        """How many float32 numbers it trains of a matrix [R, C], and how many it holds beside them."""
+        return shape[0] * shape[1], 0
 
     @abstractmethod
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:

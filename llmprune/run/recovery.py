@@ -65,6 +65,11 @@ class Trained:
         self._source.check()
 
 
+def steps_of(lesson: Lesson, tokens: int) -> int:
+    """How many steps so many tokens are."""
+    return max(1, tokens // (lesson.rows.tokens.shape[1] * lesson.recipe.batch))
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores that stand beside those of the result: of the dense model, where it is known, and the
@@ -87,16 +92,19 @@ class Recovery(Production):
 
     def __init__(self, lesson: Lesson, tokens: int, options: Options, reporter: RunReporter) -> None:
         self.lesson, self._tokens = lesson, tokens
-        length = lesson.rows.tokens.shape[1]
-        self.steps = max(1, tokens // (length * lesson.recipe.batch))
+        self.steps = steps_of(lesson, tokens)
         self._beginning: Record = {}  # the record of the start
+        self.plan = lesson.plan(self.steps)
         super().__init__(lesson.model, options, lesson.team, reporter)
         self._left = "trained and saved"
 
     def recover(self, evaluation: EvaluationSpec | None, reopen: Any) -> Record:
         """Train, save and score; returns the record."""
         lesson, team, reporter = self.lesson, self.team, self.reporter
-        model = lesson.model
+        model, plan = lesson.model, self.plan
+        plan.check()
+        for line in plan.lines():
+            reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
         team.on_first(lambda: check_space(self.options.output, self._disk(shapes)))

@@ -5,6 +5,7 @@ the state kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.contents import BEST_STEP, TRAINING
-from llmprune.checkpoint.files import WeightFile, save_tensors
+from llmprune.checkpoint.files import Made, WeightFile, save_made, save_tensors
 from llmprune.contracts import Reporter
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
@@ -279,14 +280,12 @@ class Training:
         self.watch.best, self.watch.best_step = held, self._done(loop)
         if self._keeping.folder is None and not self._keeping.memory:
             return
-        tensors: Tensors = {f"keep/{name}": keep for name, keep in loop.keeps.items()}
-        for name in loop.trained:
-            tensors[f"weight/{name}"] = loop.merged(name).contiguous()
-        tensors |= {f"other/{name}": tensor.detach() for name, tensor in loop.others.items()}
         if self._keeping.memory:
-            self.best = {name: tensor.clone() for name, tensor in tensors.items()}
-        else:
-            self._write(BEST_STEP, tensors)
+            self.best = {name: made.make().clone() for name, made in _result(loop).items()}
+            return
+        assert self._keeping.folder is not None
+        save_made(self._keeping.folder / BEST_STEP, _result(loop))
+        self._keeping.told()
 
     def _save(self, loop: Loop) -> None:
         self._last_save = time.monotonic()
@@ -295,11 +294,8 @@ class Training:
         tensors, values = loop.saved()
         values["watch"] = dataclasses.asdict(self.watch)
         tensors["values"] = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
-        self._write(TRAINING, tensors | (self._soup.saved() if self._soup else {}))
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        assert self._keeping.folder is not None
-        save_tensors(self._keeping.folder / name, {key: tensor.cpu() for key, tensor in tensors.items()})
+        tensors |= self._soup.saved() if self._soup else {}
+        save_tensors(self._keeping.folder / TRAINING, tensors)
         self._keeping.told()
 
     def _state(self) -> tuple[Tensors, dict[str, Any]] | None:
@@ -317,6 +313,18 @@ class Training:
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("soup/")}
         loop.restore({k: t if k == "shuffle/" else t.to(device) for k, t in own.items()}, values)
         self._reporter.note(f"{self._done(loop)} of {self.steps} steps are done; going on from there")
+
+
+def _result(loop: Loop) -> dict[str, Made]:
+    """What a loop would be saved as: masks, weights and other tensors, each made when it is written."""
+    found: dict[str, Made] = {}
+    for name, keep in loop.keeps.items():
+        found[f"keep/{name}"] = Made.of(keep)
+        merged = functools.partial(loop.merged, name)
+        found[f"weight/{name}"] = Made(torch.float32, tuple(keep.shape), merged)
+    for name, tensor in loop.others.items():
+        found[f"other/{name}"] = Made.of(tensor)
+    return found
 
 
 def _grows(loop: Loop) -> bool:

@@ -16,8 +16,7 @@ class Scores(Trainable):
     W.
     """
 
-    masked = frozenset()
-    state = (2.0, 2.0)
+    based = True
     revives = True
 
     @dataclass(frozen=True, kw_only=True)

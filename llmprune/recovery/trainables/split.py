@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmprune.contracts import Pattern
 from llmprune.recovery.parts import Matrix, Phase, Trainable, View
 
 
@@ -18,7 +19,6 @@ class Split(Trainable):
     grows by theta - z.
     """
 
-    state = (5.0, 5.0)
     revives = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Split(Trainable):
         def __post_init__(self) -> None:
             if not self.penalty > 0:
                 raise ValueError(f"penalty must be above 0, got {self.penalty}")
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return shape[0] * shape[1], 2 * shape[0] * shape[1]
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         theta = matrix.weight.detach().float()
