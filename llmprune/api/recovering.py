@@ -16,6 +16,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
+from llmprune.calibration.overlap import check_apart
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
@@ -148,6 +149,8 @@ def recover(
         base = team.in_turn(lambda: _base(model, chosen, masking, teacher, opened_at))
         rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
+        if prepared is not None:
+            check_apart(rows.tokens, prepared.rows)
         lesson = Lesson(model, chosen, rows, team, masking, aim, base)
         target = Path(output).expanduser()
         options = Options(
