@@ -283,3 +283,62 @@ def test_the_record_is_json(starts, text, tmp_path):
     record = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert record["recipe"]["name"] == "wanda" and record["recovery"]["recipe"]["name"] == "masked-finetuning"
     assert record["matrices"][0]["steps"] == ["masked-finetuning"]
+
+
+def test_pruning_and_recovery_as_one_job(tiny_llama, calibration_tokens, text, tmp_path):
+    options = {"recipe": "wanda", "sparsity": 0.5, "calibration": calibration_tokens, "dtype": "float32"}
+    scoring = {"perplexity": ["builtin"], "eval_seqlen": 32, "limit": 4}
+    result = llmprune.run_model(
+        tiny_llama,
+        output=tmp_path / "out",
+        recover="masked-finetuning",
+        text=text,
+        tokens=1280,
+        **options,
+        **scoring,
+    )
+    scores = result.record["evaluation"]["perplexity"]["builtin"]
+    assert set(scores) == {"dense", "start", "pruned", "protocol"} and scores["dense"] is not None
+    before, after = (read_masks(tmp_path / name / "masks.safetensors") for name in ("out-pruned", "out"))
+    assert all(torch.equal(keep, after[name]) for name, keep in before.items())
+    again = llmprune.run_model(
+        tiny_llama,
+        output=tmp_path / "out",
+        recover="masked-finetuning",
+        text=text,
+        tokens=1280,
+        resume=True,
+        **options,
+        **scoring,
+    )
+    assert again.record["evaluation"] == result.record["evaluation"]
+
+
+def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):
+    for options, said in (
+        ({"recover": "perp"}, "give --text SOURCE and --tokens N, got no text"),
+        ({"recover": "perp", "text": "builtin"}, "got no tokens"),
+        ({"recover": "prep", "text": "builtin", "tokens": 5}, "unknown recipe of recovery 'prep'"),
+        ({"text": "builtin"}, "text is of a recovery"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            llmprune.run_model(tiny_llama, output=tmp_path / "out", sparsity=0.5, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_scored_is_not_trained_on(starts, tmp_path):
+    from llmprune.demo.text import held_out_documents
+
+    scored = list(held_out_documents())[:20]
+    with pytest.raises(ValueError, match=r"holds .*% of the text 'builtin' that is scored"):
+        llmprune.recover(
+            starts / "half",
+            text=scored,
+            tokens=4000,
+            seqlen=64,
+            output=tmp_path / "out",
+            recipe="perp",
+            perplexity=["builtin"],
+            eval_seqlen=64,
+            limit=60,
+        )

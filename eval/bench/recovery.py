@@ -1,9 +1,9 @@
 """Every method of recovery in one table: `python eval/bench/recovery.py demo FOLDER` (one process; hours).
 
-`demo`: 80 % and 2:4, 0.5 M tokens of text like that the model was trained on. `english --model DIR --text FILE`:
-70 %, 80 % and 2:4, 2 M tokens. Rows are appended to FOLDER/rows.jsonl as they come; rows that are there already
-are not measured again, and `--table` prints what is there. Every row stands beside its start, masked fine-tuning
-from the same start, and the dense model trained with the same tokens.
+`demo`: 80 % and 2:4, 0.5 M tokens of text like that the model was trained on. `english --model DIR
+--text FILE`: 70 %, 80 % and 2:4, 2 M tokens. Rows are appended to FOLDER/rows.jsonl as they come; rows that
+are there already are not measured again, and `--table` prints what is there. Every row stands beside its
+start, masked fine-tuning from the same start, and the dense model trained with the same tokens.
 """
 
 from __future__ import annotations
