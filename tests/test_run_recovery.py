@@ -209,11 +209,14 @@ def test_mixed_formats_and_wrong_starts_are_refused(starts, tiny_llama, text, tm
 
 
 def test_another_teacher_is_refused(starts, make_llama, text, tmp_path):
-    other = make_llama(seed=3, vocab_size=80) if "vocab_size" in make_llama.__code__.co_varnames else None
-    if other is None:
-        pytest.skip("no fixture makes another vocabulary")
-    with pytest.raises(ValueError, match="has vocabulary"):
-        recover(starts / "half", text, tmp_path / "no", recipe="squarehead", teacher=other)
+    for config, said in (
+        ({"vocab_size": 1024}, "has vocabulary 1024"),
+        ({"hidden_size": 32}, "has width 32"),
+        ({"layers": 3}, "has number of blocks 3"),
+    ):
+        other = make_llama(**config)
+        with pytest.raises(ValueError, match=said):
+            recover(starts / "half", text, tmp_path / "no", recipe="squarehead", teacher=other)
 
 
 def test_a_loss_of_nan_stops_with_the_last_good_state_kept(starts, text, tmp_path, monkeypatch):
