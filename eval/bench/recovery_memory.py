@@ -1,8 +1,9 @@
 """The memory of a recovery on the shape of a large model: `recovery_memory.py MODEL RECIPE [--blocks 32]`.
 
-MODEL is a pruned folder with few blocks of that shape (`make_model.py FOLDER --blocks 2`, then `llmprune prune`).
-A few steps are done on random tokens in a process of its own; printed are the private memory at its peak beside
-what the plan says, and both for a model of `--blocks` blocks: what grows with the blocks is counted so often.
+MODEL is a pruned folder with few blocks of that shape (`make_model.py FOLDER --blocks 2`, then `llmprune
+prune`). A few steps are done on random tokens in a process of its own; printed are the private memory at its
+peak beside what the plan says, and both for a model of `--blocks` blocks: what grows with the blocks is
+counted so often.
 """
 
 import argparse

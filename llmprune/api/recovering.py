@@ -304,15 +304,15 @@ def _rows(
 ) -> CalibrationSet:
     """The sequences to train on, and those held out beside them."""
     epochs, length = reading
+    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     length = length or default_length(model.limit)
     samples = math.ceil(tokens / (length * epochs))
-    if samples < 2:
+    if samples < 2 and not ready:
         raise ValueError(
             f"{tokens} tokens in {epochs} epochs are {samples} sequence of {length}; give more --tokens or a "
             "smaller --seqlen"
         )
     held = max(1, round(samples * recipe.held_out / (1 - recipe.held_out)))
-    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     request = calibrations.CalibrationRequest(
         samples=None if ready else samples + held,
         length=None if ready else length,
