@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed_tensor import Layout, unpack
+from llmprune.checkpoint.packing import Packing
 from llmprune.kernels.layout import bits_of, keep_of
 from llmprune.model.opening import open_model
 from llmprune.numerics import grids
@@ -117,8 +118,6 @@ def test_kept_zeros_and_signs_survive(dtype):
     size = sum(t.nbytes for t in stored.values())
     assert size == layout.bytes(bits_of(keep))
     assert size == dtype.itemsize * int(keep.sum()) + 37 * 8 * 3 + 4 * 38
-    from llmprune.checkpoint.packed import unpack
-
     back = unpack({part: stored[f"x{part}"] for part in ("", "_mask", "_rows")}, layout, "x")
     kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(back.view(kind), weight.view(kind))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
-from llmprune.checkpoint.packed import PARTS
+from llmprune.checkpoint.packed_tensor import PARTS
 from llmprune.checkpoint.stored_masks import masks_at
 from llmprune.machine.processes import Team, share_out
 from llmprune.model.opening import open_model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.overlay import Overlay
-from llmprune.checkpoint.packed import Packing
+from llmprune.checkpoint.packing import Packing
 from llmprune.checkpoint.reader import fingerprint, read_record
 from llmprune.checkpoint.writer import CheckpointWriter, Shard, check_space
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score

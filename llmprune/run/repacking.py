@@ -14,7 +14,8 @@ from llmprune.checkpoint.bitmask_packing import BitmaskPacking
 from llmprune.checkpoint.contents import CONFIG, INDEX, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
 from llmprune.checkpoint.masks import Masks, pack, where_bytes
-from llmprune.checkpoint.packed import Packed, Packing
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packing import Packing
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
 from llmprune.checkpoint.stored_masks import recorded_matrices
 from llmprune.checkpoint.writer import CheckpointWriter, Packer, Shard, check_space
