@@ -267,6 +267,15 @@ def test_damage_is_told_in_one_line(packed, tmp_path, what):
         llmprune.load(folder)
 
 
+def test_int4_values_of_more_dimensions_are_told_in_one_line(packed, tmp_path):
+    # How many bytes they take is known from the mask alone, which the headers do not hold.
+    llmprune.convert(packed, to="packed", values="int4", output=tmp_path / "int4")
+    folder = damaged(tmp_path / "int4", tmp_path / "broken", put("", lambda t: t[None].clone()))
+    for read in (open_model, llmprune.load):
+        with pytest.raises(ValueError, match=r"asks for U8 \[bytes\] in .* the files hold U8 \[1, "):
+            read(folder)
+
+
 @pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
 def test_rounded_values_are_on_their_grid(tmp_path, kind, values, bits):

@@ -101,12 +101,13 @@ def _check_header(name: str, layout: Layout, kept: int, tensors: Mapping[str, Te
         tensor = tensors.get(name + part)
         # Values of 4 bits begin anew with every mask word: how many bytes they take follows from the mask.
         some = part == "" and layout.bits == 4 and not layout.whole
-        if tensor is not None and tensor.stored in stored and (some or tensor.shape == shape):
+        fits = tensor is not None and (len(tensor.shape) == 1 if some else tensor.shape == shape)
+        if tensor is not None and tensor.stored in stored and fits:
             continue
         have = "nothing" if tensor is None else f"{tensor.stored} {list(tensor.shape)}"
         raise ValueError(
-            f"config.json asks for {stored[0]} {list(shape)} in {shown(name + part)}, and the files hold "
-            f"{have}; the packed checkpoint is damaged"
+            f"config.json asks for {stored[0]} {'[bytes]' if some else list(shape)} in {shown(name + part)}, "
+            f"and the files hold {have}; the packed checkpoint is damaged"
         )
 
 
