@@ -15,7 +15,8 @@ import torch
 from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.contents import CONFIG, RECORD
 from llmprune.checkpoint.dequantised import Dequantised
-from llmprune.checkpoint.packed import Packed, packing_entry
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
