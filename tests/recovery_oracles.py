@@ -67,28 +67,54 @@ Here: shared, and the mask fixed.
 | ast | sparsity, moves, pull, score, betas, eps, decay, forget (no `make`) |
 | mdgf | sparsity, moves, beta, forget |
 | sdgf | ladder, moves, forget |
-| gmp | sparsity, moves |
 | dpf | sparsity, moves, forget |
+| gmp | sparsity, moves |
+| drop_lowest | theta, keep, share, rule -> survivors |
+| drop_and_grow | sparsity, moves, share, growth, drop, uniform, c, eps, origin, still |
+
+`recovery_oracles_phases.py`: the mask moves in phases, or there is more than theta and a mask.
+
+| function | arguments after (theta, keep, gradient, rates, make) |
+|---|---|
 | acdc | sparsity, dense |
 | gap | sparsity, parts, dense_part; thetas, keeps, gradients are lists |
-| drop_and_grow | sparsity, moves, share, growth, drop, uniform, c, eps, origin, still |
-| powerpropagation | a, sparsity, moves |
 | iss_p | sparsity, rho, soft, mask_first, forget |
-| losa | weight, keep, adapters, gradient, rates, make, alpha, sparsity, moves, score |
+| powerpropagation | a, sparsity, moves; `weight` instead of theta |
+| losa | (weight, keep, adapters, gradient, rates, make), alpha, sparsity, moves, score, keep_count |
 | elsa | sparsity, moves, pull -> theta = (theta, z, u) |
 
 `recovery_oracles_learned.py`: the mask is learned, the weights are frozen or of low rank.
 
 | function | arguments |
 |---|---|
-| jackpots | weight, keep, gradient, rates, make, sparsity, share, score |
-| maskllm | weight, logits, gradient, rates, make, n, m, kappa, tau, noise, penalty |
-| maskllm_logits | keep, normal, n, m, std, strength |
+| jackpots | weight, keep, gradient, rates, make, sparsity, share, score -> theta = the scores |
+| restricted | score, keep, sparsity, share -> keep |
+| maskllm | weight, logits, gradient, rates, make, n, m, kappa, tau, noise, penalty -> theta = the logits |
+| patterns, maskllm_logits, maskllm_choice, maskllm_soft, maskllm_hard | its parts |
 | pst | weight, factors (U, Q, A, B, r, c), keep, gradient, rates, make, sparsity, moves, straight, ... |
 
-`recovery_oracles_objectives.py`: `next_token`, `kd`, `squarehead`, `block_error`, each a value and its
-gradient. `recovery_oracles_schedules.py`: sparsity, phases, ladders, shares, ramps and learning rates from
-progress.
+`recovery_oracles_objectives.py`: a value and its gradient, over the tokens that count.
+
+| function | arguments |
+|---|---|
+| next_token | logits [..., V], labels, counted |
+| next_labels | tokens [N, T] -> labels |
+| kd | student, teacher, tau, counted |
+| squarehead | hidden [list], teacher [list], counted, eps |
+| block_error | output, target, counted |
+
+`recovery_oracles_schedules.py`: pure functions of progress, or of a number of steps.
+
+| function | arguments |
+|---|---|
+| linear, cubic | progress, start, end, first, last |
+| losa_sparsity | round, rounds, sparsity |
+| acdc_dense | progress, warm_up, length, last_dense, last_compressed |
+| gap_part | progress, parts, frames, last |
+| sdgf_ladder, sdgf_wide_ladder, rung | n, m; n, m, factor; progress, rungs, last |
+| drop_share | progress, share, last, shape |
+| beta, pull | steps, c, shape; steps, strength, ramp |
+| rate | progress, peak, warm_up, floor, shape |
 """
 
 from __future__ import annotations
