@@ -146,6 +146,8 @@ class Loop:
         self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
         self._shuffle = torch.Generator().manual_seed(method.seed)
         self._queue: list[int] = []
+        self._batch: list[int] = []  # of the step that is being done
+        self._moved = -1  # the step before which masks moved last
         self._gradients: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
         wants = method.rule.wants if method.rule else frozenset()
@@ -181,19 +183,28 @@ class Loop:
             Diverged: the loss is NaN or Inf; nothing has moved then.
         """
         phase = self.phase(self.step)
-        if phase.move:
+        if phase.move and self._moved < self.step:  # else a step is done again, after memory ran out
             self._move(phase)
+            self._moved = self.step
         coming = self.phase(self.step + 1).move and "gradient" in self._wants
         loss = self._backward(phase, coming)
         paused = coming and self.method.rule is not None and self.method.rule.pauses
         if not paused:
             self._update(phase)
-        for tensor in self._leaves().values():
-            tensor.grad = None
-        self.step += 1
+        self._free_gradients()
+        self._batch, self.step = [], self.step + 1
         if self.done and self.phase(self.step).move:
             self._move(self.phase(self.step))
         return loss
+
+    def _free_gradients(self) -> None:
+        for tensor in self._leaves().values():
+            tensor.grad = None
+
+    def halve(self) -> None:
+        """Take half as many sequences at once, after memory ran out in a step: it can then be done again."""
+        self._free_gradients()
+        self.task = replace(self.task, batch=max(1, self.task.batch // 2))
 
     def _leaves(self) -> dict[str, Tensor]:
         """Everything that the optimizer moves, by name."""
@@ -291,11 +302,13 @@ class Loop:
     def _next(self) -> list[int]:
         """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
         task, size = self.task, self.method.batch
+        if self._batch:
+            return self._batch
         if len(self._queue) < size:
             order = torch.randperm(len(task.sequences), generator=self._shuffle).tolist()
             self._queue = [task.sequences[i] for i in order]
-        batch, self._queue = self._queue[:size], self._queue[size:]
-        return batch
+        self._batch, self._queue = self._queue[:size], self._queue[size:]
+        return self._batch
 
     # -- steps ----------------------------------------------------------------------------------------------
 

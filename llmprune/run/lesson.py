@@ -64,10 +64,10 @@ class Lesson:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
         return sorted(order[held:]), sorted(order[:held])
 
-    def matrices(self, load: Callable[[Target], Tensor]) -> dict[str, Matrix]:
-        """The matrices, by name in the record; `load` gives a weight as [R, C]."""
+    def matrices(self, load: Callable[[Target], Tensor], targets: Iterable[Target]) -> dict[str, Matrix]:
+        """Some matrices, by name in the record; `load` gives a weight as [R, C]."""
         found: dict[str, Matrix] = {}
-        for number, target in enumerate(self.targets):
+        for number, target in enumerate(targets):
             weight = load(target)
             keep = self._keep(target, weight)
             pattern, sparsity = self._aim_of(target, keep)
@@ -144,7 +144,7 @@ def whole_model(lesson: Lesson) -> Task:
     def load(target: Target) -> Tensor:
         return target.oriented(target.part(source.load(target.tensor))).to(device).contiguous()
 
-    matrices = lesson.matrices(load)
+    matrices = lesson.matrices(load, lesson.targets)
     names = plain_tensors(skeleton, recipe.others)
     others = {name: source.load(name).to(device) for name in names}
     tokens = lesson.rows.tokens
