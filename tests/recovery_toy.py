@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from recovery_oracles import Sparsity, Step, top
+from recovery_oracles import AdamW, Sparsity, Step, top
 
 ROWS, COLUMNS, STEPS = 4, 8, 12
 RATES = [0.05 / (1 + 0.1 * t) for t in range(STEPS)]
@@ -54,3 +54,14 @@ def assert_exact(keep: np.ndarray, sparsity: Sparsity) -> None:
         assert (keep.reshape(len(keep), -1, m).sum(axis=2) == n).all()
     else:
         assert ((~keep).sum(axis=1) == int(keep.shape[1] * sparsity)).all()
+
+
+class Recorded:
+    """A `make` for AdamW whose optimizers can be looked at afterwards, in `made`."""
+
+    def __init__(self) -> None:
+        self.made: list[AdamW] = []
+
+    def make(self) -> AdamW:
+        self.made.append(AdamW())
+        return self.made[-1]

@@ -12,7 +12,7 @@ import pytest
 import recovery_oracles as ro
 import recovery_oracles_evolving as evolving
 from recovery_oracles import SGD, AdamW, ASTAdamW
-from recovery_toy import COLUMNS, RATES, ROWS, STEPS, assert_exact, assert_same, problem
+from recovery_toy import COLUMNS, RATES, ROWS, STEPS, Recorded, assert_exact, assert_same, problem
 
 EVERY_THIRD = [t % 3 == 2 for t in range(STEPS)]
 RISING = [min(0.75, 0.25 + 0.05 * t) for t in range(STEPS)]
@@ -204,7 +204,7 @@ def test_drop_rules_by_hand():
 
 def test_rigl_by_hand():
     """The step moves the mask only: the smallest kept weight goes, the largest gradient comes, at 0."""
-    gradients = np.array([[1.0, -2.0, 5.0, 3.0]])
+    gradients = np.array([[1.0, -2.0, 50.0, 3.0]])
     theta, keep = np.array([[4.0, 0.5, 0.0, 0.0]]), np.array([[True, True, False, False]])
 
     def gradient(weight, t):
@@ -218,18 +218,14 @@ def test_rigl_by_hand():
     assert step.theta.tolist() == [[4.0, 0.0, 7.0, 0.0]]
     (step,) = evolving.drop_and_grow(*args, still=False)
     np.testing.assert_allclose(step.theta, [[3.9, 0.0, 0.0, 0.0]])
-    gradients = np.array([[1.0, -9.0, 5.0, 3.0]])
+    gradients = np.array([[1.0, -90.0, 50.0, 3.0]])
     (step,) = evolving.drop_and_grow(*args)  # dropped and grown again: it keeps its value
     assert step.keep.tolist() == [[True, True, False, False]] and step.theta.tolist() == [[4.0, 0.5, 0, 0]]
 
 
 def test_moments_of_grown_weights_are_zero_and_those_of_regrown_ones_stay():
+    recorded = Recorded()
     gradients = [np.array([[1.0, 2.0, 0.0, 0.0]]), np.array([[0.0, 9.0, 1.0, 0.0]])]
-    made = []
-
-    def make():
-        made.append(AdamW())
-        return made[-1]
 
     def gradient(weight, t):
         return gradients[t] if t < 2 else np.array([[0.0, 0.1, 5.0, 0.0]])
@@ -238,11 +234,11 @@ def test_moments_of_grown_weights_are_zero_and_those_of_regrown_ones_stay():
     moves = [False, True, True]
     for steps in (2, 3):
         evolving.drop_and_grow(
-            theta, keep, gradient, [0.1] * steps, make, 0.5, moves[:steps], 0.5, "gradient"
+            theta, keep, gradient, [0.1] * steps, recorded.make, 0.5, moves[:steps], 0.5, "gradient"
         )
-    np.testing.assert_allclose(made[0].m, [[0.1, 0.2, 0.0, 0.0]])  # weight 1 dropped and grown again
-    np.testing.assert_allclose(made[1].m, [[0.1, 0.0, 0.0, 0.0]])  # weight 1 out, weight 2 in
-    assert made[1].count == 1
+    np.testing.assert_allclose(recorded.made[0].m, [[0.1, 0.2, 0.0, 0.0]])  # weight 1 dropped and grown again
+    np.testing.assert_allclose(recorded.made[1].m, [[0.1, 0.0, 0.0, 0.0]])  # weight 1 out, weight 2 in
+    assert recorded.made[1].count == 1
 
 
 def test_unfired_weights_come_before_those_that_were_active():
@@ -271,10 +267,21 @@ def test_momentum_growth_sees_gradients_of_pruned_weights():
     """Two pruned weights with equal gradients at last; the one with the steadier gradient has the larger
     ratio.
     """
+    recorded = Recorded()
     steps = [np.array([[0.0, 0.0, 1.0, -1.0]]), np.array([[0.0, 0.0, 1.0, 1.0]])]
     theta, keep = np.array([[4.0, 3.0, 0.0, 0.0]]), np.array([[True, True, False, False]])
     history = evolving.drop_and_grow(
-        theta, keep, lambda weight, t: steps[t], [0.1] * 2, AdamW, 0.5, [False, True], 0.5, "momentum"
+        theta,
+        keep,
+        lambda weight, t: steps[t],
+        [0.1] * 2,
+        recorded.make,
+        0.5,
+        [False, True],
+        0.5,
+        "momentum",
     )
     assert np.flatnonzero(history[-1].keep).tolist() == [0, 2]
     assert history[-1].theta[0, 2] == 0
+    np.testing.assert_allclose(recorded.made[0].m, [[0.0, 0.0, 0.0, 0.01]], atol=1e-12)  # grown: forgotten
+    assert recorded.made[0].v[0, 2] == 0 and recorded.made[0].v[0, 3] > 0

@@ -187,6 +187,8 @@ def test_ramps():
         [schedules.pull(n, 6e-5, 3000) for n in (0, 1500, 3000, 9000)], [0, 3e-5, 6e-5, 6e-5]
     )
     assert [schedules.linear(progress(t, 2), 100, 500) for t in range(3)] == [100, 300, 500]
+    values = [schedules.linear(progress(t, 4), 1, 0, Fraction(1, 4), Fraction(3, 4)) for t in range(5)]
+    assert values == [1, 1, 0.5, 0, 0]
     np.testing.assert_allclose(
         [schedules.linear(progress(t, 2), 4, 0.05) for t in range(3)], [4, 2.025, 0.05]
     )

@@ -9,7 +9,7 @@ import pytest
 import recovery_oracles as ro
 import recovery_oracles_phases as phases
 from recovery_oracles import SGD, AdamW
-from recovery_toy import RATES, STEPS, assert_exact, assert_same, mean_square, numeric, problem
+from recovery_toy import RATES, STEPS, Recorded, assert_exact, assert_same, mean_square, numeric, problem
 
 OPTIMIZERS = {"sgd": lambda: SGD(0.9), "adamw": lambda: AdamW((0.9, 0.95))}
 EVERY_THIRD = [t % 3 == 2 for t in range(STEPS)]
@@ -220,6 +220,20 @@ def test_a_merge_without_pruning_leaves_v(toy):
     np.testing.assert_allclose(step.weight, wanted.weight)
 
 
+@pytest.mark.parametrize(("keep_count", "count"), [(False, 1), (True, 3)])
+def test_new_adapters_have_new_moments(toy, keep_count, count):
+    recorded = Recorded()
+    weight, keep, gradient = toy
+    adapters = [np.random.default_rng(seed).normal(size=(2, weight.shape[1])) for seed in range(2)]
+    moves = [False, True, False]
+    phases.losa(
+        weight, keep, adapters, gradient, [0.1] * 3, recorded.make, 4.0, 0.5, moves, keep_count=keep_count
+    )
+    assert [each.count for each in recorded.made] == [2, 2, count, count]
+    again = recorded.made[3]  # of the second B
+    np.testing.assert_allclose(again.v, again.m**2 / 0.01 * 0.001)  # one gradient each
+
+
 # --- ELSA
 
 
@@ -256,3 +270,22 @@ def test_elsa_weighs_by_adams_second_moment():
     (step,) = phases.elsa(theta, keep, lambda v, t: g, [0.0], AdamW, 0.5, True, 0.0)
     assert step.keep.tolist() == [[True, False]]
     assert step.theta[1].tolist() == [[1.0, 0.0]] and step.theta[2].tolist() == [[0.0, 2.0]]
+
+
+def test_two_steps_of_elsa_by_hand():
+    """At rate 0. First z is 0 2 and g is 4 1, so z becomes 1 0 and u 0 2. Then g is 3 + 1 - 1 + 0 and
+    1 + 2 - 0 + 2, x is 1 4 and v nearly even: z becomes 0 4, u becomes 0 2 + 1 2 - 0 4.
+    """
+    recorded = Recorded()
+    theta, keep, g = np.array([[1.0, 2.0]]), np.array([[False, True]]), np.array([[3.0, 1.0]])
+    first, second = phases.elsa(theta, keep, lambda v, t: g, [0.0] * 2, recorded.make, 0.5, True, 1.0)
+    assert [each.tolist() for each in first.theta] == [[[1.0, 2.0]], [[1.0, 0.0]], [[0.0, 2.0]]]
+    assert [each.tolist() for each in second.theta] == [[[1.0, 2.0]], [[0.0, 4.0]], [[1.0, 0.0]]]
+    np.testing.assert_allclose(recorded.made[0].m, [[0.09 * 4 + 0.1 * 3, 0.09 * 1 + 0.1 * 5]])
+
+
+def test_elsa_projects_theta_plus_u():
+    """The weights are 1 and 2 and stay; the second is pruned first (v 9 1) and comes back by its u: 1 16."""
+    theta, keep, g = np.array([[1.0, 2.0]]), np.array([[False, True]]), np.array([[3.0, 1.0]])
+    first, second = phases.elsa(theta, keep, lambda v, t: g, [0.0] * 2, AdamW, 0.5, True, 0.0)
+    assert first.keep.tolist() == [[True, False]] and second.keep.tolist() == [[False, True]]
