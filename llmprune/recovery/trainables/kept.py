@@ -15,7 +15,7 @@ class Kept(Trainable):
     """V is theta, zero where it is pruned."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 0.0)
+    state = (3.0, 3.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -43,7 +43,7 @@ class Kept(Trainable):
         weight: Tensor = Masked.apply(self.tensors["theta"], keep, beta, gamma)
         return weight
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.tensors["theta"].detach()
 
     @torch.no_grad()

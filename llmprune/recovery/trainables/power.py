@@ -17,7 +17,7 @@ class Power(Trainable):
     """Starts at theta = sign(W) |W|^(1/a). Masks compare |V|. What is pruned never returns."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 0.0)
+    state = (3.0, 3.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -40,16 +40,15 @@ class Power(Trainable):
 
     def _power(self) -> Tensor:
         theta = self.tensors["theta"]
-        if self.config.exponent == 2:  # where theta is zero, the general power has a gradient of NaN or Inf
-            return theta * theta.abs()
-        power: Tensor = theta * theta.abs().clamp(min=1e-12) ** (self.config.exponent - 1)
+        # Not theta * |theta|^(a - 1), whose gradient is not finite where theta is zero.
+        power: Tensor = theta.sign() * theta.abs() ** self.config.exponent
         return power
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         return scaled(self._power(), keep, phase.numbers[0])
 
     @torch.no_grad()
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self._power()
 
     @torch.no_grad()

@@ -41,31 +41,26 @@ class Split(Trainable):
             theta = torch.where(matrix.keep, theta, matrix.origin().to(theta))
         self.tensors = {"theta": theta.clone().requires_grad_()}
         self.fixed = {"z": torch.where(matrix.keep, theta, 0.0), "u": torch.zeros_like(theta)}
-        self._frozen = False
-
-    def kept_fixed(self) -> dict[str, Tensor]:
-        return self.fixed
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         theta = self.tensors["theta"]
-        self._frozen = phase.frozen
         return torch.where(keep, theta, 0.0) if phase.frozen else theta
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self, phase: Phase) -> None:
         theta = self.tensors["theta"]
-        if theta.grad is not None and not self._frozen:
+        if theta.grad is not None and not phase.frozen:
             theta.grad.add_(theta - self.fixed["z"] + self.fixed["u"], alpha=self.config.penalty)
 
     @torch.no_grad()
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.tensors["theta"] + self.fixed["u"]
 
     @torch.no_grad()
     def moved(self, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
         theta = self.tensors["theta"]
         z = torch.where(new, theta + self.fixed["u"], 0.0)
-        self.fixed = {"z": z, "u": self.fixed["u"] + theta - z}
+        self.fixed, self.changed = {"z": z, "u": self.fixed["u"] + theta - z}, True
         if phase.frozen:
             theta.masked_fill_(~new, 0.0)
 
