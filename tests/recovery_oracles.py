@@ -70,7 +70,7 @@ Here: shared, and the mask fixed.
 | dpf | sparsity, moves, forget |
 | gmp | sparsity, moves |
 | drop_lowest | theta, keep, share, rule -> survivors |
-| drop_and_grow | sparsity, moves, share, growth, drop, uniform, c, eps, origin, still |
+| drop_and_grow | sparsity, moves, share, growth, drop, uniform, c, eps, origin, still, forget |
 
 `recovery_oracles_phases.py`: the mask moves in phases, or there is more than theta and a mask.
 

@@ -203,6 +203,7 @@ def drop_and_grow(
     eps: float = 1.0,
     origin: np.ndarray | None = None,
     still: bool | None = None,
+    forget: bool = True,
 ) -> list[Step]:
     """Dynamic sparse training. At a move the score is +inf for survivors of the drop, elsewhere:
 
@@ -241,7 +242,7 @@ def drop_and_grow(
             else:
                 raise ValueError(f"unknown growth rule {growth!r}")
             new = top(np.where(survivors, np.inf, grow), sparsity[t])
-            theta, keep = moved(theta, keep, new, optimizer, False, origin), new
+            theta, keep = moved(theta, keep, new, optimizer, False, origin, forget), new
             fired = fired | keep
         history.append(Step(theta, keep, theta))
     return history
