@@ -238,10 +238,9 @@ class Loop:
             loss = self._loss(_Weights(self, seen), part, sizes)
             total += loss.detach().double().cpu()
             with self._moving_at_once(phase, dense, number == len(parts) and bool(total.isfinite())):
-                loss.backward()
-        penalty = self._penalty(seen)
-        if penalty is not None:
-            penalty.backward()
+                if loss.requires_grad:  # learned masks that are frozen train nothing
+                    loss.backward()
+        self._add_penalties(seen)
         for key, tensor in self._leaves().items():
             if tensor.grad is None and key not in self._stepped:
                 tensor.grad = torch.zeros_like(tensor)
@@ -318,26 +317,33 @@ class Loop:
                 )
             return loss
 
-    def _penalty(self, phase: Phase) -> Tensor | None:
-        """What trainables add to the loss; on the first process only, since gradients are summed."""
-        total = None
+    def _add_penalties(self, phase: Phase) -> None:
+        """Add the gradients of what trainables add to the loss; on one process only, since gradients are
+        summed.
+        """
+        if not self.task.mine([self.task.sequences[0]]):
+            return
         for name, trainable in self.trained.items():
-            if type(trainable).penalty is Trainable.penalty or not self.task.mine([0]):
+            if type(trainable).penalty is Trainable.penalty or phase.frozen:
                 continue
             with torch.enable_grad():
                 found = trainable.penalty(trainable.weight(self.keeps[name], phase), phase)
             if found is not None:
-                total = found if total is None else total + found
-        return total
+                found.backward()
 
     def _next(self) -> list[int]:
-        """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
+        """The sequences of the next batch, from a shuffled queue that is made anew where it runs short.
+
+        Where there are fewer sequences than a batch has, it holds some of them more than once.
+        """
         task, size = self.task, self.method.batch
         if self._batch:
             return self._batch
         if len(self._queue) < size:
+            self._queue = []
+        while len(self._queue) < size:
             order = torch.randperm(len(task.sequences), generator=self._shuffle).tolist()
-            self._queue = [task.sequences[i] for i in order]
+            self._queue += [task.sequences[i] for i in order]
         self._batch, self._queue = self._queue[:size], self._queue[size:]
         return self._batch
 
@@ -384,6 +390,8 @@ class Loop:
             assert tensor.grad is not None
             gradient = scaled(tensor.grad, masks[key], 0.0) if key in masks else tensor.grad
             total += float(gradient.double().square().sum())
+        if not math.isfinite(total):  # which would pass as a norm that is small enough
+            raise Diverged(f"the gradients became {total} at step {self.step + 1} of {self.method.steps}")
         return min(1.0, self.method.clip / (math.sqrt(total) + 1e-6))
 
     # -- masks ----------------------------------------------------------------------------------------------
@@ -410,17 +418,21 @@ class Loop:
 
     def _put(self, name: str, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
         trainable = self.trained[name]
-        before = {part: id(tensor) for part, tensor in trainable.tensors.items()}
+        before = dict(trainable.tensors)
         trainable.moved(old, new, phase, view)
         self.keeps[name] = new
         if name in self._active:
             self._active[name] += new
         for part, tensor in trainable.tensors.items():
             key = f"{name}:{part}"
-            if id(tensor) != before.get(part):
+            if tensor is not before.get(part):
                 self._optimizer.drop(key)
-            elif part in trainable.masked and phase.numbers[1] == 0 and "moments" not in self._wants:
-                self._optimizer.forget(key, old & new)
+            elif part in trainable.masked and not self._reaches(phase.step):
+                self._optimizer.forget(key, new if self._reaches(phase.step - 1) else old & new)
+
+    def _reaches(self, step: int) -> bool:
+        """Whether gradients reach pruned weights at a step, so that their moments are those of now."""
+        return "moments" in self._wants or (step >= 0 and self.phase(step).numbers[1] > 0)
 
     def _view(
         self, name: str, aim: tuple[Pattern, float] | None, phase: Phase, inputs: Tensor | None
@@ -430,10 +442,8 @@ class Loop:
         if "moments" in self._wants:
             (part,) = trainable.masked or {"theta"}
             moments = self._optimizer.moments(f"{name}:{part}")
-            if moments is None:
-                moments = (torch.zeros_like(trainable.compared()),) * 2
         return View(
-            weight=trainable.compared(),
+            weight=trainable.compared(self.keeps[name]),
             keep=self.keeps[name],
             aim=aim,
             phase=phase,
@@ -522,7 +532,7 @@ class Loop:
                 trainable.tensors[part] = groups["leaf"][f"{name}:{part}"].requires_grad_()
         for key, tensor in groups.get("fixed", {}).items():
             name, _, part = key.rpartition(":")
-            self.trained[name].fixed[part] = tensor
+            self.trained[name].fixed[part], self.trained[name].changed = tensor, True
         self.others = {name: groups["leaf"][name].requires_grad_() for name in self.others}
         self._gradients, self._active = groups.get("gradient", {}), groups.get("active", {})
         self._optimizer.restore(groups.get("state", {}), values["steps"])

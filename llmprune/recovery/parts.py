@@ -116,11 +116,21 @@ class Matrix:
     bits: int = 0
     least: float = 0.0
 
+    def first_mask(self) -> Tensor:
+        """Its keep mask; of a dense one that of the largest weights, with the pattern and sparsity of the
+        end.
+        """
+        if self.pattern is None or not bool(self.keep.all()):
+            return self.keep
+        return self.pattern.select(self.weight.detach().float().abs().contiguous(), self.sparsity)
+
     def aim(self, phase: Phase) -> tuple[Pattern, float] | None:
         """The pattern and sparsity of its mask at a step; None while it is dense."""
         if self.pattern is None or int(self.part * phase.parts) in phase.dense:
             return None
-        initial = min(max(phase.initial, self.least), self.sparsity)
+        # A little is added to `least`, so that the rounding of a product cannot lose one of its weights.
+        least = self.least + 1e-9 if self.least else 0.0
+        initial = min(max(phase.initial, least), self.sparsity)
         sparsity = initial + (self.sparsity - initial) * phase.reach
         if phase.reach >= 1:
             return self.pattern, self.sparsity
@@ -185,14 +195,16 @@ class Schedule(Algorithm, ABC):
     def moving(self, step: int, steps: int) -> float:
         """The progress within the part in which masks move, in [0, 1]."""
         span = self.span(steps)
-        return min(1.0, max(0.0, (step - span.start) / max(1, len(span) - 1)))
+        if step >= span[-1]:
+            return 1.0
+        return max(0.0, (step - span.start) / (len(span) - 1))
 
     def moves_at(self, step: int, steps: int) -> bool:
         """Whether masks are chosen anew before a step: `moves` times, evenly spread, the last at the end."""
         span, moves = self.span(steps), min(self.config.moves, len(self.span(steps)))
         if not moves or step not in span:
             return False
-        at, length = step - span.start, max(1, len(span) - 1)
+        at, length = step - span.start, len(span) - 1
         if moves == 1:
             return at == length
         return any(round(number * length / (moves - 1)) == at for number in _near(at, length, moves))
@@ -234,7 +246,7 @@ class View:
         phase: what holds.
         generator: seeded by matrix and step.
         gradient: G, dense; None unless the rule asks for it.
-        mean, square: the moments of Adam, corrected for their start; None without.
+        mean, square: the moments of Adam, corrected for their start; None before the first step, or without.
         inputs: the mean square of each input, [C]; None unless the rule asks for it.
         active: at how many moves each weight was kept; None unless the rule asks for it.
         learned: the score that the trainable has learned; None without.
@@ -258,7 +270,7 @@ class MaskRule(Algorithm, ABC):
 
     Attributes:
         wants: what it needs beside weight and mask: names among `gradient`, `moments`, `inputs`, `active`.
-        pauses: whether the optimizer does not move at a step before which masks moved.
+        pauses: whether the optimizer does not move at a step after which masks move, whose gradient decides.
     """
 
     wants: ClassVar[frozenset[str]] = frozenset()
@@ -276,7 +288,8 @@ class Trainable(Algorithm, ABC):
 
     Attributes:
         tensors: what the optimizer moves, float32 and by name; each requires gradients.
-        fixed: what else a later part of the training must know, by name.
+        fixed: what else a later part of the training must know, by name. changed: whether a move of the mask
+            has changed it.
         masked: the names of tensors of the matrix's own shape, whose pruned entries the numbers rule.
         based: whether it holds the weight of the start too, in the dtype in which that is stored.
         revives: whether it trains pruned weights too, and wants those of the dense model to begin with.
@@ -290,6 +303,7 @@ class Trainable(Algorithm, ABC):
         super().__init__(config)
         self.tensors: dict[str, Tensor] = {}
         self.fixed: dict[str, Tensor] = {}
+        self.changed = False
 
     def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
         """How many float32 numbers it trains of a matrix [R, C], and how many it holds beside them."""
@@ -304,7 +318,7 @@ class Trainable(Algorithm, ABC):
         """V, through which gradients flow to the tensors."""
 
     @abstractmethod
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         """What masks compare by size, [R, C]."""
 
     @abstractmethod
@@ -320,8 +334,8 @@ class Trainable(Algorithm, ABC):
         return size
 
     def kept_fixed(self) -> dict[str, Tensor]:
-        """Those of `fixed` that change while it is trained, and must be saved."""
-        return {}
+        """What of `fixed` must be saved, since it is not that of the start any more."""
+        return self.fixed if self.changed else {}
 
     def pull(self, part: str, phase: Phase) -> None:
         """Add what moves a tensor beside the loss to its gradient."""

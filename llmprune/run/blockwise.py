@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.overlay import Overlay
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.model.activations import BlockInputs
 from llmprune.model.arguments import Store
 from llmprune.model.student import assembled

@@ -14,9 +14,11 @@ from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
 from llmprune.checkpoint.files import WeightFile
 from llmprune.checkpoint.journal import remove
 from llmprune.checkpoint.masks import pack
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed_tensor import Layout
+from llmprune.checkpoint.packing import Packing
+from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import TensorInfo, WeightSource, fingerprint, read_ahead, read_record
-from llmprune.checkpoint.writer import Shard, check_space
+from llmprune.checkpoint.shard import Shard
 from llmprune.contracts import Pattern
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices

@@ -42,7 +42,7 @@ class Kept(Trainable):
         weight: Tensor = Masked.apply(self.tensors["theta"], keep, beta, gamma)
         return weight
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.tensors["theta"].detach()
 
     @torch.no_grad()

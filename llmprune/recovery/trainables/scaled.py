@@ -63,13 +63,11 @@ class Scaled(Trainable):
         return factor
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
-        base = self.fixed["base"]
-        weight: Tensor = base * self._factor().to(base.dtype)
-        return weight
+        return torch.where(keep, self.fixed["base"] * self._factor(), 0.0)
 
-    def compared(self) -> Tensor:
-        return self.merge(self.fixed["base"] != 0)
+    def compared(self, keep: Tensor) -> Tensor:
+        return self.merge(keep)
 
     @torch.no_grad()
     def merge(self, keep: Tensor) -> Tensor:
-        return torch.where(keep, self.fixed["base"].float() * self._factor(), 0.0)
+        return self.weight(keep, Phase(step=0))
