@@ -8,9 +8,11 @@ from llmprune.api.generation import generate
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.result import DryRun, Result, plan_summary
+from llmprune.api.training import MaskKeeper, merge_adapter
 
 __all__ = [
     "DryRun",
+    "MaskKeeper",
     "Result",
     "accelerate",
     "bench",
@@ -22,6 +24,7 @@ __all__ = [
     "mask_apply",
     "mask_check",
     "mask_diff",
+    "merge_adapter",
     "plan_summary",
     "prune",
     "push",
