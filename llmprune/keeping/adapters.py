@@ -71,9 +71,7 @@ class Adapters:
         plain = [layer.name for layer in self.layers if layer.kept is None]
         named = f": {', '.join(plain[:3])}{', ...' if len(plain) > 3 else ''}" if plain else ""
         masked = len(self.layers) - len(plain)
-        return (
-            f"LoRA layers: {masked} masked, {len(plain)} without a mask, as their matrices are dense{named}"
-        )
+        return f"LoRA layers: {masked} masked, {len(plain)} plain, as their matrices have no mask{named}"
 
     def dropped(self) -> float:
         """The share of the squared change of fresh layers that falls on pruned weights."""

@@ -55,7 +55,7 @@ class Kept:
 
     def like(self, value: object) -> bool:
         """Whether a value of an optimizer's state has an entry for each weight."""
-        if not isinstance(value, Tensor) or type(value) is not Tensor or value.shape != self.shape:
+        if type(value) is not Tensor or value.shape != self.shape:
             return False
         return value.is_floating_point() and value.element_size() in _WHOLE
 
