@@ -159,6 +159,7 @@ def merge(model: Any, path: Path | None) -> Any:
     found.check()
     _check_finite(found)
     merged = model.merge_and_unload()
+    merged.__dict__.pop("peft_config", None)  # left behind before PEFT 0.19
     assert not any(bool(kept.filled().any()) for kept in found.kept.values())
     return merged
 
