@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import llmprune
 from llmprune.checkpoint.masks import MaskFile, pack, read_masks
+from llmprune.keeping.kept import unpacked_there
 
 TOKENS = torch.randint(0, 120, (8, 16), generator=torch.Generator().manual_seed(0))
 OPTIMIZERS = {
@@ -394,6 +395,33 @@ def test_packed_folders(pruned, tmp_path):
     assert not_zero(model, pruned) == 0 and keeper.check()["pruned"] == pruned_in(pruned)
 
 
+@pytest.mark.parametrize("view", [True, False])
+def test_under_distributed_data_parallel(pruned, model, view):
+    """Its hooks copy the gradients into buckets and back, after they were masked."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        optimizer = OPTIMIZERS["adamw"](wrapped.parameters())
+        keeper = llmprune.MaskKeeper(wrapped).attach(optimizer)
+        train(wrapped, optimizer)
+        wrapped(TOKENS, labels=TOKENS).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert keeper.model is model and not_zero(model, pruned) == 0
+    for name, keep in read_masks(pruned / "masks.safetensors").items():
+        grad = model.get_parameter(name).grad
+        assert int(grad[~keep].count_nonzero()) == 0 < int(grad[keep].count_nonzero())
+
+
+def test_masks_unpack_alike_on_every_device():
+    for shape in ((3, 5), (4, 8), (2, 3, 7)):
+        keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        assert torch.equal(unpacked_there(pack(keep.view(1, -1)), keep.numel()).view(shape), keep)
+
+
 def test_wrapped_by_torch(pruned, model):
     assert llmprune.MaskKeeper(torch.nn.DataParallel(model)).model is model
     assert llmprune.MaskKeeper(torch.compile(model)).model is model
@@ -496,6 +524,14 @@ def test_models_that_cannot_be_kept(tiny_llama, pruned):
     linear = model.model.layers[0].mlp.up_proj
     linear.weight = torch.nn.Parameter(linear.weight.detach().to("meta"))
     with pytest.raises(ValueError, match=r"meta device \(offloaded\?\)") as refused:
+        llmprune.MaskKeeper(model)
+    one_line(refused.value)
+
+    class Sharded(torch.Tensor):
+        pass
+
+    linear.weight = torch.nn.Parameter(torch.zeros(96, 64).as_subclass(Sharded))
+    with pytest.raises(ValueError, match=r"is Sharded .*; sharded and quantised weights cannot") as refused:
         llmprune.MaskKeeper(model)
     one_line(refused.value)
     linear.weight = torch.nn.Parameter(torch.zeros(3, 3))

@@ -466,6 +466,32 @@ def test_values_that_are_not_finite(pruned):
     assert all(torch.equal(before[n], w) for n, w in state.items() if "base_layer" in n)
 
 
+def test_zeros_filled_beside_the_adapter(pruned):
+    model = adapted(pruned)
+    llmprune.MaskKeeper(model)
+    weight = model.get_base_model().model.layers[0].mlp.gate_proj.weight
+    weight.data[tuple((weight == 0).nonzero()[0])] = 1
+    with pytest.raises(
+        ValueError, match=r"1 pruned weights of model.layers.0.mlp.gate_proj.weight are not"
+    ) as refused:
+        llmprune.merge_adapter(model)
+    one_line(refused.value)
+    assert hasattr(model.get_base_model().model.layers[0].mlp.up_proj, "lora_A")
+
+
+def test_an_adapter_put_on_by_transformers(pruned):
+    torch.manual_seed(0)
+    model = llmprune.load(pruned)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights=False))
+    plain = logits(model)
+    with llmprune.MaskKeeper(model) as keeper:
+        assert "LoRA layers: 8 masked, 0 plain" in keeper.describe()
+        train(model, keeper=keeper)
+    assert not torch.allclose(logits(model), plain, atol=1e-2)
+    with pytest.raises(ValueError, match="must be a PeftModel"):
+        llmprune.merge_adapter(model)
+
+
 def test_adapters_that_are_not_active_or_came_later(pruned):
     model = adapted(pruned)
     keeper = llmprune.MaskKeeper(model)

@@ -157,7 +157,7 @@ def merge(model: Any, path: Path | None) -> Any:
     if found is None or not any(layer.adapters for layer in found.layers):
         raise ValueError("the model has no active LoRA adapter to merge; set_adapter(NAME) makes one active")
     found.check()
-    _check_finite(found)
+    _check_values(found)
     merged = model.merge_and_unload()
     merged.__dict__.pop("peft_config", None)  # left behind before PEFT 0.19
     assert not any(bool(kept.filled().any()) for kept in found.kept.values())
@@ -202,8 +202,14 @@ def _check_layer(name: str, layer: Any) -> None:
         raise ValueError(f"the adapter on {name} is merged already; call unmerge_adapter() first")
 
 
-def _check_finite(adapters: Adapters) -> None:
-    """Raise `ValueError` for NaN or Inf in an active adapter, before anything is merged."""
+def _check_values(adapters: Adapters) -> None:
+    """Raise `ValueError` for zeros that were filled before, and NaN or Inf in an active adapter."""
+    for name, kept in adapters.kept.items():
+        if filled := int(kept.filled().sum()):
+            raise ValueError(
+                f"{filled:,} pruned weights of {name} are not zero, so they were changed beside the adapter; "
+                "nothing was merged"
+            )
     for layer in adapters.layers:
         for name in layer.adapters:
             for part in (layer.module.lora_A[name], layer.module.lora_B[name]):
