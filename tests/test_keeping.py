@@ -14,6 +14,7 @@ from torch.func import functional_call
 import llmprune
 from llmprune.checkpoint.masks import MaskFile, pack, read_masks
 from llmprune.keeping.kept import unpacked_there
+from llmprune.runtime.semi_structured import TwoOfFourLinear
 
 TOKENS = torch.randint(0, 120, (8, 16), generator=torch.Generator().manual_seed(0))
 OPTIMIZERS = {
@@ -153,7 +154,7 @@ def test_moments_from_before_the_pruning_are_cleared(pruned, tiny_llama):
     """Masked gradients alone do not do: Adam's first moment moves what was pruned."""
     masks = read_masks(pruned / "masks.safetensors")
 
-    def continued(kept):
+    def continued(kept):  # whether with a keeper
         model = llmprune.load(tiny_llama).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         train(model, optimizer)
@@ -162,6 +163,7 @@ def test_moments_from_before_the_pruning_are_cleared(pruned, tiny_llama):
                 model.get_parameter(name).mul_(keep)
         if kept:
             llmprune.MaskKeeper(model, pruned).attach(optimizer)
+            assert moments(model, optimizer, masks) == 0
         else:
             for name, keep in masks.items():
                 model.get_parameter(name).register_hook(lambda grad, keep=keep: grad * keep)
@@ -170,6 +172,24 @@ def test_moments_from_before_the_pruning_are_cleared(pruned, tiny_llama):
 
     assert continued(True) == 0
     assert continued(False) > 0
+
+
+def test_moments_of_gradients_set_by_hand_are_cleared(pruned, model):
+    masks = read_masks(pruned / "masks.safetensors")
+    optimizer = OPTIMIZERS["amsgrad"](model.parameters())
+    keeper = llmprune.MaskKeeper(model).attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # by no backward pass, so no hook sees it
+    optimizer.step()
+    assert moments(model, optimizer, masks) == 0 and keeper.check()["filled"] == 0
+
+
+def moments(model, optimizer, masks):
+    """How many entries of Adam's state at pruned weights are not zero."""
+    states = [(optimizer.state[model.get_parameter(name)], ~keep) for name, keep in masks.items()]
+    return sum(
+        int(state[key][cut].count_nonzero()) for state, cut in states for key in ("exp_avg", "exp_avg_sq")
+    )
 
 
 def test_several_optimizers(pruned, model):
@@ -514,14 +534,20 @@ def test_masks_of_another_model(pruned, model, make_llama, tmp_path):
 def test_models_that_cannot_be_kept(tiny_llama, pruned):
     for given, said in (
         (str(pruned), "model must be a transformers model in memory"),
-        (torch.nn.Linear(2, 2), "model must be a transformers model in memory"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), "model must be a transformers model in memory"),
         (llmprune.load(tiny_llama), "no weight of tiny-llama is zero, so there is nothing to keep"),
     ):
         with pytest.raises(ValueError, match=said) as refused:
             llmprune.MaskKeeper(given)
         one_line(refused.value)
     model = llmprune.load(pruned)
-    linear = model.model.layers[0].mlp.up_proj
+    mlp = model.model.layers[0].mlp
+    linear = mlp.up_proj
+    mlp.up_proj = TwoOfFourLinear(linear, linear.weight, ())
+    with pytest.raises(ValueError, match=r"mlp.up_proj was accelerated and has its weight twice") as refused:
+        llmprune.MaskKeeper(model)
+    one_line(refused.value)
+    mlp.up_proj = linear
     linear.weight = torch.nn.Parameter(linear.weight.detach().to("meta"))
     with pytest.raises(ValueError, match=r"meta device \(offloaded\?\)") as refused:
         llmprune.MaskKeeper(model)

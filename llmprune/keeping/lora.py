@@ -66,7 +66,7 @@ class MaskedLinear(Linear):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the weight: summed in float32, rounded once, +0 where the mask prunes.
+        """Merge adapters into the weight: summed in float32, rounded once; zeros stay +0.
 
         Args:
             safe_merge: taken for PEFT's sake; values that are not finite are refused in any case.
@@ -83,7 +83,6 @@ class MaskedLinear(Linear):  # type: ignore[misc]
         for name in names:
             merged = merged + self.get_delta_weight(name).to(merged.dtype)
         merged = merged.to(weight.dtype)
-        self.kept.clear(merged)
         if not bool(merged.isfinite().all()):
             raise ValueError(f"the adapter on {self.kept.name} gives NaN or Inf; nothing of it was merged")
         weight.data.copy_(merged)
