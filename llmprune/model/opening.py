@@ -184,7 +184,7 @@ def _in_memory(model: PreTrainedModel, options: OpenOptions, device: torch.devic
     if options.dequantize:
         raise ValueError("dequantize is for a checkpoint's folder or name, not for a model in memory")
     check_whole(model)
-    source = MemoryCheckpoint(model)
+    source = MemoryCheckpoint(model.state_dict())
     check_stored(source.tensors, "the model in memory")
     compute = devices.choose_dtype(options.dtype, device, model.dtype)
     config = copy.deepcopy(model.config)
