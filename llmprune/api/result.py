@@ -9,7 +9,8 @@ from typing import Any
 from llmprune.common.messages import size_text
 from llmprune.planning.plan import Plan
 from llmprune.recipe.types import Recipe
-from llmprune.record.figures import method_of, score_rows, share_of_all, sizes_on_disk
+from llmprune.record.figures import ScoreRow, from_dense, method_of, score_rows, share_of_all, sizes_on_disk
+from llmprune.record.recovered import training_rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,17 +28,32 @@ class Result:
     def __repr__(self) -> str:
         record, totals = self.record, self.record["totals"]
         pruned = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices"
-        scores = [(s.name, f"{s.dense} dense, {s.pruned} pruned ({s.change})") for s in score_rows(record)]
+        found = score_rows(record)
+        scores = [(s.name, _scored(s, "recovery" in record and not from_dense(found))) for s in found]
+        unscored = "none, trained" if "recovery" in record else "none, pruned"
+        trained = [row for row in training_rows(record) if row[0] in _SHOWN] if "recovery" in record else []
         rows = [
             ("model", record["model"]["source"]),
             ("method", method_of(record)),
             ("sparsity", f"{pruned}, {share_of_all(record)}"),
-            *(scores or [("scores", "none, pruned without evaluation")]),
+            *trained,
+            *(scores or [("scores", f"{unscored} without evaluation")]),
             ("bytes", sizes_on_disk(record)),
             ("seconds", f"{totals['seconds']['total']:.1f}"),
             ("output", str(self.output)),
         ]
         return _lines("Result", rows)
+
+
+_SHOWN = ("text", "tokens", "learning rate", "held-out loss", "held-out error")
+
+
+def _scored(row: ScoreRow, recovered: bool) -> str:
+    """The scores of a row, one after the other."""
+    if not recovered:
+        return f"{row.dense} dense, {row.pruned} {'trained' if row.start else 'pruned'} ({row.change})"
+    gap = f", {row.gap} of the gap closed" if row.gap.endswith("%") else ""
+    return f"{row.dense} dense, {row.start} start, {row.pruned} recovered ({row.change}{gap})"
 
 
 @dataclass(frozen=True, repr=False)

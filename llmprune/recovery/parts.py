@@ -103,7 +103,8 @@ class Matrix:
         part: its place among the matrices, in [0, 1): which part of the model it belongs to.
         origin: the dense model's weight, where it is known; grown weights may start from it.
         scales, bits: where it is rounded, as in `contracts.BlockJob`.
-        least: the sparsity below which no schedule goes: that of a pruned start from which nothing comes back.
+        least: the sparsity below which no schedule goes: that of a pruned start from which nothing comes
+            back.
     """
 
     weight: Tensor
