@@ -21,8 +21,9 @@ from llmprune.record.figures import (
     share_of_all,
     size_remark,
 )
+from llmprune.record.history import pruned_here
 from llmprune.record.record import calibrated_on
-from llmprune.record.recovered import pruned_here, source_of, training_rows
+from llmprune.record.recovered import training_rows
 from llmprune.record.repeating import repetition
 from llmprune.text.mixture import is_file, plain_sources
 
@@ -92,7 +93,7 @@ def _made(record: Record, source: str, at: str) -> str:
         return f"{source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}."
     recovery = record["recovery"]
     pruned = "pruned and " if pruned_here(record) or "aim" in recovery else ""
-    text = f"{recovery['tokens']:,} tokens of {source_of(recovery['text'])}"
+    text = f"{recovery['tokens']:,} tokens of {calibrated_on(recovery['text'])}"
     how = f"It was trained on {text}{_sparsity_meanwhile(record)}."
     return f"{source}{at} {pruned}trained by llmprune: {method_of(record)}.\n{how}"
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llmprune.common.messages import size_text
 from llmprune.recipe.types import method_name
-from llmprune.record.recovered import with_training
+from llmprune.record.history import with_training
 
 Record = dict[str, Any]
 

@@ -13,7 +13,7 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import AlgorithmSpec, CalibrationSpec, Recipe
 from llmprune.record import record as records
 from llmprune.record.figures import Record
-from llmprune.record.recovered import trainings
+from llmprune.record.history import trainings
 
 # What the training decides is compared; what only came of it is not.
 _OUTCOME = ("curve", "rates", "rate", "best_step", "held_out", "seconds", "earlier")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llmprune.recipe import recovery as recipes
-from llmprune.record.recovered import pruned_here, trainings
+from llmprune.record.history import pruned_here, trainings
 from llmprune.text.mixture import is_file, plain_sources
 
 Record = dict[str, Any]

@@ -23,9 +23,10 @@ from llmprune.record.figures import (
     sparsity_reached,
     speed_measured,
 )
+from llmprune.record.history import pruned_here
 from llmprune.record.plots import encoded_curves, encoded_matrices
 from llmprune.record.record import calibrated_on
-from llmprune.record.recovered import advice, pruned_here, training_rows
+from llmprune.record.recovered import advice, training_rows
 from llmprune.record.repeating import repetition
 
 
