@@ -15,11 +15,11 @@ from llmprune import patterns
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
-from llmprune.api.result import Result
+from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
-from llmprune.checkpoint.replacement import MODEL, input_files
+from llmprune.checkpoint.replacement import MODEL, check_output, input_files
 from llmprune.checkpoint.stored_masks import holds_masks, masks_at
 from llmprune.common.messages import shown
 from llmprune.contracts import CalibrationSet, Pattern
@@ -32,7 +32,7 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import resolve_sparsity
 from llmprune.run.lesson import Lesson
 from llmprune.run.preparation import Options, Source
-from llmprune.run.recovery import Recovery
+from llmprune.run.recovery import Recovery, steps_of
 from llmprune.run.reporter import RunReporter
 from llmprune.text.files import file_path
 from llmprune.text.mixture import is_file, plain_sources
@@ -64,6 +64,7 @@ def recover(
     limit: int | None = None,
     score: bool = True,
     format: str = "dense",
+    dry_run: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
@@ -74,7 +75,7 @@ def recover(
     blocks: str | None = None,
     reporter: RunReporter | None = None,
     progress: bool | None = None,
-) -> Result:
+) -> Any:
     """Train a pruned model with its sparsity kept or evolved, or prune a dense one while it is trained.
 
     The result is the step with the lowest loss on held-out text whose masks have exactly the sparsity that
@@ -101,6 +102,7 @@ def recover(
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
         format: of the weights in that folder: `dense` or `packed`.
+        dry_run: plan the recovery, and write nothing.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
         dtype: of forward and backward passes: `auto`, `float32`, `bfloat16` or a torch.dtype; what is trained
             is held in float32.
@@ -114,7 +116,8 @@ def recover(
         progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
 
     Returns:
-        A `Result` with `output` and `record`, whose entry `recovery` holds recipe, text, curve and best step.
+        A `Result` with `output` and `record`, whose entry `recovery` holds recipe, text, curve and best step;
+        with `dry_run` a `RecoveryDryRun` with `plan`, `recipe` and `output`.
 
     Raises:
         ValueError: bad input, before any long work; one line says what was received and what to do.
@@ -156,6 +159,9 @@ def recover(
             packed=format == "packed",
             trust_remote_code=trust_remote_code,
         )
+        if dry_run:
+            check_output(target, overwrite or resume, options.inputs)
+            return RecoveryDryRun(lesson.plan(steps_of(lesson, tokens)), chosen, target)
         recovery = Recovery(lesson, tokens, options, report)
         try:
             record = recovery.recover(prepared, opened_at)

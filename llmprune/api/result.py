@@ -8,6 +8,8 @@ from typing import Any
 
 from llmprune.common.messages import size_text
 from llmprune.planning.plan import Plan
+from llmprune.planning.training import TrainingPlan
+from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import Recipe
 from llmprune.record.figures import ScoreRow, from_dense, method_of, score_rows, share_of_all, sizes_on_disk
 from llmprune.record.recovered import training_rows
@@ -80,6 +82,37 @@ class DryRun:
             ("calibration", f"{plan.samples} samples x {plan.sequence_length} tokens"),
             ("memory", f"about {size_text(plan.memory)} of {size_text(plan.available)} free"),
             ("disk", size_text(plan.disk)),
+            ("output", str(self.output)),
+        ]
+        return _lines("Plan, nothing was written", rows)
+
+
+@dataclass(frozen=True, repr=False)
+class RecoveryDryRun:
+    """What a recovery would do. Printed, it is a summary of the plan.
+
+    Attributes:
+        plan: the memory it is estimated to need, by part.
+        recipe: the recipe of recovery with every default filled in.
+        output: the folder that would be written.
+    """
+
+    plan: TrainingPlan
+    recipe: RecoveryRecipe
+    output: Path
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        rows = [
+            ("recipe", f"{self.recipe.name}: {self.recipe.description}"),
+            ("trained", f"{plan.trained:,} numbers for {plan.weights:,} weights of matrices"),
+            ("steps", f"{plan.steps:,}, {plan.tokens:,} tokens"),
+            (
+                "memory",
+                f"about {size_text(plan.memory)} of {size_text(plan.available)} free, "
+                f"{plan.per_weight:.1f} bytes per weight",
+            ),
+            *((f"  {name}", size_text(count)) for name, count in plan.parts.items() if count),
             ("output", str(self.output)),
         ]
         return _lines("Plan, nothing was written", rows)

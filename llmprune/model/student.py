@@ -109,17 +109,7 @@ class Student:
 
     def _parameters(self, block: str) -> dict[str, Tensor]:
         """The parameters of a block that are given, by name in it."""
-        model, found = self.skeleton.model, {}
-        for target in self._inside.get(block, ()):
-            weight = self._weights[target.key]
-            whole = model.get_parameter(target.parameter)
-            if target.module is not None:
-                found[target.parameter] = (weight.T if target.turned else weight).to(whole.dtype)
-                continue
-            for parameter in target.owners:  # written into, so that gradients flow back
-                if parameter not in found:
-                    found[parameter] = model.get_parameter(parameter).detach().clone()
-            target.scatter(weight, found)
+        found = assembled(self.skeleton.model, self._inside.get(block, ()), self._weights)
         for name, parameters in self._plain.items():
             for parameter in parameters:
                 if self._block_of(parameter) == block:
@@ -140,3 +130,24 @@ class Student:
                 )
             found[key] = target.layer
         return found
+
+
+def assembled(
+    model: nn.Module, targets: Iterable[Target], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of a model that hold some matrices, by name, with other weights [R, C] in them.
+
+    Gradients flow back to the weights, which go by `Target.key`.
+    """
+    found: dict[str, Tensor] = {}
+    for target in targets:
+        weight = weights[target.key]
+        if target.module is not None:
+            dtype = model.get_parameter(target.parameter).dtype
+            found[target.parameter] = (weight.T if target.turned else weight).to(dtype)
+            continue
+        for parameter in target.owners:
+            if parameter not in found:
+                found[parameter] = model.get_parameter(parameter).detach().clone()
+        target.scatter(weight, found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,6 +104,16 @@ def outcome(trained: Mapping[str, Any]) -> Record:
         "seconds": trained["seconds"],
         "curve": trained["curve"],
     }
+
+
+def outcome_of_blocks(rows: list[Record]) -> Record:
+    """What came of training block by block: the held-out errors of the blocks, from their rows."""
+    by_block: dict[str, Record] = {}
+    for row in rows:
+        held = row.get("training", {}).get("held_out")
+        if held:
+            by_block.setdefault(json.dumps(held), held)
+    return {"blocks": list(by_block.values())}
 
 
 def _rounded(value: float | None) -> float | None:

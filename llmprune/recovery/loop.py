@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from llmprune.contracts import Pattern
 from llmprune.numerics.counts import all_finite
+from llmprune.recovery.keeps import Keeps
 from llmprune.recovery.masking import scaled
 from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
 from llmprune.recovery.parts import (
@@ -133,7 +135,7 @@ class Loop:
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
         self.step, self.flipped = 0, 0.0
-        self.keeps = {name: matrix.keep.clone() for name, matrix in task.matrices.items()}
+        self.keeps = Keeps({name: matrix.keep for name, matrix in task.matrices.items()})
         self.others = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in task.others.items()
@@ -146,6 +148,9 @@ class Loop:
         self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
         self._shuffle = torch.Generator().manual_seed(method.seed)
         self._queue: list[int] = []
+        self._batch: list[int] = []  # of the step that is being done
+        self._stepped: set[str] = set()  # tensors that have moved in the step that is being done
+        self._moved = -1  # the step before which masks moved last
         self._gradients: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
         wants = method.rule.wants if method.rule else frozenset()
@@ -181,19 +186,31 @@ class Loop:
             Diverged: the loss is NaN or Inf; nothing has moved then.
         """
         phase = self.phase(self.step)
-        if phase.move:
+        if phase.move and self._moved < self.step:  # else a step is done again, after memory ran out
             self._move(phase)
+            self._moved = self.step
         coming = self.phase(self.step + 1).move and "gradient" in self._wants
         loss = self._backward(phase, coming)
         paused = coming and self.method.rule is not None and self.method.rule.pauses
         if not paused:
             self._update(phase)
-        for tensor in self._leaves().values():
-            tensor.grad = None
-        self.step += 1
+            for name, trainable in self.trained.items():
+                trainable.settle(self.keeps[name], phase)
+        self._free_gradients()
+        self._stepped.clear()
+        self._batch, self.step = [], self.step + 1
         if self.done and self.phase(self.step).move:
             self._move(self.phase(self.step))
         return loss
+
+    def _free_gradients(self) -> None:
+        for tensor in self._leaves().values():
+            tensor.grad = None
+
+    def halve(self) -> None:
+        """Take half as many sequences at once, after memory ran out in a step: it can then be done again."""
+        self._free_gradients()
+        self.task = replace(self.task, batch=max(1, self.task.batch // 2))
 
     def _leaves(self) -> dict[str, Tensor]:
         """Everything that the optimizer moves, by name."""
@@ -217,22 +234,47 @@ class Loop:
         passing = gamma if not (dense or "moments" in self._wants) else 1.0
         seen = replace(phase, numbers=(beta, passing, lam, rho))
         total = torch.zeros(1, dtype=torch.float64)
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             loss = self._loss(_Weights(self, seen), part, sizes)
-            loss.backward()
             total += loss.detach().double().cpu()
+            with self._moving_at_once(phase, dense, number == len(parts) and bool(total.isfinite())):
+                loss.backward()
         penalty = self._penalty(seen)
         if penalty is not None:
             penalty.backward()
-        for tensor in self._leaves().values():
-            if tensor.grad is None:
+        for key, tensor in self._leaves().items():
+            if tensor.grad is None and key not in self._stepped:
                 tensor.grad = torch.zeros_like(tensor)
-        task.add(total, *(tensor.grad for tensor in self._leaves().values()))
+        task.add(total, *(tensor.grad for tensor in self._leaves().values() if tensor.grad is not None))
         if not math.isfinite(float(total)):
             raise Diverged(f"the loss became {float(total)} at step {self.step + 1} of {self.method.steps}")
         if dense or "moments" in self._wants:
             self._part_from_pruned(dense, gamma)
         return float(total)
+
+    @contextmanager
+    def _moving_at_once(self, phase: Phase, dense: bool, last: bool) -> Iterator[None]:
+        """Move every tensor as soon as its gradient is whole, and free that, where nothing else needs it."""
+        needed = dense or "moments" in self._wants or self.method.clip or self.task.shared
+        if needed or not last or any(type(t).penalty is not Trainable.penalty for t in self.trained.values()):
+            yield
+            return
+
+        def hook(key: str) -> Callable[[Tensor], None]:
+            def move(tensor: Tensor) -> None:
+                if key not in self._stepped:  # else the step is done again, after memory ran out
+                    self._move_leaf(key, tensor, phase, 1.0)
+                tensor.grad = None
+                self._stepped.add(key)
+
+            return move
+
+        handles = [t.register_post_accumulate_grad_hook(hook(k)) for k, t in self._leaves().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _part_from_pruned(self, dense: bool, gamma: float) -> None:
         """Keep dense gradients for the next move; those of pruned weights do not move them."""
@@ -291,33 +333,38 @@ class Loop:
     def _next(self) -> list[int]:
         """The sequences of the next batch, from a shuffled queue that is refilled where it runs short."""
         task, size = self.task, self.method.batch
+        if self._batch:
+            return self._batch
         if len(self._queue) < size:
             order = torch.randperm(len(task.sequences), generator=self._shuffle).tolist()
             self._queue = [task.sequences[i] for i in order]
-        batch, self._queue = self._queue[:size], self._queue[size:]
-        return batch
+        self._batch, self._queue = self._queue[:size], self._queue[size:]
+        return self._batch
 
     # -- steps ----------------------------------------------------------------------------------------------
 
     def _update(self, phase: Phase) -> None:
-        method = self.method
-        for trainable in self.trained.values():
-            trainable.pull()
+        """Move every tensor that has not moved yet."""
         scale = self._clipping(phase)
-        rate = method.rate.at(self.step, method.steps)
-        lam = phase.numbers[2]
-        for name, trainable in self.trained.items():
-            keep = self.keeps[name]
-            for part, tensor in trainable.tensors.items():
-                masked, key = part in trainable.masked, f"{name}:{part}"
-                assert tensor.grad is not None
-                gradient = tensor.grad if scale == 1 else tensor.grad * scale
-                own = rate * trainable.rate_of(part, self._sizes[name])
-                self._optimizer.step(key, tensor, gradient, own, keep if masked else None, lam)
-            trainable.settle(keep, phase)
-        for name, tensor in self.others.items():
-            assert tensor.grad is not None
-            self._optimizer.step(name, tensor, tensor.grad * scale, rate, None, 0.0)
+        for key, tensor in self._leaves().items():
+            if key not in self._stepped:
+                self._move_leaf(key, tensor, phase, scale)
+
+    @torch.no_grad()
+    def _move_leaf(self, key: str, tensor: Tensor, phase: Phase, scale: float) -> None:
+        """Move one tensor by its gradient times `scale`."""
+        gradient, method = tensor.grad, self.method
+        assert gradient is not None
+        rate, lam = method.rate.at(self.step, method.steps), phase.numbers[2]
+        name, _, part = key.rpartition(":")
+        keep = None
+        if name in self.trained:
+            trainable = self.trained[name]
+            trainable.pull(part, phase)
+            rate *= trainable.rate_of(part, self._sizes[name])
+            keep = self.keeps[name] if part in trainable.masked else None
+        gradient = gradient if scale == 1 else gradient * scale
+        self._optimizer.step(key, tensor, gradient, rate, keep, lam)
 
     def _clipping(self, phase: Phase) -> float:
         """What gradients are multiplied with so that their norm, over the entries that move, is not too
@@ -469,7 +516,7 @@ class Loop:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             groups.setdefault(kind, {})[name] = tensor
-        self.keeps = groups.get("keep", {})
+        self.keeps = Keeps(groups.get("keep", {}))
         for name, trainable in self.trained.items():
             for part in trainable.tensors:
                 trainable.tensors[part] = groups["leaf"][f"{name}:{part}"].requires_grad_()

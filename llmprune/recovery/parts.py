@@ -103,8 +103,7 @@ class Matrix:
         part: its place among the matrices, in [0, 1): which part of the model it belongs to.
         origin: the dense model's weight, where it is known; grown weights may start from it.
         scales, bits: where it is rounded, as in `contracts.BlockJob`.
-        least: the sparsity below which no schedule goes: that of a pruned start from which nothing comes
-            back.
+        least: the sparsity below which no schedule goes: that of a pruned start, if nothing comes back.
     """
 
     weight: Tensor
@@ -279,18 +278,22 @@ class Trainable(Algorithm, ABC):
         tensors: what the optimizer moves, float32 and by name; each requires gradients.
         fixed: what else a later part of the training must know, by name.
         masked: the names of tensors of the matrix's own shape, whose pruned entries the numbers rule.
-        state: float32 numbers per weight that it holds, moments included, for a kept and for a pruned weight.
+        based: whether it holds the weight of the start too, in the dtype in which that is stored.
         revives: whether it trains pruned weights too, and wants those of the dense model to begin with.
     """
 
     masked: ClassVar[frozenset[str]] = frozenset()
-    state: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    based: ClassVar[bool] = False
     revives: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.tensors: dict[str, Tensor] = {}
         self.fixed: dict[str, Tensor] = {}
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        """How many float32 numbers it trains of a matrix [R, C], and how many it holds beside them."""
+        return shape[0] * shape[1], 0
 
     @abstractmethod
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
@@ -320,8 +323,8 @@ class Trainable(Algorithm, ABC):
         """Those of `fixed` that change while it is trained, and must be saved."""
         return {}
 
-    def pull(self) -> None:
-        """Add what moves the tensors beside the loss to their gradients."""
+    def pull(self, part: str, phase: Phase) -> None:
+        """Add what moves a tensor beside the loss to its gradient."""
 
     def settle(self, keep: Tensor, phase: Phase) -> None:
         """What becomes of the tensors after a step of the optimizer."""
@@ -392,6 +395,7 @@ class Task:
         inputs: the mean square of each input of every matrix, given weights; None where that is unknown.
         mine: of the sequences of a step those that this process has to do.
         batch: the most sequences at once.
+        shared: whether several processes do a step together.
         add: sums tensors over all processes, in place.
         agree: replaces a tensor by that of the first process.
     """
@@ -406,5 +410,6 @@ class Task:
     inputs: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     mine: Callable[[list[int]], list[int]] = list
     batch: int = 8
+    shared: bool = False
     add: Callable[..., None] = lambda *tensors: None
     agree: Callable[[Tensor], None] = lambda tensor: None

@@ -20,6 +20,7 @@ from llmprune.model.student import Student, filled
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
+from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
 from llmprune.statistics.squares import input_squares
@@ -64,10 +65,46 @@ class Lesson:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
         return sorted(order[held:]), sorted(order[:held])
 
-    def matrices(self, load: Callable[[Target], Tensor]) -> dict[str, Matrix]:
-        """The matrices, by name in the record; `load` gives a weight as [R, C]."""
+    @property
+    def batch(self) -> int:
+        """Sequences that are taken at once."""
+        length = self.rows.tokens.shape[1]
+        return min(self.recipe.batch, micro_batch(length, self.model.skeleton.device))
+
+    @functools.cached_property
+    def recompute(self) -> bool:
+        """Whether activations are computed twice rather than kept: where they would take much memory."""
+        tokens = self.batch * self.rows.tokens.shape[1]
+        return activations(self.targets, tokens, self.model.skeleton.dtype) > self.available * _ROOM
+
+    @functools.cached_property
+    def available(self) -> int:
+        """Free memory in bytes, of the first process."""
+        return self.team.on_first(devices.available_memory)
+
+    def plan(self, steps: int) -> TrainingPlan:
+        """What it will hold in memory."""
+        skeleton, others = self.model.skeleton, plain_tensors(self.model.skeleton, self.recipe.others)
+        extent = Extent(
+            targets=self.targets,
+            pattern=self.aim[0] if self.aim else self._pattern(),
+            others=sum(skeleton.source.tensors[name].elements for name in others),
+            batch=self.batch,
+            length=self.rows.tokens.shape[1],
+            sequences=len(self.rows.tokens[self.team.share(len(self.rows.tokens))]),
+            taught=self.recipe.teaches,
+            recompute=self.recompute,
+        )
+        return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
+
+    def _pattern(self) -> Pattern | None:
+        """The pattern of the start's masks, by the first of them."""
+        return exact_pattern(self.masking.keep(self.targets[0].name)) if self.masking else None
+
+    def matrices(self, load: Callable[[Target], Tensor], targets: Iterable[Target]) -> dict[str, Matrix]:
+        """Some matrices, by name in the record; `load` gives a weight as [R, C]."""
         found: dict[str, Matrix] = {}
-        for number, target in enumerate(self.targets):
+        for number, target in enumerate(targets):
             weight = load(target)
             keep = self._keep(target, weight)
             pattern, sparsity = self._aim_of(target, keep)
@@ -144,13 +181,12 @@ def whole_model(lesson: Lesson) -> Task:
     def load(target: Target) -> Tensor:
         return target.oriented(target.part(source.load(target.tensor))).to(device).contiguous()
 
-    matrices = lesson.matrices(load)
+    matrices = lesson.matrices(load, lesson.targets)
     names = plain_tensors(skeleton, recipe.others)
     others = {name: source.load(name).to(device) for name in names}
     tokens = lesson.rows.tokens
-    batch = min(recipe.batch, micro_batch(tokens.shape[1], device))
-    kept = activations(lesson.targets, batch * tokens.shape[1], skeleton.dtype)
-    student = Student(skeleton, [*matrices, *others], kept > devices.available_memory() * _ROOM)
+    batch = lesson.batch
+    student = Student(skeleton, [*matrices, *others], lesson.recompute)
     skeleton.free([t.parameter for t in student.targets.values() if t.module is not None])
     terms = recipe.terms()
     hidden = any(term.objective.looks for term in terms)
@@ -180,17 +216,10 @@ def whole_model(lesson: Lesson) -> Task:
         inputs=inputs,
         mine=lambda rows: rows[team.rank :: team.size],
         batch=batch,
+        shared=not team.alone,
         add=team.add,
         agree=lambda keep: team.from_rank(0, keep),
     )
-
-
-def activations(targets: Iterable[Target], tokens: int, dtype: torch.dtype) -> int:
-    """About how many bytes the activations of so many tokens take, those of every block kept.
-
-    A block keeps what enters and leaves its matrices, and about as much between them.
-    """
-    return sum(2 * sum(target.shape) * tokens * dtype.itemsize for target in targets)
 
 
 def _teacher(lesson: Lesson, hidden: bool) -> Callable[[list[int]], Outputs]:

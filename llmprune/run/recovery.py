@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
 from llmprune.checkpoint.files import WeightFile
 from llmprune.checkpoint.journal import remove
 from llmprune.checkpoint.masks import pack
-from llmprune.checkpoint.packed import Packing
+from llmprune.checkpoint.packed import Layout, Packing
 from llmprune.checkpoint.reader import TensorInfo, WeightSource, fingerprint, read_ahead, read_record
 from llmprune.checkpoint.writer import Shard, check_space
 from llmprune.contracts import Pattern
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
+from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.target import Target
 from llmprune.model.targets import packed_layouts
 from llmprune.numerics.counts import all_finite, zeros_of
@@ -30,6 +31,7 @@ from llmprune.record import recovery as records
 from llmprune.record import report
 from llmprune.record.figures import Record
 from llmprune.run import speed
+from llmprune.run.blockwise import BlockTasks, Place
 from llmprune.run.clock import Clock
 from llmprune.run.lesson import Lesson, plain_tensors, whole_model
 from llmprune.run.preparation import Options
@@ -63,6 +65,11 @@ class Trained:
         self._source.check()
 
 
+def steps_of(lesson: Lesson, tokens: int) -> int:
+    """How many steps so many tokens are."""
+    return max(1, tokens // (lesson.rows.tokens.shape[1] * lesson.recipe.batch))
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores that stand beside those of the result: of the dense model, where it is known, and the
@@ -85,16 +92,19 @@ class Recovery(Production):
 
     def __init__(self, lesson: Lesson, tokens: int, options: Options, reporter: RunReporter) -> None:
         self.lesson, self._tokens = lesson, tokens
-        length = lesson.rows.tokens.shape[1]
-        self.steps = max(1, tokens // (length * lesson.recipe.batch))
+        self.steps = steps_of(lesson, tokens)
         self._beginning: Record = {}  # the record of the start
+        self.plan = lesson.plan(self.steps)
         super().__init__(lesson.model, options, lesson.team, reporter)
         self._left = "trained and saved"
 
     def recover(self, evaluation: EvaluationSpec | None, reopen: Any) -> Record:
         """Train, save and score; returns the record."""
         lesson, team, reporter = self.lesson, self.team, self.reporter
-        model = lesson.model
+        model, plan = lesson.model, self.plan
+        plan.check()
+        for line in plan.lines():
+            reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
         team.on_first(lambda: check_space(self.options.output, self._disk(shapes)))
@@ -181,6 +191,8 @@ class Recovery(Production):
         writer, team = self.writer, self.team
         clock = Clock(self.model.skeleton.device)
         with devices.PrivateMemory() as memory:
+            if self.lesson.recipe.scope == "block":
+                return self._by_blocks(before, clock, memory)
             trained = team.tell(writer.journal.find("trained") if writer else None)
             if trained is None:
                 trained = self._learn(clock)
@@ -189,6 +201,64 @@ class Recovery(Production):
                     writer.journal.add({"trained": trained})
             before = {**before, "recovery": before["recovery"] | records.outcome(trained)}
             return team.on_first(lambda: self._write(before, clock, memory, trained))
+
+    def _by_blocks(self, before: Record, clock: Clock, memory: Any) -> Record:
+        """Train and write one block after the other."""
+        lesson, writer, team = self.lesson, self.writer, self.team
+        names = list(self.model.skeleton.blocks)
+        finished = team.tell(writer.finished if writer else [])
+        (spec, _) = lesson.recipe.objective[0]
+        folder = writer.folder if writer else self.options.output.resolve().parent
+        place = Place(on_disk(folder) if self._offloaded() else in_memory, finished, self._layouts())
+        tasks = BlockTasks(lesson, place, spec.options["inputs"])
+        clock.lap("read")
+        for number, task in tasks:
+            watch: dict[str, Any] = {}
+            weights: dict[str, Tensor] = {}
+            if number >= len(finished):
+                self.reporter.note(f"block {number + 1} of {len(names)}")
+                best = {}
+                if task is not None:
+                    training = Training(
+                        task, lesson.recipe, self.steps, Keeping(memory=True), team, self.reporter
+                    )
+                    training.run()
+                    best, watch = training.best, dataclasses.asdict(training.watch)
+                clock.lap("train")
+                weights = self._put_block(number, best, watch, before, clock)
+            tasks.advance(number, weights)
+            clock.lap("forward")
+        outcome = records.outcome_of_blocks(writer.rows) if writer else {}
+        before = {**before, "recovery": before["recovery"] | outcome}
+        return team.on_first(lambda: self._finished(before, clock, memory, {}))
+
+    def _offloaded(self) -> bool:
+        """Whether block inputs of student and teacher are too large for the memory."""
+        skeleton, tokens = self.model.skeleton, self.lesson.rows.tokens
+        needed = 2 * tokens.numel() * skeleton.width * skeleton.dtype.itemsize
+        return needed > self.team.on_first(devices.available_memory) // 2
+
+    def _layouts(self) -> dict[str, Layout]:
+        return dict(self._packing.layouts) if self._packing else {}
+
+    def _put_block(
+        self, number: int, best: dict[str, Tensor], watch: dict[str, Any], before: Record, clock: Clock
+    ) -> dict[str, Tensor]:
+        """Write a trained block on the first process; returns its weights as they are stored."""
+        skeleton, writer = self.model.skeleton, self.writer
+        targets = [t for t in self.lesson.targets if f"keep/{t.key}" in best]
+        tensors = {n: self.model.source.load(n) for n in skeleton.block_tensors()[number]}
+        masks: dict[str, Tensor] = {}
+        rows = [
+            self._row(t, tensors, masks, lambda key: best[key].cpu(), before)
+            | {"training": records.outcome(watch | {"seconds": None})}
+            for t in targets
+        ]
+        weights = {t.key: t.oriented(t.part(tensors[t.tensor])).to(skeleton.device) for t in targets}
+        if writer:
+            shard = {n: t for n, t in tensors.items() if n not in skeleton.shared}
+            writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
+        return weights
 
     def _learn(self, clock: Clock) -> dict[str, Any]:
         lesson, writer = self.lesson, self.writer
@@ -231,24 +301,24 @@ class Recovery(Production):
         ):
             tensors = {name: others.get(name, tensor) for name, tensor in tensors.items()}
             masks: dict[str, Tensor] = {}
-            rows = [self._row(target, tensors, masks, best, before) for target in by_block[names[number]]]
+            rows = [
+                self._row(target, tensors, masks, best.load, before) for target in by_block[names[number]]
+            ]
             shard = {name: t for name, t in tensors.items() if name not in skeleton.shared}
             writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
             self.reporter.step()
-        writer.rest(Trained(self.model.source, others))
-        clock.lap("write")
-        return self._finished(before, clock, memory)
+        return self._finished(before, clock, memory, others)
 
     def _row(
         self,
         target: Target,
         tensors: dict[str, Tensor],
         masks: dict[str, Tensor],
-        best: WeightFile,
+        load: Callable[[str], Tensor],
         before: Record,
     ) -> Record:
         """Put the trained weight of a matrix among the tensors, in place, and keep its mask; its row."""
-        keep, weight = best.load(f"keep/{target.key}"), best.load(f"weight/{target.key}")
+        keep, weight = load(f"keep/{target.key}"), load(f"weight/{target.key}")
         stored = target.oriented(target.part(tensors[target.tensor]))
         stored.copy_(torch.where(keep, weight, 0.0))
         if not all_finite(stored):
@@ -286,9 +356,11 @@ class Recovery(Production):
                 )
         return None
 
-    def _finished(self, before: Record, clock: Clock, memory: Any) -> Record:
+    def _finished(self, before: Record, clock: Clock, memory: Any, others: Mapping[str, Tensor]) -> Record:
         writer, model = self.writer, self.model
         assert writer is not None
+        writer.rest(Trained(model.source, others))
+        clock.lap("write")
         if model.files:
             writer.copy_companions(model.files, self.options.trust_remote_code)
         model.check()

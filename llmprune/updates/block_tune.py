@@ -149,5 +149,6 @@ def _task(job: BlockJob, training: list[int], held: list[int]) -> Task:
         teacher=teacher,
         mine=lambda rows: [row for row in rows if row in job.mine],
         batch=job.batch,
+        shared=len(job.mine) < job.sequences,
         add=job.add,
     )

@@ -13,7 +13,6 @@ from llmprune.recovery.trainables.kept import Kept
 class Dense(Kept):
     """As `kept`, but starts with every weight: in place of pruned ones with those of the dense model."""
 
-    state = (3.0, 3.0)
     revives = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ class Kept(Trainable):
     """V is theta, zero where it is pruned."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 0.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from llmprune.contracts import Pattern
 from llmprune.patterns import NM
 from llmprune.recovery.parts import Matrix, Phase, Trainable
 
@@ -24,8 +25,9 @@ class Patterns(Trainable):
     patterns].
     """
 
-    state = (9.0, 9.0)
     revives = True
+
+    based = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -54,6 +56,11 @@ class Patterns(Trainable):
             for name in ("prior", "penalty"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        assert isinstance(pattern, NM)
+        groups = shape[0] * shape[1] // pattern.width
+        return groups * math.comb(pattern.width, pattern.n), 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         pattern = matrix.pattern
@@ -109,8 +116,3 @@ class Patterns(Trainable):
 
     def merge(self, keep: Tensor) -> Tensor:
         return torch.where(keep, self.fixed["base"].float(), 0.0)
-
-
-def count_of(n: int, m: int) -> int:
-    """How many N:M patterns a group has."""
-    return math.comb(m, n)

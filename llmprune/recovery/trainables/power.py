@@ -17,7 +17,6 @@ class Power(Trainable):
     """Starts at theta = sign(W) |W|^(1/a). Masks compare |V|. What is pruned never returns."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 0.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

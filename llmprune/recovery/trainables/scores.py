@@ -16,8 +16,7 @@ class Scores(Trainable):
     W.
     """
 
-    masked = frozenset()
-    state = (2.0, 2.0)
+    based = True
     revives = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class Scores(Trainable):
         return weight
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self, part: str, phase: Phase) -> None:
         gradient = self.tensors["score"].grad
         if self.config.relative and gradient is not None:
             size = float(self.fixed["base"].float().square().mean().sqrt())

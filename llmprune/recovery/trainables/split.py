@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmprune.contracts import Pattern
 from llmprune.recovery.parts import Matrix, Phase, Trainable, View
 
 
@@ -18,7 +19,6 @@ class Split(Trainable):
     grows by theta - z.
     """
 
-    state = (5.0, 5.0)
     revives = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -35,26 +35,27 @@ class Split(Trainable):
             if not self.penalty > 0:
                 raise ValueError(f"penalty must be above 0, got {self.penalty}")
 
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return shape[0] * shape[1], 2 * shape[0] * shape[1]
+
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         theta = matrix.weight.detach().float()
         if matrix.origin is not None:
             theta = torch.where(matrix.keep, theta, matrix.origin().to(theta))
         self.tensors = {"theta": theta.clone().requires_grad_()}
         self.fixed = {"z": torch.where(matrix.keep, theta, 0.0), "u": torch.zeros_like(theta)}
-        self._frozen = False
 
     def kept_fixed(self) -> dict[str, Tensor]:
         return self.fixed
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         theta = self.tensors["theta"]
-        self._frozen = phase.frozen
         return torch.where(keep, theta, 0.0) if phase.frozen else theta
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self, part: str, phase: Phase) -> None:
         theta = self.tensors["theta"]
-        if theta.grad is not None and not self._frozen:
+        if theta.grad is not None and not phase.frozen:
             theta.grad.add_(theta - self.fixed["z"] + self.fixed["u"], alpha=self.config.penalty)
 
     @torch.no_grad()
