@@ -173,7 +173,7 @@ def test_a_dense_model_trained_dense_is_a_control(tiny_llama, tmp_path):
     head, rows = words.score_table(result.record)
     assert head == ("", "dense", "trained", "change", "") and len(rows[0]) == 5
     assert words.method_of(result.record) == "dense, trained by masked-finetuning"
-    assert "dense, " in repr(result) and "trained (" in repr(result) and "start" not in repr(result)
+    assert "dense, " in repr(result) and "trained (" in repr(result) and " start, " not in repr(result)
     assert card.model_card(result.record, "x").count("--sparsity 0 ") == 1
 
 
@@ -210,9 +210,12 @@ def scores(dense, start, after, **task):
     ],
 )
 def test_the_gap_that_was_closed(evaluation, change, gap):
-    _, ((*_, shown, closed, note),) = words.score_table({"recovery": {}, "evaluation": evaluation})
-    assert (shown, closed) == (change, gap)
-    assert ("a change within its error" in note) == (change == "+0.010" or change == "-0.050")
+    (row,) = words.score_rows({"recovery": {}, "evaluation": evaluation})
+    assert (row.change.removesuffix(", within its error"), row.gap) == (change, gap)
+    head, (cells,) = words.score_table({"recovery": {}, "evaluation": evaluation})
+    note = "; a change within its error" if change in ("+0.010", "-0.050") else ""
+    assert len(head) == len(cells) and cells[-1] == row.note + note
+    assert ("gap closed" in head) == (row.start != row.dense)
 
 
 # Screens
@@ -305,6 +308,68 @@ def test_the_report_has_curves_recipe_and_how_to_repeat_it(recovered):
     assert "<th>gap closed</th>" in page and "The recipe of the training with every default" in page
     assert "relative error" not in page, "a trained matrix has none"
     assert "http://" not in page and "https://" not in page
+
+
+@pytest.fixture(scope="module")
+def by_blocks(finished, tiny_llama, tmp_path_factory):
+    """That model trained a block at a time."""
+    options = {"teacher": tiny_llama, "text": "builtin", "tokens": 600, "seqlen": 32, "score": False}
+    return llmprune.recover(
+        finished.output, recipe="ebft", output=tmp_path_factory.mktemp("blocks") / "out", **options
+    )
+
+
+def test_training_block_by_block_is_told_by_block(by_blocks, capsys):
+    entry = by_blocks.record["recovery"]
+    assert len(entry["blocks"]) == 2 and "curve" not in entry
+    rows = dict(training_rows(by_blocks.record))
+    assert rows["trained"] == "kept, a block at a time; loss block; masks stay"
+    assert rows["learning rate"] == "0.008 of the matrix's own size, the recipe's"
+    assert re.fullmatch(
+        r"\S+ at the start, \S+ trained, in the mean of 2 blocks; lower in \d", rows["held-out error"]
+    )
+    assert advice(by_blocks.record) == ""
+    screen.print_result(Screen(), by_blocks.record, by_blocks.output)
+    assert "open report.html for the curves" in capsys.readouterr().out
+    assert base64.b64decode(plots.encoded_blocks(entry["blocks"])).startswith(b"\x89PNG")
+    assert "held-out error" in report.html_report(by_blocks.record, "x")
+    assert "held-out error" in card.model_card(by_blocks.record, "x") and "held-out error" in repr(by_blocks)
+
+
+def test_a_finished_one_is_resumed_at_once(by_blocks, finished, tiny_llama):
+    options = {"teacher": tiny_llama, "text": "builtin", "tokens": 600, "seqlen": 32, "score": False}
+    again = llmprune.recover(finished.output, recipe="ebft", output=by_blocks.output, resume=True, **options)
+    assert (
+        again.record["recovery"] == json.loads((by_blocks.output / "llmprune.json").read_text())["recovery"]
+    )
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_a_dry_run_prints_the_memory_by_part_and_writes_nothing(
+    width, typed, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    args = (
+        "recover",
+        tiny_llama,
+        *SMALL,
+        "--recipe",
+        "gmp",
+        "--sparsity",
+        0.5,
+        "--output",
+        "out",
+        "--dry-run",
+    )
+    code, out, err = typed(*args)
+    assert (code, err) == (0, "") and list(tmp_path.iterdir()) == []
+    assert all(len(line) <= width or " " not in line.strip() for line in out.splitlines()), out
+    assert "Plan, nothing was written" in out and re.search(r"memory\s+about \d+\.\d MB of", out)
+    assert re.search(r"activations\s+\d+\.\d MB", out)
+    summary = json.loads(typed(*args, "--json")[1])
+    assert summary["memory_bytes"] == sum(summary["memory_bytes_by_part"].values()) > summary["weights"]
+    assert (summary["output"], summary["recipe"]["name"], summary["steps"]) == ("out", "gmp", 3)
+    assert typed(*args, "--quiet") == (0, "", "")
 
 
 def test_the_curves_are_drawn(recovered):

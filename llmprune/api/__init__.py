@@ -8,10 +8,11 @@ from llmprune.api.generation import generate
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.recovering import recover
-from llmprune.api.result import DryRun, Result, plan_summary
+from llmprune.api.result import DryRun, RecoveryDryRun, Result, plan_summary
 
 __all__ = [
     "DryRun",
+    "RecoveryDryRun",
     "Result",
     "accelerate",
     "bench",

@@ -102,8 +102,12 @@ class RecoveryDryRun:
     output: Path
 
     def __repr__(self) -> str:
+        return _lines("Plan, nothing was written", self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan in words."""
         plan = self.plan
-        rows = [
+        return [
             ("recipe", f"{self.recipe.name}: {self.recipe.description}"),
             ("trained", f"{plan.trained:,} numbers for {plan.weights:,} weights of matrices"),
             ("steps", f"{plan.steps:,}, {plan.tokens:,} tokens"),
@@ -115,7 +119,6 @@ class RecoveryDryRun:
             *((f"  {name}", size_text(count)) for name, count in plan.parts.items() if count),
             ("output", str(self.output)),
         ]
-        return _lines("Plan, nothing was written", rows)
 
 
 def _lines(title: str, rows: list[tuple[str, str]]) -> str:
@@ -123,8 +126,28 @@ def _lines(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
 
-def plan_summary(dry: DryRun) -> dict[str, Any]:
+def plan_summary(dry: DryRun | RecoveryDryRun) -> dict[str, Any]:
     """A dry run as plain values, for `--dry-run --json`."""
+    return _training_summary(dry) if isinstance(dry, RecoveryDryRun) else _pruning_summary(dry)
+
+
+def _training_summary(dry: RecoveryDryRun) -> dict[str, Any]:
+    plan = dry.plan
+    return {
+        "output": str(dry.output),
+        "recipe": dry.recipe.as_dict(),
+        "weights": plan.weights,
+        "trained": plan.trained,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "memory_bytes": plan.memory,
+        "memory_bytes_by_part": plan.parts,
+        "memory_bytes_per_weight": plan.per_weight,
+        "available_memory_bytes": plan.available,
+    }
+
+
+def _pruning_summary(dry: DryRun) -> dict[str, Any]:
     plan = dry.plan
     matrices = [
         {

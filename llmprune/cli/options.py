@@ -130,6 +130,7 @@ RECOVERING = (
         flag=" /--no-score",
         show_default=False,
     ),
+    _switch("dry_run", "Print the memory that it will need, by part, then stop."),
 )
 
 SCORING = (

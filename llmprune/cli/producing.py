@@ -26,18 +26,20 @@ def produce(
     console, result = frame.with_terminal(
         as_json, quiet, lambda terminal: work(model, reporter=terminal, **options)
     )
+    planned = isinstance(result, (api.DryRun, api.RecoveryDryRun))
     try:
-        if isinstance(result, api.DryRun):
-            screen.print_matrices(console, result.plan)
+        if planned:
             summary: Any = api.plan_summary(result)
+            if isinstance(result, api.DryRun):
+                screen.print_matrices(console, result.plan)
+            else:
+                console.table("Plan, nothing was written", result.rows())
         else:
             screen.print_result(console, result.record, result.output)
             summary = {"output": str(result.output), **result.record}
         if as_json:
             frame.emit(summary)
     except (KeyboardInterrupt, OutputClosed) as error:
-        if not isinstance(
-            result, api.DryRun
-        ):  # the run itself is done, so the message must not offer --resume
+        if not planned:  # the run itself is done, so the message must not offer --resume
             error.kept, error.resumable = f"{result.output} is finished", False  # type: ignore[union-attr]
         raise

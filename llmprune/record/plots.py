@@ -74,6 +74,17 @@ def encoded_curves(recovery: Mapping[str, Any]) -> str:
     return _encoded(figure, axes)
 
 
+def encoded_blocks(blocks: Rows) -> str:
+    """The held-out error of every block that was trained by itself, at its start and of its best step."""
+    figure, axes = _figure(1)
+    numbers = range(len(blocks))
+    axes[0].plot(numbers, [block["start"] for block in blocks], marker=".", color="#8c8c8c", label="start")
+    axes[0].plot(numbers, [block["best"] for block in blocks], marker=".", color="#1f77b4", label="trained")
+    axes[0].set(title="held-out error of the block's outputs", xlabel="block", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    return _encoded(figure, axes)
+
+
 def _loss(recovery: Mapping[str, Any]) -> str:
     """The loss on the batches, where it is another one than on held-out text."""
     objective = summary(recovery["recipe"]).objective

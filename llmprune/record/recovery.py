@@ -17,7 +17,7 @@ from llmprune.record.figures import Record
 from llmprune.record.history import trainings
 
 # What the training decides is compared; what only came of it is not.
-_OUTCOME = ("curve", "rates", "rate", "best_step", "held_out", "seconds", "earlier")
+_OUTCOME = ("curve", "rates", "rate", "best_step", "held_out", "seconds", "blocks", "earlier")
 _NO_CALIBRATION = CalibrationSpec(source="none", samples=0, sequence_length=0)
 
 

@@ -24,7 +24,7 @@ from llmprune.record.figures import (
     speed_measured,
 )
 from llmprune.record.history import pruned_here
-from llmprune.record.plots import encoded_curves, encoded_matrices
+from llmprune.record.plots import encoded_blocks, encoded_curves, encoded_matrices
 from llmprune.record.record import calibrated_on
 from llmprune.record.recovered import advice, training_rows
 from llmprune.record.repeating import repetition
@@ -187,7 +187,7 @@ def _training(record: Record) -> list[str]:
     return [
         "<h2>Training</h2>",
         *([f"<p>{html.escape(told)}</p>"] if told else []),
-        *_image("loss, mask flips and sparsity by step", _curves(recovery)),
+        *_image("the course of the training", _curves(recovery)),
         f"<p>{html.escape(digests)}</p>",
         _folded("The recipe of the training with every default", recovery["recipe"]),
         "<p>To train it again:</p>",
@@ -240,8 +240,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _curves(recovery: Record) -> str | None:
-    """Plots of a training by step, encoded in base64; None where it has no curve."""
-    return encoded_curves(recovery) if recovery["curve"] else None
+    """Plots of a training by step or by block, encoded in base64; None where there is nothing to draw."""
+    if recovery.get("curve"):
+        return encoded_curves(recovery)
+    return encoded_blocks(recovery["blocks"]) if recovery.get("blocks") else None
 
 
 def _plot(matrices: list[dict[str, Any]]) -> str:

@@ -180,7 +180,7 @@ def _scores(record: Mapping[str, Any]) -> tuple[Sequence[Sequence[str]], tuple[s
 def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
     totals = record["totals"]
     private = totals["peak_private_memory_bytes"]
-    curves = "the curves and " if record.get("recovery", {}).get("curve") else ""
+    curves = "the curves and " if {"curve", "blocks"} & set(record.get("recovery", {})) else ""
     work = "training" if "recovery" in record else "pruning"
     pruning = f"; {size_text(private)} while {work}, shared file pages left out" if private else ""
     return [
