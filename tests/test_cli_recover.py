@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import copy
 import inspect
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import typer
@@ -173,7 +175,7 @@ def test_a_dense_model_trained_dense_is_a_control(tiny_llama, tmp_path):
     head, rows = words.score_table(result.record)
     assert head == ("", "dense", "trained", "change", "") and len(rows[0]) == 5
     assert words.method_of(result.record) == "dense, trained by masked-finetuning"
-    assert "dense, " in repr(result) and "trained (" in repr(result) and " start, " not in repr(result)
+    assert re.search(r"\d dense, \S+ trained \(", repr(result)) and not re.search(r"\d start, ", repr(result))
     assert card.model_card(result.record, "x").count("--sparsity 0 ") == 1
 
 
@@ -471,3 +473,63 @@ def test_a_start_of_the_hub_is_named(recovered):
     (only,) = repeating.repetition(record).commands
     assert only.startswith("llmprune recover me/base ") and "--sparsity 0.75 " in only
     assert "--format packed" in only
+
+
+# The documentation
+
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def test_the_table_of_recipes_is_that_of_the_shipped_ones(typed):
+    found = json.loads(typed("recipes", "--json")[1])
+    wanted = [
+        (name, entry["masks"], entry["trainable"], entry["objective"], entry["summary"])
+        for name, entry in found.items()
+        if entry["kind"] == "recovery"
+    ]
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| (.*) \| (.*) \| (.*) \| (.*) \|$", (DOCS / "recover.md").read_text(), re.M
+    )
+    assert rows[0][0] == recipes.DEFAULT
+    assert sorted(rows) == sorted(wanted)
+
+
+def test_every_option_is_in_the_page_of_the_command():
+    command = typer.main.get_command(commands.app).commands["recover"]
+    text = (DOCS / "recover.md").read_text()
+    for parameter in command.params:
+        flags = [*parameter.opts, *parameter.secondary_opts] if parameter.name != "path" else []
+        assert not flags or any(f"`{flag}" in text for flag in flags), flags
+
+
+def test_the_page_on_python_has_the_signature():
+    (told,) = re.findall(r"^`recover\((.*)\)`$", (DOCS / "python.md").read_text(), re.M)
+    assert [part.split("=")[0] for part in told.split(", ") if part != "*"] == list(
+        inspect.signature(llmprune.recover).parameters
+    )
+    for part in told.split(", "):
+        name, _, default = part.partition("=")
+        if default:
+            assert inspect.signature(llmprune.recover).parameters[name].default == ast.literal_eval(
+                default
+            ), name
+
+
+def test_every_key_of_the_record_is_in_the_page_on_the_folder(recovered, by_blocks):
+    text = (DOCS / "output-folder.md").read_text().partition("### The entry recovery")[2]
+    entries = (recovered.record["recovery"], by_blocks.record["recovery"])
+    for key in {key for entry in entries for key in entry} | {"aim", "earlier"}:
+        assert f"`recovery.{key}`" in text or f"`.{key}`" in text, key
+    for key in recovered.record["recovery"]["curve"][0]:
+        assert f"`{key}`" in text, key
+
+
+def test_every_key_of_a_recipe_is_in_the_recipe_reference():
+    text = (DOCS / "recipe.md").read_text().partition("## Recipes of recover")[2]
+    known = recipes.load().as_dict()
+    for key, value in known.items():
+        if key not in ("name", "chosen"):
+            assert f"| `{key}` |" in text, key
+        if key in ("numbers", "rate", "optimizer", "soup"):
+            assert all(f"`{inner}`" in text for inner in value), key
