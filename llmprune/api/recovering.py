@@ -16,6 +16,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
+from llmprune.calibration.overlap import check_apart
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
@@ -125,7 +126,7 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
-    _check_numbers(tokens, epochs, format)
+    _check_numbers(text, tokens, epochs, format)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -148,6 +149,8 @@ def recover(
         base = team.in_turn(lambda: _base(model, chosen, masking, teacher, opened_at))
         rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
+        if prepared is not None:
+            check_apart(rows.tokens, prepared.rows)
         lesson = Lesson(model, chosen, rows, team, masking, aim, base)
         target = Path(output).expanduser()
         options = Options(
@@ -172,9 +175,11 @@ def recover(
         return Result(target, record)
 
 
-def _check_numbers(tokens: int, epochs: int, format: str) -> None:
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
+def _check_numbers(text: Any, tokens: Any, epochs: int, format: str) -> None:
+    if text is None:
+        raise ValueError("text must be a SOURCE, an iterable of strings or int64 tokens [N, T], got None")
+    if tokens is None or tokens < 1:
+        raise ValueError(f"tokens must be a whole number from 1, got {tokens}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if format not in ("dense", "packed"):

@@ -28,6 +28,7 @@ class Extent:
         sequences: all of them, for training block by block.
         taught: whether a teacher is in memory.
         recompute: whether activations are computed twice instead of kept.
+        shared: whether several processes do a step together.
     """
 
     targets: Sequence[Target]
@@ -38,6 +39,7 @@ class Extent:
     sequences: int
     taught: bool
     recompute: bool
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ def training_plan(
     for target in targets:
         block = next((b for b in skeleton.blocks if target.parameter.startswith(f"{b}.")), "")
         by_block[block] = by_block.get(block, 0) + target.shape[0] * target.shape[1]
+    widest = max((t.shape[0] * t.shape[1] for t in targets), default=0)
     weights, largest = sum(by_block.values()), max(by_block.values(), default=0)
+    each = [trainable.sizes(target.shape, extent.pattern)[0] for target in targets]
     numbers, beside = (
         sum(trainable.sizes(target.shape, extent.pattern)[place] for target in targets) for place in (0, 1)
     )
@@ -109,13 +113,14 @@ def training_plan(
     share = largest / max(1, weights) if one else 1.0
     trained = round(share * numbers) + (0 if one else extent.others)
     # A gradient is freed once its tensor has moved, unless all are needed together.
-    gradients = trained if recipe.clip or recipe.moves else max(largest, extent.others)
+    freed = not (recipe.clip or recipe.moves or extent.shared)
+    gradients = max(*each, extent.others, 0) if freed else trained
     stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
     parts = {
         "trained": 4 * (trained * (1 + moments) + gradients + round(share * beside)),
         "weights": round(share * stored) + _rest_bytes(skeleton, targets) * (not one),
         "masks": weights // 8 + largest,
-        "made weights": (largest if extent.recompute or one else weights) * (4 + item),
+        "made weights": (largest if extent.recompute or one else weights) * (1 + item) + widest * (8 + item),
         "activations": _activations(skeleton, extent, one),
         "logits": 0 if one else tokens * skeleton.vocabulary * (2 * item + 12),
         "process": _PROCESS,

@@ -72,6 +72,7 @@ class RecoveryRecipe:
         batch: sequences per step. clip: the largest norm of all gradients together; 0 for any.
         held_out: the share of the sequences that are not trained on.
         soup: copies that are averaged.
+        recompute: whether activations are computed twice to save memory: `auto`, `on` or `off`.
         seed: of everything random.
         chosen: why, where the program has chosen it.
     """
@@ -93,6 +94,7 @@ class RecoveryRecipe:
     clip: float = 0.0
     held_out: float = 0.05
     soup: SoupSpec = SoupSpec()
+    recompute: str = "auto"
     seed: int = 0
     chosen: str = ""
 
@@ -220,6 +222,8 @@ def from_dict(values: Mapping[str, Any]) -> RecoveryRecipe:
     for key in ("held_out", "trial", "clip"):
         if key in fields:
             fields[key] = _number(key, fields[key])
+    if isinstance(fields.get("recompute"), bool):  # YAML reads on and off so
+        fields["recompute"] = "on" if fields["recompute"] else "off"
     recipe = RecoveryRecipe(**fields)
     _check(recipe)
     return recipe
@@ -300,6 +304,8 @@ def _check(recipe: RecoveryRecipe) -> None:
         raise ValueError(f"others must be one of {', '.join(OTHERS)}, got {shown(recipe.others)}")
     if recipe.scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {shown(recipe.scope)}")
+    if recipe.recompute not in ("auto", "on", "off"):
+        raise ValueError(f"recompute must be auto, on or off, got {shown(recipe.recompute)}")
     for key, least in (("batch", 1), ("seed", 0)):
         value = getattr(recipe, key)
         if type(value) is not int or value < least:

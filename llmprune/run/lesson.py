@@ -74,6 +74,8 @@ class Lesson:
     @functools.cached_property
     def recompute(self) -> bool:
         """Whether activations are computed twice rather than kept: where they would take much memory."""
+        if self.recipe.recompute != "auto":
+            return self.recipe.recompute == "on"
         tokens = self.batch * self.rows.tokens.shape[1]
         return activations(self.targets, tokens, self.model.skeleton.dtype) > self.available * _ROOM
 
@@ -94,6 +96,7 @@ class Lesson:
             sequences=len(self.rows.tokens[self.team.share(len(self.rows.tokens))]),
             taught=self.recipe.teaches,
             recompute=self.recompute,
+            shared=not self.team.alone,
         )
         return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
 
