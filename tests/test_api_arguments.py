@@ -230,6 +230,7 @@ WRONG = {
     "teacher": [5, b"demo", ""],
     "text": [None, 5, True, b"builtin", [5], np.zeros((2, 2))],
     "tokens": [None, "2M", 2.5, True, 0],
+    "recover": [5, b"perp", "", ["perp"]],
     "epochs": [None, "2", 1.5, True, 0],
     "score": [None, 1, "yes"],
     "rows": [0, [], [1.5], "16", [True], None],

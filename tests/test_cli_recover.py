@@ -72,7 +72,7 @@ def test_what_must_be_given(typed, missing):
         (("--recipe", "rigle"), "unknown recipe of recovery 'rigle': did you mean 'rigl'"),
         ((), "has no masks, so it is dense; give --sparsity or --pattern"),
         (("--set", "rte.rate=1"), "unknown key of a recovery recipe 'rte': did you mean 'rate'"),
-        (("--tokens", "0"), "tokens must be at least 1, got 0"),
+        (("--tokens", "0"), "tokens must be a whole number from 1, got 0"),
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
         (("--format", "zip"), "format must be dense or packed, got 'zip'"),
         (("--recipe", "gmp", "--sparsity", 1.5), r"sparsity must be in \[0, 1\)"),
@@ -533,3 +533,16 @@ def test_every_key_of_a_recipe_is_in_the_recipe_reference():
             assert f"| `{key}` |" in text, key
         if key in ("numbers", "rate", "optimizer", "soup"):
             assert all(f"`{inner}`" in text for inner in value), key
+
+
+def test_pruning_and_training_as_one_job(typed, tiny_llama, tmp_path):
+    training = ("--recover", "perp", "--text", "builtin", "--tokens", "0.6k")
+    scoring = ("--perplexity", "builtin", "--limit", 2)
+    how = ("--recipe", "wanda", "--samples", 4, "--seqlen", 32, "--output", "out")
+    code, out, err = typed("run", tiny_llama, *training, *scoring, *how)
+    assert (code, err) == (0, "") and re.search(r"^ +dense +start +recovered", out, re.M)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "out-pruned"}
+    code, out, err = typed("run", tiny_llama, "--tokens", "2k", *how)
+    assert code == 1 and err == (
+        "llmprune: tokens is of a recovery; name its recipe with --recover, or leave it out\n"
+    )

@@ -23,6 +23,7 @@ from llmprune.cli.options import (
     RECOVERING,
     SAMPLING,
     SCORING,
+    TRAINING,
     WRITING,
 )
 from llmprune.cli.producing import produce
@@ -72,9 +73,9 @@ _Repository = Annotated[
 ]
 
 
-@_command(PRUNING, SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
+@_command(PRUNING, SCORING, TRAINING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def run(model: _Model, **options: Any) -> None:
-    """Prune, save, evaluate dense and pruned, write the report: the main job."""
+    """Prune, save, evaluate dense and pruned, write the report: the main job. With --recover also train."""
     from llmprune import api
 
     produce(api.run_model, model, **options)

@@ -102,15 +102,22 @@ PRUNING = (
     _option("settings", list[str], "Any recipe field: dotted.key=value. Repeatable.", flag="--set"),
 )
 
+_TEXT = (
+    "To train on: builtin, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors file; "
+    "c4=0.7+self=0.3 mixes."
+)
+_TOKENS = "To train on, all epochs together: 200000, 500k, 2M."
+
+TRAINING = (
+    _option("recover", str, "Train what was pruned by this recipe of recovery, see llmprune recover."),
+    _option("text", str, f"With --recover. {_TEXT}"),
+    _option("tokens", int, f"With --recover. {_TOKENS}", parser=count, metavar="N"),
+)
+
 RECOVERING = (
     _option("recipe", str, "Recipe of recovery by name or YAML file; see llmprune recipes (recover-best)."),
-    _needed(
-        "text",
-        str,
-        "To train on: builtin, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors "
-        "file; c4=0.7+self=0.3 mixes.",
-    ),
-    _needed("tokens", int, "To train on, all epochs together: 200000, 500k, 2M.", parser=count, metavar="N"),
+    _needed("text", str, _TEXT),
+    _needed("tokens", int, _TOKENS, parser=count, metavar="N"),
     WRITING[0],
     _option("teacher", str, "The dense model, where a recipe needs it; by default the one of the record."),
     _option("masks", Path, "Keep masks of a pruned model that come in a file of their own."),
