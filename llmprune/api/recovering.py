@@ -126,7 +126,7 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
-    _check_numbers(text, tokens, epochs, format)
+    _check_numbers(text, tokens, (epochs, seqlen), format)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -175,7 +175,10 @@ def recover(
         return Result(target, record)
 
 
-def _check_numbers(text: Any, tokens: Any, epochs: int, format: str) -> None:
+def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str) -> None:
+    epochs, seqlen = reading
+    if seqlen is not None and (type(seqlen) is not int or seqlen < 2):
+        raise ValueError(f"seqlen must be a whole number from 2, got {shown(seqlen)}")
     if text is None:
         raise ValueError("text must be a SOURCE, an iterable of strings or int64 tokens [N, T], got None")
     if tokens is None or tokens < 1:

@@ -126,6 +126,7 @@ class Loop:
 
     Attributes:
         keeps: the masks by name, bool.
+        matrices: what the masks shall end with, by name; without weights, which the training has taken.
         trained: what is trained of each matrix, by name.
         others: the other tensors that are trained, float32, by name.
         step: how many steps are done.
@@ -135,16 +136,20 @@ class Loop:
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
         self.step, self.flipped = 0, 0.0
-        self.keeps = Keeps({name: matrix.keep for name, matrix in task.matrices.items()})
+        self.keeps = Keeps({})
         self.others = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in task.others.items()
         }
         self.trained: dict[str, Trainable] = {}
-        for name, matrix in task.matrices.items():
+        self._sizes: dict[str, float] = {}
+        self.matrices: dict[str, Matrix] = {}
+        nothing = torch.empty(0, dtype=torch.float32)
+        for name, matrix in task.matrices.items():  # one after the other: each may be read from a file
+            self.keeps[name], self._sizes[name] = matrix.keep, self._size(matrix)
             self.trained[name] = method.trainable()
             self.trained[name].start(matrix, self._generator(name, -1))
-        self._sizes = {name: self._size(name, matrix) for name, matrix in task.matrices.items()}
+            self.matrices[name] = replace(matrix, weight=nothing, keep=nothing)
         self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
         self._shuffle = torch.Generator().manual_seed(method.seed)
         self._queue: list[int] = []
@@ -158,7 +163,7 @@ class Loop:
         if "active" in self._wants:
             self._active = {name: keep.to(torch.float32) for name, keep in self.keeps.items()}
 
-    def _size(self, name: str, matrix: Matrix) -> float:
+    def _size(self, matrix: Matrix) -> float:
         """What learning rates of a matrix are relative to."""
         if not self.method.rate.relative:
             return 1.0
@@ -404,7 +409,7 @@ class Loop:
             assert self.task.inputs is not None
             inputs = self.task.inputs(_Weights(self, phase))
         changed = entries = 0
-        for name, matrix in self.task.matrices.items():
+        for name, matrix in self.matrices.items():
             old = self.keeps[name]
             view = self._view(name, matrix.aim(phase), phase, inputs.get(name))
             new = self._chosen(view)
@@ -468,7 +473,7 @@ class Loop:
     @property
     def exact(self) -> bool:
         """Whether every mask has its final pattern and sparsity."""
-        for name, matrix in self.task.matrices.items():
+        for name, matrix in self.matrices.items():
             if matrix.pattern is None:
                 continue
             try:

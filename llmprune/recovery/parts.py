@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llmprune.contracts import Algorithm, Pattern
 from llmprune.patterns import NM, Unstructured
@@ -385,6 +386,29 @@ class Objective(Algorithm, ABC):
     measures: ClassVar[bool] = False  # whether `size` needs the teacher's outputs
 
 
+_CHUNK = 1 << 23  # logits in float32 that are made at once
+
+
+def over_tokens(term: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> Tensor:
+    """The sum of a term over the tokens of a sequence, made for some of them at a time.
+
+    With a large vocabulary, float32 logits and what is made of them take more memory than a block; here they
+    are made again in the backward pass.
+
+    Args:
+        term: of some rows of both.
+        logits: [T, vocabulary].
+        other: [T, ...].
+    """
+    rows = max(1, _CHUNK // logits.shape[-1])
+    if len(logits) <= rows:
+        return term(logits, other)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for some, beside in zip(logits.split(rows), other.split(rows), strict=True):
+        total = total + checkpoint(term, some, beside, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
 @dataclass(frozen=True)
 class Term:
     """An objective and its weight in the loss."""
@@ -398,7 +422,7 @@ class Task:
     """What is to be trained, on which data.
 
     Attributes:
-        matrices: by name.
+        matrices: by name; a mapping that makes them when they are read saves memory.
         others: further tensors that are trained as they are, by name: norms, embeddings.
         sequences: how many there are to train on; they go by their numbers.
         held: the numbers of those that are not trained on.

@@ -329,7 +329,7 @@ def _result(loop: Loop) -> dict[str, Made]:
 
 def _grows(loop: Loop) -> bool:
     """Whether the start is no result, since matrices that shall be sparse are dense."""
-    return any(m.pattern is not None and bool(m.keep.all()) for m in loop.task.matrices.values())
+    return any(m.pattern is not None and bool(loop.keeps[n].all()) for n, m in loop.matrices.items())
 
 
 def _sparsity(loop: Loop) -> float:
