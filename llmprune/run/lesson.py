@@ -26,7 +26,7 @@ from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
 from llmprune.statistics.squares import input_squares
 
 _SEEN = 16  # sequences by which the inputs of matrices are measured
-_MOST_HELD = 1 << 16  # tokens that are held out at most
+_MOST_HELD = 1 << 14  # tokens that are held out at most
 _ROOM = 0.125  # of the free memory may be taken by activations that are kept instead of computed twice
 
 

@@ -30,6 +30,7 @@ from llmprune.recovery.parts import Task, Term
 from llmprune.recovery.soup import Soup, part_pruned
 
 CHECKS = 20  # how often the held-out loss is measured, over all steps
+_TRIED = 20  # steps at each rate at least
 _SAVE_EVERY = 300.0  # seconds between two states on disk
 _NOTES = 5  # of the checks that are told
 
@@ -250,7 +251,8 @@ class Training:
 
     def _try_rates(self) -> None:
         """Train a little at each rate, and take the one with the lowest held-out loss."""
-        steps = max(1, round(self.recipe.trial * self._each))
+        # In fewer steps a high rate has no time to be the better one.
+        steps = min(self._each, max(_TRIED, round(self.recipe.trial * self._each)))
         self._reporter.stage("trying learning rates", steps * len(self.recipe.rates))
         for rate in self.recipe.rates:
             loop = Loop(self.task, self.recipe.method(steps, rate))
