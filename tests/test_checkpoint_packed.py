@@ -92,6 +92,7 @@ def test_packed_and_dense_are_one_another_to_the_bit(tmp_path, kind):
     converted = llmprune.convert(tmp_path / "dense", to="packed", output=tmp_path / "one")
     assert same(tensors(tmp_path / "one"), tensors(tmp_path / "packed"))
     assert entry(tmp_path / "one") == entry(tmp_path / "packed")
+    assert set(converted["bytes"]) == {"dense", "written"}
     assert converted["bytes"]["written"] < converted["bytes"]["dense"]
     llmprune.convert(tmp_path / "one", to="dense", output=tmp_path / "back")
     assert same(tensors(tmp_path / "back"), tensors(tmp_path / "dense"))

@@ -120,7 +120,7 @@ def _conversion(output: Path, to: str, record: dict[str, Any], seconds: float) -
     return {
         "output": str(output),
         "format": to,
-        "bytes": record["totals"]["bytes"],
+        "bytes": {key: record["totals"]["bytes"][key] for key in ("dense", "written")},
         "matrices": len(packed),
         "dense": sorted(names - packed),
         "seconds": round(seconds, 3),
