@@ -355,3 +355,21 @@ def test_more_processes_than_samples_are_refused(ranks, tiny_llama, tmp_path):
     save_file({"tokens": torch.zeros(1, 32, dtype=torch.int64)}, tmp_path / "one.safetensors")
     code, _, err = ranks(2, "prune", tiny_llama, "--calibration", "one.safetensors")
     assert code != 0 and said(err) == ["llmprune: 2 processes share 1 calibration samples; start at most 1"]
+
+
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "rigl", "ebft"])
+def test_two_processes_train_as_one_does(ranks, tiny_llama, tmp_path, recipe):
+    """The same masks and the same curve but for rounding; masks are decided by the first process."""
+    text = tmp_path / "tokens.safetensors"
+    llmprune.prune(tiny_llama, recipe="wanda", calibration=text, output=tmp_path / "in")
+    given = ["--recipe", recipe, "--text", "tokens.safetensors", "--tokens", "2000", "--no-score"]
+    given += ["--teacher", str(tiny_llama), "--dtype", "float32", "--set", "rates=[]", "--set", "batch=4"]
+    given += ["--set", "held_out=0.2"]
+    for processes in (1, 2):
+        done = ranks(processes, "recover", "in", *given, "--output", f"by-{processes}")
+        assert done[0] == 0, done[2]
+    one, two = (json.loads((tmp_path / f"by-{n}" / "llmprune.json").read_text()) for n in (1, 2))
+    assert agreement(tmp_path / "by-1", tmp_path / "by-2") > 0.999
+    for a, b in zip(one["recovery"].get("curve", []), two["recovery"].get("curve", []), strict=True):
+        assert a["step"] == b["step"] and a["held_out_loss"] == pytest.approx(b["held_out_loss"], rel=1e-3)
+    assert two["environment"]["processes"] == 2

@@ -197,9 +197,10 @@ class Recovery(Production):
                 return self._by_blocks(before, clock, memory)
             trained = team.tell(writer.journal.find("trained") if writer else None)
             if trained is None:
-                trained = self._learn(clock)
+                learned = self._learn(clock)
+                learned["seconds"] = round(clock.seconds.get("train", 0.0), 3)
+                trained = team.tell(learned)
                 if writer:
-                    trained["seconds"] = round(clock.seconds.get("train", 0.0), 3)
                     writer.journal.add({"trained": trained})
             before = {**before, "recovery": before["recovery"] | records.outcome(trained)}
             return team.on_first(lambda: self._write(before, clock, memory, trained))
