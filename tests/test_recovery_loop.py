@@ -33,10 +33,13 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.recipe import recovery as recipes
-from llmprune.recovery.loop import Diverged, Loop, Method, RateSpec
+from llmprune.recovery.loop import Diverged, Loop
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
-from llmprune.recovery.parts import Numbers, Outputs, Task, Term, View
+from llmprune.recovery.parts import View
+from llmprune.recovery.phases import Numbers
 from llmprune.recovery.soup import Soup, part_pruned
+from llmprune.recovery.task import Outputs, Task, Term
 
 OBJECTIVES = registry.names("recovery.objectives")
 TRAINABLES = [name for name in registry.names("recovery.trainables") if name != "rounded"]

@@ -31,18 +31,11 @@ from llmprune.contracts import Pattern
 from llmprune.numerics.grids import GROUP, scales_of
 from llmprune.patterns import NM, Unstructured
 from llmprune.recovery.exchange import Exchange
-from llmprune.recovery.loop import Loop, Method, RateSpec
-from llmprune.recovery.parts import (
-    MaskRule,
-    Matrix,
-    Numbers,
-    Objective,
-    Phase,
-    Schedule,
-    Task,
-    Trainable,
-    exact_sparsity,
-)
+from llmprune.recovery.loop import Loop
+from llmprune.recovery.method import Method, RateSpec
+from llmprune.recovery.parts import MaskRule, Matrix, Trainable, exact_sparsity
+from llmprune.recovery.phases import Numbers, Phase, Schedule
+from llmprune.recovery.task import Objective, Task
 
 KINDS = dict(zip(registry.RECOVERY_ROOMS, (Schedule, MaskRule, Trainable, Objective), strict=True))
 EVERY = [(room, name) for room in KINDS for name in registry.names(room)]

@@ -8,94 +8,21 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.numerics.counts import all_finite
 from llmprune.recovery.keeps import Keeps
+from llmprune.recovery.losses import Losses
 from llmprune.recovery.masking import scaled
-from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
-from llmprune.recovery.parts import (
-    MaskRule,
-    Matrix,
-    Numbers,
-    Phase,
-    Schedule,
-    Task,
-    Term,
-    Trainable,
-    View,
-)
-
-DECAYS = ("cosine", "linear", "constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateSpec:
-    """The learning rate over the steps.
-
-    Attributes:
-        rate: the highest one.
-        warm_up: steps over which it rises from zero; below 1 a share of all steps.
-        decay: how it falls afterwards, counted from the first step: `cosine`, `linear` or `constant`.
-        floor: where it ends, as a share of the highest.
-        relative: whether it is relative to the root mean square of a matrix's kept weights, since the steps
-            of AdamW do not follow the size of a weight.
-    """
-
-    rate: float = 3e-4
-    warm_up: float = 0.05
-    decay: str = "cosine"
-    floor: float = 0.0
-    relative: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 10:
-            raise ValueError(f"rate must be above 0 and at most 10, got {self.rate}")
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up must be at least 0, got {self.warm_up}")
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
-
-    def at(self, step: int, steps: int) -> float:
-        """The learning rate of a step."""
-        warm = self.warm_up if self.warm_up >= 1 else self.warm_up * steps
-        rise = min(1.0, (step + 1) / warm) if warm else 1.0
-        progress = step / steps
-        falls = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-        return self.rate * rise * (self.floor + (1 - self.floor) * falls[self.decay])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method of training with sparsity, put together.
-
-    Attributes:
-        schedule, rule, numbers, terms: see `parts`; `rule` may be None where masks never move.
-        trainable: makes what is trained of a matrix.
-        rate, optimizer: how tensors move.
-        steps: of the optimizer. batch: sequences per step.
-        clip: the largest norm of all gradients together; 0 for any.
-        seed: of everything random.
-    """
-
-    schedule: Schedule
-    rule: MaskRule | None
-    numbers: Numbers
-    terms: tuple[Term, ...]
-    trainable: Any
-    rate: RateSpec
-    optimizer: OptimizerSpec
-    steps: int
-    batch: int
-    clip: float = 0.0
-    seed: int = 0
+from llmprune.recovery.method import Method
+from llmprune.recovery.optimizer import Optimizer
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
+from llmprune.recovery.task import Task, Term
 
 
 class Diverged(RuntimeError):
@@ -231,16 +158,15 @@ class Loop:
 
         `dense`: also those of pruned weights, which are kept for the next move.
         """
-        task, rows = self.task, self._next()
-        mine = task.mine(rows)
-        parts = [mine[i : i + task.batch] for i in range(0, len(mine), task.batch)]
-        sizes = self._sums(rows, parts)
+        task, losses = self.task, Losses(self.task, self.method.terms)
+        parts = losses.parts(self._next())
+        sizes = losses.sizes(parts)
         beta, gamma, lam, rho = phase.numbers
         passing = gamma if not (dense or "moments" in self._wants) else 1.0
         seen = replace(phase, numbers=(beta, passing, lam, rho))
         total = torch.zeros(1, dtype=torch.float64)
         for number, part in enumerate(parts, 1):
-            loss = self._loss(_Weights(self, seen), part, sizes)
+            loss = losses.of(_Weights(self, seen), part, sizes)
             total += loss.detach().double().cpu()
             with self._moving_at_once(phase, dense, number == len(parts) and bool(total.isfinite())):
                 if loss.requires_grad:  # learned masks that are frozen train nothing
@@ -290,37 +216,6 @@ class Loop:
                     self._gradients[name] = tensor.grad.clone()
                 if gamma != 1 and "moments" not in self._wants:
                     tensor.grad = torch.where(self.keeps[name], tensor.grad, tensor.grad * gamma)
-
-    def _sums(self, rows: list[int], parts: list[list[int]]) -> list[float]:
-        """What the sum of every term is divided by."""
-        sizes = torch.zeros(len(self.method.terms), dtype=torch.float64)
-        for part in parts:
-            tokens = self.task.tokens(part)
-            for number, term in enumerate(self.method.terms):
-                outputs = None
-                if term.objective.measures:
-                    assert self.task.teacher is not None
-                    outputs = self.task.teacher(part)
-                sizes[number] += term.objective.size(tokens, outputs)
-        self.task.add(sizes)
-        return sizes.tolist()
-
-    def _loss(self, weights: Mapping[str, Tensor], part: list[int], sizes: list[float]) -> Tensor:
-        task, terms = self.task, self.method.terms
-        tokens = task.tokens(part)
-        teacher = None
-        if any(term.objective.teaches for term in terms):
-            assert task.teacher is not None
-            with torch.no_grad():
-                teacher = task.teacher(part)
-        with torch.enable_grad():
-            student = task.student(weights, part)
-            loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
-            for term, size in zip(terms, sizes, strict=True):
-                loss = loss + term.weight / size * term.objective.total(student, teacher, tokens).to(
-                    loss.device
-                )
-            return loss
 
     def _add_penalties(self, phase: Phase) -> None:
         """Add the gradients of what trainables add to the loss; on one process only, since gradients are
@@ -486,24 +381,9 @@ class Loop:
         """The weight of a matrix as it would be saved now, float32, exactly zero where it is pruned."""
         return self.trained[name].merge(self.keeps[name])
 
-    @torch.no_grad()
     def error(self, terms: tuple[Term, ...]) -> float:
         """The loss by some terms on the held-out sequences, with the weights as they would be saved."""
-        task = self.task
-        held = task.mine(list(task.held))
-        parts = [held[i : i + task.batch] for i in range(0, len(held), task.batch)]
-        weights = _Merged(self)
-        sums = torch.zeros(2, len(terms), dtype=torch.float64)
-        for part in parts:
-            tokens = task.tokens(part)
-            teaches = any(term.objective.teaches for term in terms)
-            teacher = task.teacher(part) if teaches and task.teacher is not None else None
-            student = task.student(weights, part)
-            for number, term in enumerate(terms):
-                sums[0, number] += float(term.objective.total(student, teacher, tokens))
-                sums[1, number] += term.objective.size(tokens, teacher)
-        task.add(sums)
-        return float(sum(t.weight * sums[0, i] / sums[1, i] for i, t in enumerate(terms)))
+        return Losses(self.task, terms).held_out(_Merged(self))
 
     # -- going on -------------------------------------------------------------------------------------------
 
@@ -555,8 +435,3 @@ class _Merged(_Weights):
     def __getitem__(self, name: str) -> Tensor:
         loop = self._loop
         return loop.others[name].detach() if name in loop.others else loop.merged(name)
-
-
-def finite(loop: Loop) -> bool:
-    """Whether every weight is finite."""
-    return all(all_finite(loop.merged(name)) for name in loop.trained)

@@ -15,7 +15,7 @@ from llmprune.model.activations import BlockInputs
 from llmprune.model.arguments import Store
 from llmprune.model.student import assembled
 from llmprune.model.target import Target
-from llmprune.recovery.parts import Outputs, Task
+from llmprune.recovery.task import Outputs, Task
 from llmprune.run.lesson import Lesson, Matrices
 
 

@@ -22,7 +22,8 @@ from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
 from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
+from llmprune.recovery.parts import Matrix, exact_sparsity
+from llmprune.recovery.task import Outputs, Task
 from llmprune.statistics.squares import input_squares
 
 _SEEN = 16  # sequences by which the inputs of matrices are measured

@@ -26,8 +26,8 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.record.figures import duration
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.objectives.next_token import NextToken
-from llmprune.recovery.parts import Task, Term
 from llmprune.recovery.soup import Soup, part_pruned
+from llmprune.recovery.task import Task, Term
 
 CHECKS = 20  # how often the held-out loss is measured, over all steps
 _TRIED = 20  # steps at each rate at least

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Objective, Outputs, over_tokens
+from llmprune.recovery.task import Objective, Outputs, over_tokens
 
 
 class Kd(Objective):

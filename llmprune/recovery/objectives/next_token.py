@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmprune.recovery.parts import Objective, Outputs, over_tokens
+from llmprune.recovery.task import Objective, Outputs, over_tokens
 
 
 class NextToken(Objective):

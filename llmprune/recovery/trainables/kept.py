@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Masked
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Kept(Trainable):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmprune.contracts import Pattern
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class LowRankScore(Trainable):

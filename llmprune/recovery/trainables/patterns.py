@@ -15,7 +15,8 @@ from torch.nn.functional import one_hot
 
 from llmprune.contracts import Pattern
 from llmprune.patterns import NM
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 _MOST = 128  # patterns of a group; each costs a logit and its moments
 

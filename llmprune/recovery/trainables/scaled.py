@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scaled(Trainable):

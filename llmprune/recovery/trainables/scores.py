@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scores(Trainable):
