@@ -1,4 +1,4 @@
-"""What holds at a step of training with sparsity: the four numbers, the phase, and the schedules behind it."""
+"""What holds at a step of training with sparsity: the four numbers, the phase, and the schedules."""
 
 from __future__ import annotations
 

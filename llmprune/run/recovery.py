@@ -105,7 +105,8 @@ class Recovery(Production):
         lesson, team, reporter = self.lesson, self.team, self.reporter
         model, plan = lesson.model, self.plan
         plan.check()
-        for line in plan.lines():
+        chosen = lesson.recipe.chosen
+        for line in [f"recipe {lesson.recipe.name}, {chosen}", *plan.lines()] if chosen else plan.lines():
             reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
