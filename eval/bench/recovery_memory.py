@@ -51,7 +51,7 @@ def main():
         print(f"  {name:<14} {count / 1e9:.3f} GB")
     if "block inputs" not in parts:  # weights and what is trained grow with the blocks
         ends = 2 * config["vocab_size"] * config["hidden_size"] * 2
-        grows = parts["trained"] + parts["masks"] + parts["weights"] - ends + parts.get("teacher", 0)
+        grows = parts["trained"] + found["weights"] // 8 + parts["weights"] - ends + parts.get("teacher", 0)
         whole = found["peak"] + (times - 1) * grows
         print(
             f"  of {a.blocks} blocks: {whole / 1e9:.2f} GB; the bf16 weights alone are "
