@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, get_origin, get_type_hints
@@ -79,7 +80,17 @@ def build(room: str, name: str, options: Mapping[str, Any]) -> Any:
             raise ValueError(
                 f"option {shown(key)} of {shown(name)} must be {types[key].__name__}, got {shown(value)}"
             )
+        if types[key] is float and not _finite(value):
+            raise ValueError(f"option {shown(key)} of {shown(name)} must be finite, got {shown(value)}")
     return cls(cls.Config(**options))
+
+
+def _finite(value: float) -> bool:
+    """Whether a number is finite, and not too large for a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _number(text: str) -> Any:
@@ -94,7 +105,7 @@ def _numbers(key: str, name: str, value: Any) -> tuple[float, ...]:
     """The value of an option that takes a list of numbers; a single number is a list of one."""
     items = value if isinstance(value, (list, tuple)) else [value]
     values = [_number(v) if isinstance(v, str) else v for v in items]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and _finite(v) for v in values):
         raise ValueError(
             f"option {shown(key)} of {shown(name)} must be a list of numbers, got {shown(value)}"
         )

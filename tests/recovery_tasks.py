@@ -132,9 +132,11 @@ def task(given: Toy, held: list[int] | None = None, **changes: Any) -> Task:
     return Task(**{**values, **changes})
 
 
-def recipe_method(name: str, steps: int, settings: Mapping[str, Any]) -> tuple[RecoveryRecipe, Method]:
-    """A shipped recipe with settings, and its method without norms beside the matrices."""
-    recipe = recipes.load(name, settings)
+def recipe_method(
+    given: str | Mapping[str, Any], steps: int, settings: Mapping[str, Any]
+) -> tuple[RecoveryRecipe, Method]:
+    """A recipe, shipped or as a mapping, with settings, and its method."""
+    recipe = recipes.load(given, settings)
     return recipe, recipe.method(steps)
 
 

@@ -111,7 +111,7 @@ class Ran:
 
 
 def trained(
-    name: str,
+    name: str | Mapping[str, Any],
     pattern: str,
     settings: Mapping[str, Any] | None = None,
     *,
@@ -121,7 +121,7 @@ def trained(
     change: Callable[[Any], Any] = lambda method: method,
     given: Toy | None = None,
 ) -> Ran:
-    """Train a toy with a shipped recipe, at a rate that moves its weights, four sequences in micro-batches of
+    """Train a toy with a recipe, at a rate that moves its weights, four sequences in micro-batches of
     three.
     """
     values = {"rate.rate": 0.03, "batch": 4, "clip": 0, **(settings or {})}
@@ -352,7 +352,7 @@ def by_parts(name: str, pattern: str) -> None:
     assert all(ran.run.flips(matrix) >= 1 for matrix in names)
 
 
-def exchanged(name: str, pattern: str) -> None:
+def exchanged(name: str, pattern: str, grown: str = "zero") -> None:
     growth = {
         "rigl": "gradient",
         "set": "random",
@@ -360,7 +360,7 @@ def exchanged(name: str, pattern: str) -> None:
         "grow-momentum": "momentum",
         "dst-ee": "ee",
     }[name]
-    settings: dict[str, Any] = {"schedule.moves": 5}
+    settings: dict[str, Any] = {"schedule.moves": 5, "trainable.grown": grown}
     if name == "dst-ee":
         settings |= {"rule.relative": False, "rule.explore": 0.01}
     ran = trained(name, pattern, settings)
@@ -388,6 +388,7 @@ def exchanged(name: str, pattern: str) -> None:
         uniform,
         c=0.01,
         eps=1.0,
+        origin=ran.weight if grown == "dense" else None,
         still=name in ("rigl", "dst-ee"),
         forget=name != "grow-momentum",  # there gradients reach every weight, and moments are those of now
     )
@@ -567,3 +568,57 @@ def test_a_recipe_does_what_its_reference_does(name, pattern):
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])
 def test_maskllm_does_what_its_reference_does(pattern):
     CHECKS["maskllm"]("maskllm", pattern)
+
+
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_grown_weights_may_start_as_those_of_the_dense_model(name):
+    exchanged(name, "unstructured", grown="dense")
+
+
+@pytest.mark.parametrize("exponent", [1.5, 3.0])
+def test_any_power_does_what_its_reference_does(exponent):
+    ran = trained(
+        "powerprop", "unstructured", {"schedule.moves": 4, "trainable.exponent": exponent}, dense=True
+    )
+    keep = ro.top(np.abs(ran.weight), 0.3)
+    history = phases.powerpropagation(
+        ran.weight, keep, ran.gradient, ran.rates, ADAM, exponent, ran.cubic(), ran.moves()
+    )
+    for t, step in enumerate(history, 1):
+        np.testing.assert_array_equal(ran.run.keeps[t]["a"], step.keep)
+        close(ran.run.of("a", "theta")[t], step.theta)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("beta", "gamma", "lam", "rho"), [(0.3, 0.6, 0.1, 0.7), (0, 1, 0.1, 1), (1, 0.5, 0, 0.9)]
+)
+def test_any_four_numbers_are_the_step_of_the_formula(beta, gamma, lam, rho, optimizer):
+    """With clipped gradients, which the pull comes after, and decay, which it does not see."""
+    recipe = {
+        "schedule": {"name": "fixed", "moves": 7, "freeze": 0.25},
+        "rule": "magnitude",
+        "trainable": "dense",
+        "objective": ["next-token", "kd"],
+        "numbers": {"beta": beta, "gamma": gamma, "lam": lam, "rho": rho},
+        "optimizer": {"name": optimizer, "weight_decay": 0.1 if optimizer == "adamw" else 0},
+    }
+    ran = trained(recipe, "unstructured", {"clip": 0.2})
+    adam = partial(ASTAdamW if lam else AdamW, (0.9, 0.95), 1e-8, 0.1)
+    history = ro.four_numbers(
+        ran.weight,
+        ro.top(np.abs(ran.weight), ran.last),
+        ran.gradient,
+        ran.rates,
+        adam if optimizer == "adamw" else lambda: SGD(0.9),
+        beta=ran.until_frozen(beta),
+        gamma=ran.until_frozen(gamma),
+        pull=ran.until_frozen(lam),
+        rho=ran.until_frozen(rho),
+        sparsity=ran.last,
+        moves=ran.moves(),
+        forget=False,
+        clip=0.2,
+    )
+    same(ran, history, ran.until_frozen(beta))
+    assert optimizer == "sgd" or ran.run.flips() >= 2

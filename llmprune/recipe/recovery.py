@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, get_type_hints
 from llmprune import registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
+from llmprune.recipe import contradictions
+from llmprune.recipe.values import group, is_number, listed, number
 from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import OptimizerSpec
 from llmprune.recovery.phases import Numbers
@@ -23,6 +26,7 @@ FOLDER = ("recipes", "recovery")
 DEFAULT = "recover-best"
 OTHERS = ("none", "norms", "all")
 SCOPES = ("model", "block")
+_MOST_COPIES = 100
 _ROOMS = {"schedule": "schedules", "rule": "rules", "trainable": "trainables"}
 
 
@@ -52,8 +56,10 @@ class SoupSpec:
 
     def __post_init__(self) -> None:
         for name in ("phases", "copies"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"soup.{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST_COPIES:
+                raise ValueError(
+                    f"soup.{name} must be from 1 to {_MOST_COPIES}, got {shown(getattr(self, name))}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +162,7 @@ def names() -> list[str]:
 
 
 def load(
-    recipe: str | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None
+    recipe: str | os.PathLike[str] | Mapping[str, Any] = DEFAULT, overrides: Mapping[str, Any] | None = None
 ) -> RecoveryRecipe:
     """Load a recipe and check all its values.
 
@@ -167,12 +173,14 @@ def load(
     Raises:
         ValueError: an unknown recipe, key, part or option, or a value out of range.
     """
-    if isinstance(recipe, str):
-        values, label = _named(recipe)
+    if isinstance(recipe, (str, os.PathLike)):
+        values, label = _named(os.fspath(recipe))
+    elif isinstance(recipe, Mapping):
+        values, label = dict(recipe), recipe.get("name") or "custom"
     else:
-        values, label = dict(recipe), str(recipe.get("name", "custom"))
+        raise ValueError(f"a recipe of recovery is a name, a file or a mapping, got {shown(recipe)}")
     for key, value in (overrides or {}).items():
-        _override(values, key, value)
+        _override(values, str(key), value)
     return from_dict({**values, "name": label})
 
 
@@ -187,14 +195,20 @@ def _named(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value by dotted key; a part that is only named becomes a mapping."""
-    head, _, rest = key.partition(".")
-    if not rest:
+    """Set a value by dotted key; a part that is only named becomes a mapping, and so does a bare rate."""
+    head, dot, rest = key.partition(".")
+    if not dot:
         values[head] = None if value == "none" and head == "rule" else value
         return
     inner = values.get(head)
-    inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
-    values[head] = inner
+    if head == "rate" and is_number(inner):
+        inner = {"rate": inner}
+    inner = {"name": inner} if isinstance(inner, str) else {} if inner is None else inner
+    if not isinstance(inner, Mapping):
+        raise ValueError(
+            f"{head} has no keys of its own, got {shown(key)} for {shown(inner)}; set all of {head}"
+        )
+    values[head] = inner = dict(inner)
     _override(inner, rest, value)
 
 
@@ -217,16 +231,17 @@ def from_dict(values: Mapping[str, Any]) -> RecoveryRecipe:
     for key, cls in groups:
         if key in fields:
             given = fields[key]
-            fields[key] = _group(cls, key, {key: given} if _is_number(given) and key == "rate" else given)
+            fields[key] = group(cls, key, {key: given} if is_number(given) and key == "rate" else given)
     if "rates" in fields:
-        fields["rates"] = tuple(_number("rates", value) for value in _listed("rates", fields["rates"]))
+        fields["rates"] = tuple(number("rates", value) for value in listed("rates", fields["rates"]))
     for key in ("held_out", "trial", "clip"):
         if key in fields:
-            fields[key] = _number(key, fields[key])
+            fields[key] = number(key, fields[key])
     if isinstance(fields.get("recompute"), bool):  # YAML reads on and off so
         fields["recompute"] = "on" if fields["recompute"] else "off"
     recipe = RecoveryRecipe(**fields)
     _check(recipe)
+    contradictions.check(recipe)
     return recipe
 
 
@@ -250,7 +265,7 @@ def _objective(value: Any) -> tuple[tuple[PartSpec, float], ...]:
         term = {"name": term} if isinstance(term, str) else term
         if not isinstance(term, dict):
             raise ValueError(f"objective must be names or mappings with name and weight, got {shown(term)}")
-        weight = _number("the weight of an objective", term.get("weight", 1.0))
+        weight = number("the weight of an objective", term.get("weight", 1.0))
         if not weight > 0:
             raise ValueError(f"the weight of an objective must be above 0, got {weight}")
         plain = {key: inner for key, inner in term.items() if key != "weight"}
@@ -258,49 +273,8 @@ def _objective(value: Any) -> tuple[tuple[PartSpec, float], ...]:
     return tuple(terms)
 
 
-def _group(cls: type, key: str, value: Any) -> Any:
-    """A dataclass from a mapping of its fields, whose types are checked."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping of its fields, got {shown(value)}")
-    hints = get_type_hints(cls)
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        if name not in hints:
-            raise nearest(f"key of {key}", name, hints)
-        if hints[name] is float:
-            inner = _number(f"{key}.{name}", inner)
-        elif hints[name] is int or hints[name] is bool or hints[name] is str:
-            if type(inner) is not hints[name]:
-                raise ValueError(f"{key}.{name} must be {hints[name].__name__}, got {shown(inner)}")
-        else:
-            inner = tuple(_number(f"{key}.{name}", one) for one in _listed(f"{key}.{name}", inner))
-        found[name] = inner
-    return cls(**found)
-
-
-def _listed(key: str, value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{key} must be a list of numbers, got {shown(value)}")
-    return list(value)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
-
-
-def _number(key: str, value: Any) -> float:
-    """A number; YAML reads 1e-4 as text, since it wants a decimal point."""
-    if not _is_number(value):
-        raise ValueError(f"{key} must be a number, got {shown(value)}")
-    return float(value)
-
-
 def _check(recipe: RecoveryRecipe) -> None:
-    """Raise `ValueError` for values that are out of range or contradict each other."""
+    """Raise `ValueError` for values that are out of range."""
     if recipe.others not in OTHERS:
         raise ValueError(f"others must be one of {', '.join(OTHERS)}, got {shown(recipe.others)}")
     if recipe.scope not in SCOPES:
@@ -309,7 +283,7 @@ def _check(recipe: RecoveryRecipe) -> None:
         raise ValueError(f"recompute must be auto, on or off, got {shown(recipe.recompute)}")
     for key, least in (("batch", 1), ("seed", 0)):
         value = getattr(recipe, key)
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value < 2**63:
             raise ValueError(f"{key} must be a whole number from {least}, got {shown(value)}")
     for key in ("held_out", "trial"):
         if not 0 < getattr(recipe, key) < 1:
@@ -318,19 +292,6 @@ def _check(recipe: RecoveryRecipe) -> None:
         raise ValueError(f"clip must be at least 0, got {recipe.clip}")
     if not all(0 < rate <= 10 for rate in recipe.rates):
         raise ValueError(f"rates must be above 0 and at most 10, got {list(recipe.rates)}")
-    if recipe.moves and recipe.rule is None:
-        raise ValueError(
-            f"schedule {recipe.schedule.name} moves masks, so the recipe needs a rule: magnitude"
-        )
-    terms = [spec.name for spec, _ in recipe.objective]
-    if (recipe.scope == "block") != (terms == ["block"]):
-        raise ValueError(
-            f"objective block is for scope block, and alone there, got scope {recipe.scope} and {terms}"
-        )
-    if recipe.trainable.name == "norms" and recipe.others == "none":
-        raise ValueError("trainable norms trains nothing with others none; set others: norms")
-    if recipe.trainable.name == "rounded":
-        raise ValueError("trainable rounded is for tuning during a run; take kept")
-    for part, kind in ((recipe.name, "name"), (recipe.description, "description")):
-        if not isinstance(part, str):
-            raise ValueError(f"{kind} must be text, got {shown(part)}")
+    for key in ("name", "description", "chosen"):
+        if not isinstance(getattr(recipe, key), str):
+            raise ValueError(f"{key} must be text, got {shown(getattr(recipe, key))}")
