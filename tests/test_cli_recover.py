@@ -268,7 +268,7 @@ def test_the_screen_says_what_was_done_and_what_to_do_next(recovered, capsys, mo
         r"^teacher +tiny-llama$",
         rf"^text +{entry['text']['sequences']} x 32 tokens of builtin$",
         r"^tokens +1,792 in 7 steps of 8 x 32$",
-        rf"^learning rate +{entry['rate']:g}, by the held-out loss of a short trial of each \(0\.001: ",
+        rf"^learning rate +{entry['rate']:g}, by the held-out loss of a short trial of each \(0\.0003: ",
         rf"^held-out loss +{entry['held_out']['start']:.4f} at the start, ",
         r"^sparsity +\d+\.\d+% of the pruned matrices",
         r"^output +.*my-model \(open report\.html for the curves and every matrix\)$",
@@ -301,7 +301,7 @@ def test_the_best_step_tells_what_to_do_next(recovered):
     record["recovery"]["best_step"] = 6
     assert advice(record) == ""
     record["recovery"]["rates"][0][1] = -1.0
-    assert "(0.001: diverged, 0.0003: " in dict(training_rows(record))["learning rate"]
+    assert "(0.0003: diverged, 0.001: " in dict(training_rows(record))["learning rate"]
 
 
 def test_a_result_prints_as_a_few_lines(recovered):
@@ -356,7 +356,7 @@ def test_training_block_by_block_is_told_by_block(by_blocks, capsys):
     assert len(entry["blocks"]) == 2 and "curve" not in entry
     rows = dict(training_rows(by_blocks.record))
     assert rows["trained"] == "kept, a block at a time; loss block; masks stay"
-    assert rows["learning rate"] == "0.008 of the matrix's own size, the recipe's"
+    assert rows["learning rate"] == "for each block one of 0.0025, 0.008, 0.025, by a short trial"
     assert re.fullmatch(
         r"\S+ at the start, \S+ trained, in the mean of 2 blocks; lower in \d", rows["held-out error"]
     )

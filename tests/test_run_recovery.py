@@ -29,7 +29,7 @@ def text():
 
 
 def recover(start, text, output, recipe="masked-finetuning", steps=10, settings=None, **options):
-    given = {"rate.rate": 1e-3, "batch": 4, "held_out": 0.2} | (settings or {})
+    given = {"rate.rate": 1e-3, "rates": [], "batch": 4, "held_out": 0.2} | (settings or {})
     return llmprune.recover(
         start,
         text=text,
@@ -345,3 +345,22 @@ def test_text_that_is_scored_is_not_trained_on(starts, tmp_path):
             eval_seqlen=64,
             limit=60,
         )
+
+
+def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, tmp_path, monkeypatch):
+    from llmprune.machine import device
+
+    given = {"text": text, "tokens": 1280, "output": tmp_path / "out", "score": False, "dry_run": True}
+
+    def chosen(**options):
+        return llmprune.recover(starts / "half", **given, **options).recipe
+
+    assert chosen(teacher=tiny_llama).name == "recover-best"
+    alone = chosen()  # the record names a folder of this machine, which is no teacher for others
+    assert alone.name == "masked-finetuning" and "name it with --teacher" in alone.chosen
+    needed = llmprune.recover(starts / "half", recipe="masklora", **given).plan.memory
+    monkeypatch.setattr(device, "available_memory", lambda: needed + 1000)
+    assert chosen().name == "masklora" and "needs" in chosen().chosen
+    monkeypatch.setattr(device, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="training needs about"):
+        chosen()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import llmprune
-from llmprune.recipe import recovery as recipes
 
 AIMS: dict[str, dict[str, Any]] = {
     "70%": {"sparsity": 0.7},
@@ -43,7 +42,6 @@ FROM_WANDA = (
     "maskllm",
 )
 FROM_DENSE = ("gmp", "sdgf", "losa", "sparse-llama", "powerprop")
-FACTORS = (1 / 3, 1, 3, 10)  # of the rate of each recipe: all of them are tried
 
 
 def rows(aims: list[str]) -> list[tuple[str, str, str]]:
@@ -87,8 +85,6 @@ class Bench:
         row: dict[str, Any] = {"aim": aim, "start": kind, "recipe": recipe}
         if not recipe:
             return row | {"perplexity": self.perplexity(start), "seconds": 0.0}
-        base = recipes.load(recipe).rate.rate
-        settings: dict[str, Any] = {"rates": [base * factor for factor in FACTORS], "trial": 0.04}
         aims = ({"sparsity": 0} if aim == "dense" else AIMS[aim]) if kind == "dense" else {}
         out = self.a.folder / "out"
         record = llmprune.recover(
@@ -99,7 +95,6 @@ class Bench:
             epochs=self.a.epochs,
             seqlen=self.a.seqlen,
             teacher=None if kind == "dense" else self.a.model,
-            settings=settings | dict(self.a.settings),
             output=out,
             score=False,
             overwrite=True,
@@ -169,13 +164,14 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--aims", default="")
     parser.add_argument("--only", default="", help="recipes, separated by commas")
+    parser.add_argument("--starts", default="best,wanda,dense")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    arguments.settings = {}
     arguments.tokens = arguments.tokens or (500_000 if arguments.case == "demo" else 2_000_000)
     usual = "80%,2:4" if arguments.case == "demo" else "80%,2:4,70%"
     only = set(filter(None, arguments.only.split(",")))
     wanted = [row for row in rows((arguments.aims or usual).split(",")) if not only or row[2] in only | {""}]
+    wanted = [row for row in wanted if row[1] in arguments.starts.split(",")]
     bench = Bench(arguments)
     if not arguments.table:
         bench.run(wanted)

@@ -1,8 +1,9 @@
 """The memory of a recovery on the shape of a large model: `recovery_memory.py MODEL RECIPE [--blocks 32]`.
 
-MODEL is a pruned folder with few blocks of that shape (`make_model.py FOLDER --blocks 2`, then `llmprune prune`).
-A few steps are done on random tokens in a process of its own; printed are the private memory at its peak beside
-what the plan says, and both for a model of `--blocks` blocks: what grows with the blocks is counted so often.
+MODEL is a pruned folder with few blocks of that shape (`make_model.py FOLDER --blocks 2`, then `llmprune
+prune`). A few steps are done on random tokens in a process of its own; printed are the private memory at its
+peak beside what the plan says, and both for a model of `--blocks` blocks: what grows with the blocks is
+counted so often.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main():
         print(f"  {name:<14} {count / 1e9:.3f} GB")
     if "block inputs" not in parts:  # weights and what is trained grow with the blocks
         ends = 2 * config["vocab_size"] * config["hidden_size"] * 2
-        grows = parts["trained"] + parts["masks"] + parts["weights"] - ends + parts.get("teacher", 0)
+        grows = parts["trained"] + found["weights"] // 8 + parts["weights"] - ends + parts.get("teacher", 0)
         whole = found["peak"] + (times - 1) * grows
         print(
             f"  of {a.blocks} blocks: {whole / 1e9:.2f} GB; the bf16 weights alone are "

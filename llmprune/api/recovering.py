@@ -11,26 +11,19 @@ from typing import Any
 import torch
 
 from llmprune import calibration as calibrations
-from llmprune import patterns
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
+from llmprune.api.recovery_start import aim_of, base_of, chosen_lesson, masking_of
 from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
-from llmprune.checkpoint.contents import RECORD
-from llmprune.checkpoint.packed import Packed
-from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.replacement import MODEL, check_output, input_files
-from llmprune.checkpoint.stored_masks import holds_masks, masks_at
 from llmprune.common.messages import shown
-from llmprune.contracts import CalibrationSet, Pattern
+from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
-from llmprune.model.masking import Masking
 from llmprune.model.opening import Model, OpenOptions, open_model
-from llmprune.model.targets import all_targets
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recipe.types import resolve_sparsity
 from llmprune.run.lesson import Lesson
 from llmprune.run.preparation import Options, Source
 from llmprune.run.recovery import Recovery, steps_of
@@ -126,7 +119,7 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
-    _check_numbers(text, tokens, epochs, format)
+    _check_numbers(text, tokens, (epochs, seqlen), format)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -144,14 +137,21 @@ def recover(
 
     with reporting(reporter, progress, team) as report:
         model = team.in_turn(lambda: opened_at(path, revision))
-        masking = _masking(model, masks)
-        aim = _aim(chosen, masking, sparsity, pattern, path)
-        base = team.in_turn(lambda: _base(model, chosen, masking, teacher, opened_at))
+        masking = masking_of(model, masks)
+        aim = aim_of(chosen, masking, sparsity, pattern, path)
         rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
         if prepared is not None:
             check_apart(rows.tokens, prepared.rows)
-        lesson = Lesson(model, chosen, rows, team, masking, aim, base)
+
+        def lesson_of(wanted: RecoveryRecipe) -> Lesson:
+            base = team.in_turn(lambda: base_of(model, wanted, masking, teacher, opened_at))
+            return Lesson(model, wanted, rows, team, masking, aim, base)
+
+        if recipe is None:
+            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens))
+        else:
+            lesson = lesson_of(chosen)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -164,7 +164,7 @@ def recover(
         )
         if dry_run:
             check_output(target, overwrite or resume, options.inputs)
-            return RecoveryDryRun(lesson.plan(steps_of(lesson, tokens)), chosen, target)
+            return RecoveryDryRun(lesson.plan(steps_of(lesson, tokens)), lesson.recipe, target)
         recovery = Recovery(lesson, tokens, options, report)
         try:
             record = recovery.recover(prepared, opened_at)
@@ -175,7 +175,10 @@ def recover(
         return Result(target, record)
 
 
-def _check_numbers(text: Any, tokens: Any, epochs: int, format: str) -> None:
+def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str) -> None:
+    epochs, seqlen = reading
+    if seqlen is not None and (type(seqlen) is not int or seqlen < 2):
+        raise ValueError(f"seqlen must be a whole number from 2, got {shown(seqlen)}")
     if text is None:
         raise ValueError("text must be a SOURCE, an iterable of strings or int64 tokens [N, T], got None")
     if tokens is None or tokens < 1:
@@ -186,133 +189,20 @@ def _check_numbers(text: Any, tokens: Any, epochs: int, format: str) -> None:
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
 
 
-def _masking(model: Model, masks: AnyPath | None) -> Masking | None:
-    """The masks of the start; None for a dense one."""
-    if isinstance(model.source, Packed) and model.source.values != "same":
-        raise ValueError(
-            f"{model.label} holds values rounded to {model.source.values}, which training would leave; train "
-            "before rounding, or make it dense first (llmprune convert --to dense)"
-        )
-    if masks is not None:
-        return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
-    if model.folder is None or not holds_masks(model.folder):
-        return None
-    return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)
-
-
-def _aim(
-    recipe: RecoveryRecipe, masking: Masking | None, sparsity: Any, pattern: str | None, path: AnyPath
-) -> tuple[Pattern, float] | None:
-    """The pattern and sparsity to end with; None for those of the start's masks, or for a dense result.
-
-    Raises:
-        ValueError: a recipe that cannot reach them.
-    """
-    if masking is None and sparsity is None and pattern is None:
-        raise ValueError(
-            f"{path} has no masks, so it is dense; give --sparsity or --pattern to a recipe that prunes as "
-            "it trains (gmp, sr-ste, ...), or the masks with --masks FILE; --sparsity 0 trains it dense"
-        )
-    if sparsity is None and pattern is None:
-        return None
-    name = pattern or "unstructured"
-    wanted = resolve_sparsity(name, sparsity)
-    if masking is None and wanted == 0:
-        if recipe.moves:
-            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
-        return None
-    if not recipe.moves:
-        first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
-        raise ValueError(
-            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
-        )
-    if masking is not None and wanted < masking.masks.sparsity - 1e-3:
-        raise ValueError(
-            f"{path} is {masking.masks.sparsity:.2%} sparse, and sparsity {wanted:g} is less; leave it out"
-        )
-    found = patterns.parse(name)
-    if masking is None and recipe.schedule.name == "exchange":
-        raise ValueError(
-            f"recipe {recipe.name} exchanges weights of a pruned model, and {path} is dense; "
-            "first prune it: llmprune prune"
-        )
-    return found, wanted
-
-
-def _base(
-    model: Model, recipe: RecoveryRecipe, masking: Masking | None, teacher: AnyPath | None, opened_at: Any
-) -> Model | None:
-    """The dense model, where one is needed or named.
-
-    Raises:
-        ValueError: it cannot be found, or is of another vocabulary or tokenizer.
-    """
-    needed = (
-        recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
-    )
-    if teacher is None and (masking is None or not needed):
-        return None
-    name = teacher if teacher is not None else _recorded(model)
-    if name is None:
-        raise ValueError(
-            f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
-        )
-    try:
-        base: Model = opened_at(name)
-    except ValueError as error:
-        if teacher is not None:
-            raise
-        raise ValueError(
-            f"recipe {recipe.name} needs the dense model {shown(name)}, which the record names and which "
-            f"cannot be opened ({str(error)[:120]}); name it with --teacher"
-        ) from None
-    _check_alike(model, base)
-    return base
-
-
-def _recorded(model: Model) -> str | None:
-    """The dense model by the name in the record; None where it was a folder of this or another machine."""
-    folder = model.folder
-    if folder is None or not (folder / RECORD).is_file():
-        return None
-    name = read_record(folder).get("model", {}).get("source")
-    local = not isinstance(name, str) or (name != "demo" and "/" not in name and Path(name).exists())
-    return None if local else name
-
-
-def _check_alike(model: Model, base: Model) -> None:
-    """Raise `ValueError` where a teacher has another vocabulary, tokenizer or shape than the start."""
-    for what, own, other in (
-        ("vocabulary", model.skeleton.vocabulary, base.skeleton.vocabulary),
-        ("width", model.skeleton.width, base.skeleton.width),
-        ("number of blocks", len(model.skeleton.blocks), len(base.skeleton.blocks)),
-    ):
-        if own != other:
-            raise ValueError(
-                f"teacher {base.label} has {what} {other} and {model.label} {own}; name the dense model "
-                "it was made of"
-            )
-    probe = "The quick brown fox, 123 — naïve.\n\tdef f(x): return x"
-    if model.tokenizer is not None and base.tokenizer is not None:
-        own, other = (m.tokenizer(probe)["input_ids"] for m in (model, base))
-        if list(own) != list(other):
-            raise ValueError(f"teacher {base.label} has another tokenizer than {model.label}; name another")
-
-
 def _rows(
     model: Model, recipe: RecoveryRecipe, text: Any, tokens: int, reading: tuple[int, int | None]
 ) -> CalibrationSet:
     """The sequences to train on, and those held out beside them."""
     epochs, length = reading
+    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     length = length or default_length(model.limit)
     samples = math.ceil(tokens / (length * epochs))
-    if samples < 2:
+    if samples < 2 and not ready:
         raise ValueError(
             f"{tokens} tokens in {epochs} epochs are {samples} sequence of {length}; give more --tokens or a "
             "smaller --seqlen"
         )
     held = max(1, round(samples * recipe.held_out / (1 - recipe.held_out)))
-    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     request = calibrations.CalibrationRequest(
         samples=None if ready else samples + held,
         length=None if ready else length,

@@ -122,7 +122,7 @@ def training_plan(
         "masks": weights // 8 + largest,
         "made weights": (largest if extent.recompute or one else weights) * (1 + item) + widest * (8 + item),
         "activations": _activations(skeleton, extent, one),
-        "logits": 0 if one else tokens * skeleton.vocabulary * (2 * item + 12),
+        "logits": 0 if one else tokens * skeleton.vocabulary * 2 * item + 16 * (1 << 23),
         "process": _PROCESS,
     }
     if extent.taught:

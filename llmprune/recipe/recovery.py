@@ -14,9 +14,10 @@ from typing import Any, get_type_hints
 from llmprune import registry
 from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
-from llmprune.recovery.loop import Method, RateSpec
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import OptimizerSpec
-from llmprune.recovery.parts import Numbers, Term
+from llmprune.recovery.phases import Numbers
+from llmprune.recovery.task import Term
 
 FOLDER = ("recipes", "recovery")
 DEFAULT = "recover-best"

@@ -210,7 +210,7 @@ def size_remark(record: Mapping[str, Any]) -> str:
     sizes = record["totals"]["bytes"]
     if "format" in record:
         return (
-            "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored, "
+            f"The weights are packed: {_stored(record)}, "
             f"{_of(sizes['written'], sizes['dense'])} in all. transformers loads them where llmprune is "
             "installed and imported; without it, it stops. How fast they are depends on the machine: "
             "llmprune bench measures it."
@@ -228,6 +228,16 @@ def size_remark(record: Mapping[str, Any]) -> str:
         f"{dense} Packed it takes {_of(packed, sizes['dense'])}: llmprune convert writes it so (--to "
         "packed), llmprune bench measures how fast it is then."
     )
+
+
+def _stored(record: Mapping[str, Any]) -> str:
+    """What a packed folder holds of its matrices."""
+    values = record["format"].get("values", "same")
+    rounded = "" if values == "same" else f", rounded to {values.removeprefix('int')} bits,"
+    rows = record.get("matrices", [])
+    if rounded and rows and all(row.get("target_sparsity") == 0 for row in rows):
+        return f"of every matrix all values{rounded} are stored"
+    return f"of every pruned matrix the kept values{rounded} and a bit per weight are stored"
 
 
 def _of(packed: int, dense: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.patterns import NM, Unstructured, keep_highest
+from llmprune.patterns import Unstructured
 from llmprune.recovery.parts import MaskRule, View
 
 
@@ -46,37 +46,33 @@ class Exchange(MaskRule):
     def survivors(self, view: View) -> Tensor:
         """The kept weights without those that are dropped, bool [R, C].
 
-        Dropped are `floor(share * kept)` of each row, of the whole matrix where its counts are of the whole.
+        Dropped are `floor(share * kept)` of each row, of the whole matrix where its counts are of the whole;
+        and the smallest where more are left than the new mask keeps.
         """
         assert view.aim is not None
-        pattern, keep, weight = view.aim[0], view.keep, view.weight
+        pattern, keep, size = view.aim[0], view.keep, view.weight.abs()
         whole = isinstance(pattern, Unstructured) and pattern.scope == "matrix"
-        rows = keep.reshape(1, -1) if whole else keep
-        weight = weight.reshape(1, -1) if whole else weight
-        kept = rows.sum(dim=1)
-        dropped = (kept.double() * view.phase.share).floor().long()
-        if isinstance(pattern, NM) or bool((kept == kept[0]).all()):
-            return self._dropped(rows, weight, int(kept[0]), int(dropped[0])).view_as(keep)
-        parts = [
-            self._dropped(rows[i : i + 1], weight[i : i + 1], int(kept[i]), int(dropped[i]))
-            for i in range(len(rows))
-        ]
-        return torch.cat(parts).view_as(keep)
+        rows = (1, -1) if whole else keep.shape
+        dropped = self._dropped(keep.reshape(rows), view.weight.reshape(rows), view.phase.share)
+        left = keep & ~dropped.view_as(keep)
+        return left & pattern.select(torch.where(left, size, -1.0), view.aim[1])
 
-    def _dropped(self, keep: Tensor, weight: Tensor, kept: int, count: int) -> Tensor:
-        """The mask without `count` of each row, of which it keeps `kept`."""
-        pruned = keep.shape[1] - kept
+    def _dropped(self, keep: Tensor, weight: Tensor, share: float) -> Tensor:
+        """The kept weights of each row that are dropped, bool."""
+        size = weight.abs()
+        count = (keep.sum(dim=1).double() * share).floor().long()
         if self.config.drop == "magnitude":
-            return keep_highest(torch.where(keep, weight.abs(), -1.0), pruned + count)
+            return _smallest(size, keep, count)
         # Of the positive ones the smallest half, of the negative ones the other, as far as there are so many.
-        positive, negative = keep & (weight > 0), keep & ~(weight > 0)
-        gone = torch.zeros_like(keep)
-        for row in range(len(keep)):
-            up, down = int(positive[row].sum()), int(negative[row].sum())
-            first = min(up, count - min(down, count // 2), count - count // 2)
-            first = max(first, count - down)
-            for side, many in ((positive, first), (negative, count - first)):
-                if many:
-                    size = torch.where(side[row], weight[row].abs(), torch.inf)
-                    gone[row, size.argsort(stable=True)[:many]] = True
-        return keep & ~gone
+        positive, negative = keep & (weight >= 0), keep & (weight < 0)
+        half = torch.minimum(positive.sum(dim=1), count - count // 2)
+        first = torch.maximum(half, count - negative.sum(dim=1))
+        return _smallest(size, positive, first) | _smallest(size, negative, count - first)
+
+
+def _smallest(size: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """The `count` smallest of each row, [R, C], among some; of equal ones those of the lower columns."""
+    order = torch.where(among, size, torch.inf).argsort(dim=1, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
+    return among & (rank < count[:, None])

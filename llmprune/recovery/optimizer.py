@@ -21,7 +21,7 @@ class OptimizerSpec:
         name: `adamw` or `sgd`.
         betas: of AdamW; of SGD the first one is the momentum.
         eps: added to the root of the second moment.
-        weight_decay: decoupled, of all entries that are kept.
+        weight_decay: decoupled, of all entries. Where pruned weights are trained too, it pulls them to zero.
     """
 
     name: str = "adamw"
@@ -70,10 +70,9 @@ class Optimizer:
         """
         spec = self._spec
         self.steps[name] = count = self.steps.get(name, 0) + 1
-        if spec.weight_decay:
-            tensor.mul_(1 - rate * spec.weight_decay)
         if spec.name == "sgd":
-            self._descend(name, tensor, gradient, rate)
+            pulled = lam and keep is not None
+            self._descend(name, tensor, gradient + lam * _pruned(tensor, keep) if pulled else gradient, rate)
             return
         state = self.state.get(name)
         if state is None:
@@ -86,10 +85,11 @@ class Optimizer:
         if self._decays and keep is not None:
             # The pull must not pass through the normalisation alone: a weight without a gradient would move
             # by a whole step (AST, arXiv 2407.20584).
-            move = mean + lam * torch.where(keep, 0.0, tensor) if lam else mean
+            move = mean + lam * _pruned(tensor, keep) if lam else mean
             squared = move
         square.mul_(second).addcmul_(squared, squared, value=1 - second)
         size = (square / (1 - second**count)).sqrt_().add_(spec.eps)
+        self._decay(tensor, rate)
         tensor.addcdiv_(move, size, value=-rate / (1 - first**count))
 
     def _descend(self, name: str, tensor: Tensor, gradient: Tensor, rate: float) -> None:
@@ -98,7 +98,12 @@ class Optimizer:
             self.state[name] = {"mean": torch.zeros_like(tensor)}
         mean = self.state[name]["mean"]
         mean.mul_(momentum).add_(gradient)
+        self._decay(tensor, rate)
         tensor.add_(mean, alpha=-rate)
+
+    def _decay(self, tensor: Tensor, rate: float) -> None:
+        if self._spec.weight_decay:
+            tensor.mul_(1 - rate * self._spec.weight_decay)
 
     def forget(self, name: str, keep: Tensor) -> None:
         """Zero the state of every entry that is not kept: else momentum would move what is pruned."""
@@ -128,3 +133,9 @@ class Optimizer:
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
             self.state.setdefault(name, {})[part] = tensor
+
+
+def _pruned(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """The entries that are not kept, zero elsewhere."""
+    assert keep is not None
+    return torch.where(keep, 0.0, tensor)

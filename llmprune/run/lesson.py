@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
 from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
+from llmprune.recovery.parts import Matrix, exact_sparsity
+from llmprune.recovery.task import Outputs, Task
 from llmprune.statistics.squares import input_squares
 
 _SEEN = 16  # sequences by which the inputs of matrices are measured
-_MOST_HELD = 1 << 16  # tokens that are held out at most
+_MOST_HELD = 1 << 14  # tokens that are held out at most
 _ROOM = 0.125  # of the free memory may be taken by activations that are kept instead of computed twice
 
 
@@ -104,23 +105,25 @@ class Lesson:
         """The pattern of the start's masks, by the first of them."""
         return exact_pattern(self.masking.keep(self.targets[0].name)) if self.masking else None
 
-    def matrices(self, load: Callable[[Target], Tensor], targets: Iterable[Target]) -> dict[str, Matrix]:
-        """Some matrices, by name in the record; `load` gives a weight as [R, C]."""
-        found: dict[str, Matrix] = {}
-        for number, target in enumerate(targets):
-            weight = load(target)
-            keep = self._keep(target, weight)
-            pattern, sparsity = self._aim_of(target, keep)
-            found[target.key] = Matrix(
-                weight=weight,
-                keep=keep.to(weight.device),
-                pattern=pattern,
-                sparsity=sparsity,
-                part=number / len(self.targets),
-                least=self._least(keep),
-                origin=self._origin(target),
-            )
-        return found
+    def matrix(self, target: Target, place: float, load: Callable[[Target], Tensor]) -> Matrix:
+        """A matrix as it is at the start.
+
+        Args:
+            place: where in the model, in [0, 1).
+            load: gives its weight.
+        """
+        weight = load(target)
+        keep = self._keep(target, weight)
+        pattern, sparsity = self._aim_of(target, keep)
+        return Matrix(
+            weight=weight,
+            keep=keep.to(weight.device),
+            pattern=pattern,
+            sparsity=sparsity,
+            part=place,
+            least=self._least(keep),
+            origin=self._origin(target),
+        )
 
     def _keep(self, target: Target, weight: Tensor) -> Tensor:
         if self.masking is None:
@@ -150,6 +153,23 @@ class Lesson:
             return target.oriented(target.part(source.load(target.tensor))).to(device, torch.float32)
 
         return load
+
+
+class Matrices(Mapping[str, Matrix]):
+    """The matrices of some targets by name in the record, each read when it is asked for: nothing is held."""
+
+    def __init__(self, lesson: Lesson, targets: Sequence[Target], load: Callable[[Target], Tensor]) -> None:
+        self._lesson, self._load = lesson, load
+        self._places = {target.key: (target, n / len(targets)) for n, target in enumerate(targets)}
+
+    def __getitem__(self, name: str) -> Matrix:
+        return self._lesson.matrix(*self._places[name], self._load)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def plain_tensors(skeleton: Skeleton, others: str) -> list[str]:
@@ -184,7 +204,7 @@ def whole_model(lesson: Lesson) -> Task:
     def load(target: Target) -> Tensor:
         return target.oriented(target.part(source.load(target.tensor))).to(device).contiguous()
 
-    matrices = lesson.matrices(load, lesson.targets)
+    matrices = Matrices(lesson, lesson.targets, load)
     names = plain_tensors(skeleton, recipe.others)
     others = {name: source.load(name).to(device) for name in names}
     tokens = lesson.rows.tokens

@@ -26,10 +26,11 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.record.figures import duration
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.objectives.next_token import NextToken
-from llmprune.recovery.parts import Task, Term
 from llmprune.recovery.soup import Soup, part_pruned
+from llmprune.recovery.task import Task, Term
 
 CHECKS = 20  # how often the held-out loss is measured, over all steps
+_TRIED = 20  # steps at each rate at least
 _SAVE_EVERY = 300.0  # seconds between two states on disk
 _NOTES = 5  # of the checks that are told
 
@@ -250,7 +251,8 @@ class Training:
 
     def _try_rates(self) -> None:
         """Train a little at each rate, and take the one with the lowest held-out loss."""
-        steps = max(1, round(self.recipe.trial * self._each))
+        # In fewer steps a high rate has no time to be the better one.
+        steps = min(self._each, max(_TRIED, round(self.recipe.trial * self._each)))
         self._reporter.stage("trying learning rates", steps * len(self.recipe.rates))
         for rate in self.recipe.rates:
             loop = Loop(self.task, self.recipe.method(steps, rate))
@@ -329,7 +331,7 @@ def _result(loop: Loop) -> dict[str, Made]:
 
 def _grows(loop: Loop) -> bool:
     """Whether the start is no result, since matrices that shall be sparse are dense."""
-    return any(m.pattern is not None and bool(m.keep.all()) for m in loop.task.matrices.values())
+    return any(m.pattern is not None and bool(loop.keeps[n].all()) for n, m in loop.matrices.items())
 
 
 def _sparsity(loop: Loop) -> float:

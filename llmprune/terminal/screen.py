@@ -257,8 +257,9 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     console.verbatim()
     folder = shlex.quote(converted["output"])
     steps = [("score it", f"llmprune eval {folder}"), ("measure it", f"llmprune bench {folder}")]
-    steps = steps if converted["format"] == "packed" else steps[:1]
-    _next_steps(console, steps)
+    # `bench` has nothing to compare where no matrix is packed.
+    measurable = converted["format"] == "packed" and converted["matrices"]
+    _next_steps(console, steps if measurable else steps[:1])
 
 
 def print_generated(console: Screen, generated: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ from llmprune.recovery.parts import MaskRule, View
 
 
 class Curvature(MaskRule):
-    """v theta^2, with v the second moment of Adam, corrected for its start."""
+    """v theta^2, with v the second moment of Adam, corrected for its start; theta^2 before the first step."""
 
     wants = frozenset({"moments"})
 
     def score(self, view: View) -> Tensor:
-        assert view.square is not None
-        return view.square * view.weight.square()
+        size = view.weight.square()
+        return size if view.square is None else view.square * size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune.recovery.parts import Phase, Schedule
+from llmprune.recovery.phases import Phase, Schedule
 
 
 class Alternate(Schedule):
@@ -25,6 +25,8 @@ class Alternate(Schedule):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.moves != 1:
+                raise ValueError(f"moves must be 1, since rounds decides when masks move, got {self.moves}")
             if self.rounds < 1:
                 raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
@@ -33,12 +35,14 @@ class Alternate(Schedule):
         span = self.span(steps)
         if step < span.start:
             return 0
-        length = max(1, len(span) - 1)
         phases = 2 * int(self.config.rounds)
-        return min(phases, (step - span.start) * phases // length)
+        if step >= span[-1]:
+            return phases
+        return (step - span.start) * phases // (len(span) - 1)
 
     def moves_at(self, step: int, steps: int) -> bool:
-        return step == 0 or self._phase(step, steps) != self._phase(step - 1, steps)
+        changes = self._phase(step, steps) != self._phase(step - 1, steps)
+        return changes or step == self.span(steps).start
 
     def shape(self, phase: Phase, steps: int) -> Phase:
         odd = self._phase(phase.step, steps) % 2

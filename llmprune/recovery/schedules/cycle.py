@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune.recovery.parts import Phase, Schedule
+from llmprune.recovery.phases import Phase, Schedule
 
 
 class Cycle(Schedule):
@@ -25,6 +25,10 @@ class Cycle(Schedule):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.moves != 1:
+                raise ValueError(
+                    f"moves must be 1, since parts and rounds decide when masks move, got {self.moves}"
+                )
             for name in ("parts", "rounds"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -34,7 +38,9 @@ class Cycle(Schedule):
         span, turns = self.span(steps), self.config.parts * self.config.rounds
         if step < span.start:
             return -1
-        return int(min(turns, (step - span.start) * turns // max(1, len(span) - 1)))
+        if step >= span[-1]:
+            return int(turns)
+        return int((step - span.start) * turns // (len(span) - 1))
 
     def moves_at(self, step: int, steps: int) -> bool:
         return self._turn(step, steps) != (self._turn(step - 1, steps) if step else -1)

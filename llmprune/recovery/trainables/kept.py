@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Masked
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Kept(Trainable):
@@ -42,7 +43,7 @@ class Kept(Trainable):
         weight: Tensor = Masked.apply(self.tensors["theta"], keep, beta, gamma)
         return weight
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.tensors["theta"].detach()
 
     @torch.no_grad()

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from llmprune.contracts import Pattern
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class LowRankScore(Trainable):
     """theta = W + U Q, score = |theta| + A B + r 1^T + 1 c^T, V = theta * top(score).
 
-    U and A are random at the start, the rest zero. The gradient of the score is G * theta, straight through.
+    U and A are random at the start, the rest zero. The gradient of the score is G * theta, straight through,
+    until masks are frozen.
     """
 
     revives = True
@@ -83,6 +85,8 @@ class LowRankScore(Trainable):
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         theta = self._theta()
+        if phase.frozen:
+            return torch.where(keep, theta, 0.0)
         weight: Tensor = Chosen.apply(theta, self._score(theta), keep)
         return weight
 
@@ -91,7 +95,7 @@ class LowRankScore(Trainable):
         return self._score(self._theta())
 
     @torch.no_grad()
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self._theta()
 
     @torch.no_grad()

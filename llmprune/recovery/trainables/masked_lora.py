@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class MaskedLora(Trainable):
     """V = W' + (alpha / r) k * (B A), with B [R, r] zero and A [r, C] random at the start.
 
-    When the mask moves, V becomes W' and a new B A begins (LoSA). What is pruned stays pruned then, since W'
-    is zero there.
+    When the mask moves, V becomes W', in float32, and a new B A begins (LoSA). W' is zero where it is pruned.
     """
 
     based = True
@@ -49,11 +49,8 @@ class MaskedLora(Trainable):
         if matrix.weight.ndim != 2:
             raise ValueError(f"masked-lora trains matrices [R, C], got {list(matrix.weight.shape)}")
         self._generator = generator
-        self.fixed, self._renewed = {"base": matrix.weight.detach() * matrix.keep}, False
+        self.fixed = {"base": matrix.weight.detach() * matrix.keep}
         self._begin()
-
-    def kept_fixed(self) -> dict[str, Tensor]:
-        return self.fixed if self._renewed else {}
 
     def _begin(self) -> None:
         base, rank = self.fixed["base"], self.config.rank
@@ -67,26 +64,24 @@ class MaskedLora(Trainable):
         }
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
-        base = self.fixed["base"]
         change = (self.tensors["b"] * self._scale) @ self.tensors["a"]
-        weight: Tensor = base + torch.where(keep, change.to(base.dtype), 0.0)
+        weight: Tensor = self.fixed["base"] + torch.where(keep, change, 0.0)
         return weight
 
     @property
     def _scale(self) -> float:
         return float(self.config.alpha / self.config.rank)
 
-    def compared(self) -> Tensor:
-        return self.merge(self.fixed["base"] != 0)
+    def compared(self, keep: Tensor) -> Tensor:
+        return self.merge(keep)
 
     @torch.no_grad()
     def merge(self, keep: Tensor) -> Tensor:
-        change = (self.tensors["b"] * self._scale) @ self.tensors["a"]
-        return torch.where(keep, self.fixed["base"].float() + change, 0.0)
+        return torch.where(keep, self.weight(keep, Phase(step=0)), 0.0)
 
     @torch.no_grad()
     def moved(self, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
-        merged = self.merge(old)
-        self.fixed["base"] = torch.where(new, merged, 0.0).to(self.fixed["base"].dtype)
-        self._generator, self._renewed = view.generator, True
+        # Not in the dtype of the start: most changes are too small for bfloat16.
+        self.fixed = {"base": torch.where(new, self.merge(old), 0.0)}
+        self._generator, self.changed = view.generator, True
         self._begin()

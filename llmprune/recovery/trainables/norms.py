@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Norms(Trainable):
@@ -21,9 +22,9 @@ class Norms(Trainable):
         self.fixed = {"base": matrix.weight.detach() * matrix.keep}
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
-        return self.fixed["base"]
+        return torch.where(keep, self.fixed["base"], 0.0)
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.fixed["base"].float()
 
     def merge(self, keep: Tensor) -> Tensor:

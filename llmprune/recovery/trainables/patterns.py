@@ -15,7 +15,8 @@ from torch.nn.functional import one_hot
 
 from llmprune.contracts import Pattern
 from llmprune.patterns import NM
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 _MOST = 128  # patterns of a group; each costs a logit and its moments
 
@@ -23,6 +24,8 @@ _MOST = 128  # patterns of a group; each costs a logit and its moments
 class Patterns(Trainable):
     """V = W * sum_p y_p pattern_p, y = softmax((kappa P + Gumbel noise) / tau), P the logits [R, C / M,
     patterns].
+
+    While masks are frozen, V is W where it is kept.
     """
 
     revives = True
@@ -37,7 +40,8 @@ class Patterns(Trainable):
             kappa_first, kappa_last: the scale of the logits at the start and at the end.
             tau_first, tau_last: the temperature, likewise.
             deviation: of the logits at the start.
-            prior: how strongly the mask of the start is preferred, in deviations.
+            prior: how strongly the mask of the start is preferred, in deviations for each weight that a
+                pattern keeps with it; of a dense start that of the largest weights.
             penalty: of the loss for small V: `- penalty * ||V||^2`, falling to zero.
         """
 
@@ -76,16 +80,18 @@ class Patterns(Trainable):
         for number, kind in enumerate(kinds):
             table[number, list(kind)] = 1
         table = table.to(base.device)
-        groups = matrix.keep.view(len(base), -1, pattern.width).float()
+        groups = matrix.first_mask().view(len(base), -1, pattern.width).float()
         deviation = self.config.deviation
         noise = torch.randn(*groups.shape[:2], len(kinds), generator=generator, dtype=torch.float32)
-        prior = (groups @ table.T / pattern.n - 1) * deviation * self.config.prior
+        prior = (groups @ table.T - 1) * deviation * self.config.prior
         self.fixed = {"base": base, "table": table}
         self.tensors = {"logits": (noise.to(base.device) * deviation + prior).requires_grad_()}
         self._seed = int(torch.randint(1 << 62, (1,), generator=generator))
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         base, logits = self.fixed["base"].float(), self.tensors["logits"]
+        if phase.frozen:
+            return torch.where(keep, base, 0.0)
         # The same noise whenever the weight of a step is made: activations may be computed twice.
         generator = torch.Generator().manual_seed((self._seed + phase.step) % (1 << 62))
         uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
@@ -111,7 +117,7 @@ class Patterns(Trainable):
         chosen: Tensor = one_hot(best, len(self.fixed["table"])).float() @ self.fixed["table"]
         return chosen.flatten(1)
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.fixed["base"].float()
 
     def merge(self, keep: Tensor) -> Tensor:

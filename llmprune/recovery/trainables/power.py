@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import scaled
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Power(Trainable):
@@ -39,16 +40,15 @@ class Power(Trainable):
 
     def _power(self) -> Tensor:
         theta = self.tensors["theta"]
-        if self.config.exponent == 2:  # where theta is zero, the general power has a gradient of NaN or Inf
-            return theta * theta.abs()
-        power: Tensor = theta * theta.abs().clamp(min=1e-12) ** (self.config.exponent - 1)
+        # Not theta * |theta|^(a - 1), whose gradient is not finite where theta is zero.
+        power: Tensor = theta.sign() * theta.abs() ** self.config.exponent
         return power
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         return scaled(self._power(), keep, phase.numbers[0])
 
     @torch.no_grad()
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self._power()
 
     @torch.no_grad()

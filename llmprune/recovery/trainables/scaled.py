@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scaled(Trainable):
@@ -63,13 +64,11 @@ class Scaled(Trainable):
         return factor
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
-        base = self.fixed["base"]
-        weight: Tensor = base * self._factor().to(base.dtype)
-        return weight
+        return torch.where(keep, self.fixed["base"] * self._factor(), 0.0)
 
-    def compared(self) -> Tensor:
-        return self.merge(self.fixed["base"] != 0)
+    def compared(self, keep: Tensor) -> Tensor:
+        return self.merge(keep)
 
     @torch.no_grad()
     def merge(self, keep: Tensor) -> Tensor:
-        return torch.where(keep, self.fixed["base"].float() * self._factor(), 0.0)
+        return self.weight(keep, Phase(step=0))

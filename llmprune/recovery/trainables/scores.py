@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scores(Trainable):
-    """V = W * top(S). S starts at 1 where a weight is kept and just below elsewhere; its gradient is G *
-    W.
+    """V = W * top(S). S starts at 1 where a weight is kept and just below elsewhere; its gradient is G * W.
+
+    Of a dense start the largest weights are kept at first.
     """
 
     based = True
@@ -40,12 +42,14 @@ class Scores(Trainable):
         base = matrix.weight.detach()
         if matrix.origin is not None:
             base = torch.where(matrix.keep, base, matrix.origin().to(base))
-        score = torch.where(matrix.keep, 1.0, float(self.config.low)).to(torch.float32)
+        score = torch.where(matrix.first_mask(), 1.0, float(self.config.low)).to(torch.float32)
         self.fixed = {"base": base}
         self.tensors = {"score": score.requires_grad_()}
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         base = self.fixed["base"].float()
+        if phase.frozen:
+            return torch.where(keep, base, 0.0)
         weight: Tensor = Chosen.apply(base, self.tensors["score"], keep)
         return weight
 
@@ -59,7 +63,7 @@ class Scores(Trainable):
     def learned(self, phase: Phase) -> Tensor | None:
         return self.tensors["score"].detach()
 
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.fixed["base"].float()
 
     def merge(self, keep: Tensor) -> Tensor:

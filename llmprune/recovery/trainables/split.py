@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Split(Trainable):
@@ -45,9 +46,6 @@ class Split(Trainable):
         self.tensors = {"theta": theta.clone().requires_grad_()}
         self.fixed = {"z": torch.where(matrix.keep, theta, 0.0), "u": torch.zeros_like(theta)}
 
-    def kept_fixed(self) -> dict[str, Tensor]:
-        return self.fixed
-
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         theta = self.tensors["theta"]
         return torch.where(keep, theta, 0.0) if phase.frozen else theta
@@ -59,14 +57,14 @@ class Split(Trainable):
             theta.grad.add_(theta - self.fixed["z"] + self.fixed["u"], alpha=self.config.penalty)
 
     @torch.no_grad()
-    def compared(self) -> Tensor:
+    def compared(self, keep: Tensor) -> Tensor:
         return self.tensors["theta"] + self.fixed["u"]
 
     @torch.no_grad()
     def moved(self, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
         theta = self.tensors["theta"]
         z = torch.where(new, theta + self.fixed["u"], 0.0)
-        self.fixed = {"z": z, "u": self.fixed["u"] + theta - z}
+        self.fixed, self.changed = {"z": z, "u": self.fixed["u"] + theta - z}, True
         if phase.frozen:
             theta.masked_fill_(~new, 0.0)
 
