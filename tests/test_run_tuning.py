@@ -59,12 +59,10 @@ def test_a_tuned_run_resumes_to_the_same_bytes(tiny_llama, calibration_tokens, t
 
 
 def test_a_rate_that_diverges_loses(tiny_llama, calibration_tokens, tmp_path, monkeypatch):
-    from llmprune.updates import block_tune
+    from llmprune.recovery.loop import Loop
 
-    real = block_tune._error
-    monkeypatch.setattr(
-        block_tune, "_error", lambda job, weights, held: next(first, None) or real(job, weights, held)
-    )
+    real = Loop.error
+    monkeypatch.setattr(Loop, "error", lambda self, terms: next(first, None) or real(self, terms))
     first = iter([float("nan")])
     record = run(
         tiny_llama,

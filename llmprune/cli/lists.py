@@ -24,10 +24,10 @@ _TITLES = {
     "refiners": "refiners (after wanda)",
     "updates": "updates (after wanda)",
     "allocators": "allocators (with wanda)",
-    "recovery.schedules": "schedules of recover (when masks move, and how sparse they are)",
-    "recovery.rules": "rules of recover (which weights a mask keeps)",
-    "recovery.trainables": "trainables of recover (what is trained of a matrix)",
-    "recovery.objectives": "objectives of recover (what training makes smaller)",
+    "recovery.schedules": "schedules (recover: when masks move)",
+    "recovery.rules": "rules (recover: what masks keep)",
+    "recovery.trainables": "trainables (recover: what is trained)",
+    "recovery.objectives": "objectives (recover: the loss)",
 }
 
 
