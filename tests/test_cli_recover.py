@@ -24,6 +24,7 @@ from llmprune.record import card, plots, repeating, report
 from llmprune.record import figures as words
 from llmprune.record.recovered import advice, training_rows
 from llmprune.record.recovery import identity
+from llmprune.run import training
 from llmprune.terminal import screen
 from llmprune.terminal.console import Screen
 
@@ -106,6 +107,35 @@ def test_a_dense_model_is_pruned_while_it_is_trained(typed, tiny_llama, tmp_path
     assert "tiny-llama pruned and trained by llmprune: 2:4, trained by gmp to 2:4." in text
     assert "tokens of builtin, pruned meanwhile" in text and "## Recipe" not in text
     assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (True, "the training is kept as it was last saved, which it is every 5 minutes; "),
+        (False, "the training was not saved yet and will begin again; "),
+    ],
+)
+def test_an_interrupted_training_offers_to_go_on(saved, said, typed, finished, tmp_path, monkeypatch):
+    real, steps = training.Training._advance, []
+
+    def advance(self, loop):
+        steps.append(loop.step)
+        real(self, loop)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    args = ("recover", finished.output, *SMALL, "--recipe", "perp", "--no-score", "--output", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_advance", advance)
+        patch.setattr(training, "_SAVE_EVERY", -1.0 if saved else 1e9)
+        code, _, err = typed(*args)
+    assert code == 130 and err.startswith(f"llmprune: interrupted; {said}continue with: llmprune recover ")
+    assert err.endswith("--output out --resume\n") and len(err.splitlines()) == 1
+    assert typed(*args)[0] == 1, "an unfinished training is not begun anew unasked"
+    code, out, err = typed(*args, "--resume")
+    assert (code, err) == (0, "") and ("2 of 3 steps are done" in out) == saved
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 # The record

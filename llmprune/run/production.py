@@ -238,11 +238,21 @@ class Production:
     def close(self, error: BaseException | None) -> None:
         """Release the output; an error is told what is kept of the run, see `close`."""
         if self.writer is not None:
-            close(self.writer, error, self.options.output, len(self.model.skeleton.blocks), self._left)
+            blocks, begun = len(self.model.skeleton.blocks), self._begun()
+            close(self.writer, error, self.options.output, blocks, self._left, begun)
+
+    def _begun(self) -> str:
+        """What is kept before the first block is finished, in words; empty for nothing."""
+        return ""
 
 
 def close(
-    writer: CheckpointWriter, error: BaseException | None, output: Path, blocks: int, left: str
+    writer: CheckpointWriter,
+    error: BaseException | None,
+    output: Path,
+    blocks: int,
+    left: str,
+    begun: str = "",
 ) -> None:
     """Close a writer.
 
@@ -253,11 +263,13 @@ def close(
         output: the folder as the user named it.
         blocks: how many the run has.
         left: how far the output is, once it is in place.
+        begun: what is kept before the first block is finished, in words; empty for nothing.
     """
     moved, finished = writer.moved, writer.close()
-    if error is None or not (moved or finished):
+    if error is None or not (moved or finished or begun):
         return
-    kept = f"{output} is {left}" if moved else f"{finished} of {blocks} blocks are finished and kept"
+    done = f"{finished} of {blocks} blocks are finished and kept" if finished else begun
+    kept = f"{output} is {left}" if moved else done
     error.kept = kept  # type: ignore[attr-defined]
     error.resumable = not (moved and left == "finished")  # type: ignore[attr-defined]
 

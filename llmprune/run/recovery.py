@@ -274,6 +274,15 @@ class Recovery(Production):
         clock.lap("train")
         return dataclasses.asdict(training.watch)
 
+    def _begun(self) -> str:
+        """What is kept of a training, in words; empty before it has begun."""
+        writer = self.writer
+        if writer is None or writer.moved or not writer.journal.trains:
+            return ""
+        if (writer.folder / TRAINING).is_file():
+            return "the training is kept as it was last saved, which it is every 5 minutes"
+        return "the training was not saved yet and will begin again"
+
     def _note_state(self) -> None:
         """Say in the journal that there is something to go on with."""
         assert self.writer is not None
