@@ -143,7 +143,7 @@ class Recovery(Production):
         before["recovery"] |= {
             "tokens": self.steps * lesson.recipe.batch * lesson.rows.tokens.shape[1],
             "steps": self.steps,
-            "start": {"source": lesson.model.label, "digest": self._digest()},
+            "start": {"source": lesson.model.label, "digest": self._digest(), **self._masks()},
         }
         if lesson.aim is not None:
             before["recovery"]["aim"] = {"pattern": str(lesson.aim[0]), "sparsity": lesson.aim[1]}
@@ -151,6 +151,13 @@ class Recovery(Production):
             digest = self.team.on_first(lambda: fingerprint(lesson.base.source))  # type: ignore[union-attr]
             before["recovery"]["teacher"] = {"source": lesson.base.label, "digest": digest}
         return before | (record_of_run.packed_form() if self._packing else {})
+
+    def _masks(self) -> Record:
+        """A fingerprint of the masks of the start; empty for a dense one."""
+        masking = self.lesson.masking
+        if masking is None:
+            return {}
+        return {"masks": self.team.on_first(lambda: masking.masks.digest)}
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished recovery that `resume` found in the output folder."""

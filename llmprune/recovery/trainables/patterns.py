@@ -62,17 +62,13 @@ class Patterns(Trainable):
                     raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
-        assert isinstance(pattern, NM)
+        pattern = _checked(pattern)
         groups = shape[0] * shape[1] // pattern.width
         return groups * math.comb(pattern.width, pattern.n), 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
-        pattern = matrix.pattern
-        if not isinstance(pattern, NM) or matrix.weight.ndim != 2:
-            raise ValueError(f"patterns are learned for N:M masks, got pattern {pattern}; use --pattern 2:4")
+        pattern = _checked(matrix.pattern)
         kinds = list(combinations(range(pattern.width), pattern.n))
-        if len(kinds) > _MOST:
-            raise ValueError(f"pattern {pattern} has {len(kinds)} patterns of a group, more than {_MOST}")
         base = matrix.weight.detach()
         if matrix.origin is not None:
             base = torch.where(matrix.keep, base, matrix.origin().to(base))
@@ -122,3 +118,13 @@ class Patterns(Trainable):
 
     def merge(self, keep: Tensor) -> Tensor:
         return torch.where(keep, self.fixed["base"].float(), 0.0)
+
+
+def _checked(pattern: Pattern | None) -> NM:
+    """The pattern. Raises `ValueError` where it is not N:M, or has too many patterns of a group."""
+    if not isinstance(pattern, NM):
+        raise ValueError(f"patterns are learned for N:M masks, got pattern {pattern}; use --pattern 2:4")
+    count = math.comb(pattern.width, pattern.n)
+    if count > _MOST:
+        raise ValueError(f"pattern {pattern} has {count} patterns of a group, more than {_MOST}; use 2:4")
+    return pattern
