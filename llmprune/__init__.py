@@ -19,6 +19,7 @@ settle(os.environ)
 install()
 
 __all__ = [
+    "MaskKeeper",
     "__version__",
     "accelerate",
     "bench",
@@ -30,6 +31,7 @@ __all__ = [
     "mask_apply",
     "mask_check",
     "mask_diff",
+    "merge_adapter",
     "prune",
     "push",
     "recover",
@@ -38,6 +40,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        MaskKeeper,
         accelerate,
         bench,
         convert,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
         mask_apply,
         mask_check,
         mask_diff,
+        merge_adapter,
         prune,
         push,
         recover,

@@ -124,9 +124,10 @@ def no_plot():
     """
     from llmprune.record import report
 
-    real, report._plot = report._plot, lambda matrices: ""
+    real = report._plot, report._curves
+    report._plot, report._curves = lambda matrices: "", lambda recovery: None
     yield
-    report._plot = real
+    report._plot, report._curves = real
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +215,15 @@ def finished(tiny_llama, tmp_path_factory):
     options = {"recipe": "wanda", "sparsity": 0.6, "calibration": "builtin", "samples": 4, "seqlen": 32}
     scored = {"perplexity": "builtin", "tasks": "demo_continuation", "limit": 4}
     return llmprune.run_model(tiny_llama, output=output, **options, **scored)
+
+
+@pytest.fixture(scope="session")
+def recovered(finished, tiny_llama, tmp_path_factory):
+    """That model trained with its masks kept, and scored. Treat as read-only."""
+    output = tmp_path_factory.mktemp("recovered") / "my-model"
+    options = {"teacher": tiny_llama, "text": "builtin", "tokens": 2000, "seqlen": 32, "dtype": "float32"}
+    scored = {"perplexity": "builtin", "tasks": "demo_continuation", "limit": 4}
+    return llmprune.recover(finished.output, output=output, **options, **scored)
 
 
 @pytest.fixture

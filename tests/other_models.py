@@ -62,11 +62,11 @@ def save(kind, folder, **changes):
     return folder
 
 
-def make(kind, folder):
+def make(kind, folder, **changes):
     """As `save`, and GPT-2, whose layers lie as [C, R]."""
     if kind != "gpt2":
-        return save(kind, folder)
+        return save(kind, folder, **changes)
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64, **changes)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder

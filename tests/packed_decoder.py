@@ -33,7 +33,10 @@ def decoded(folder):
         for part in ("_mask", "_rows", "_scale"):
             dense.pop(name + part, None)
         values = tensors[name][0]
-        keep = np.unpackbits(tensors[f"{name}_mask"][0], axis=1, bitorder="little")[:, :columns] == 1
+        if f"{name}_mask" in tensors:
+            keep = np.unpackbits(tensors[f"{name}_mask"][0], axis=1, bitorder="little")[:, :columns] == 1
+        else:  # rounded, and every weight is kept
+            keep = np.ones((rows, columns), bool)
         if entry["bits"] == 16:
             matrix = np.zeros((rows, columns), values.dtype)
             matrix[keep] = values

@@ -24,9 +24,12 @@ from llmprune import patterns, registry
 from llmprune.contracts import Pattern
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recovery.loop import Loop, Method, RateSpec
+from llmprune.recovery.loop import Loop
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import OptimizerSpec
-from llmprune.recovery.parts import Matrix, Numbers, Objective, Outputs, Task, Term, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Numbers
+from llmprune.recovery.task import Objective, Outputs, Task, Term
 
 R, C, N, T = 8, 16, 12, 5
 NAMES = ("a", "b", "c")
@@ -295,7 +298,9 @@ def moving(trainable: str) -> Method:
 def left(loop: Loop) -> dict[str, Any]:
     """All that a loop has come to, for comparison."""
     tensors, values = loop.saved()
-    return {key: tensor.clone() for key, tensor in tensors.items()} | {"values": json.dumps(values)}
+    return {key: tensor.clone() for key, tensor in tensors.items()} | {
+        "values": json.dumps(values, sort_keys=True)
+    }
 
 
 def assert_left(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

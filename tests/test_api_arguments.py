@@ -22,6 +22,7 @@ FUNCTIONS = (
     "accelerate",
     "prune",
     "run_model",
+    "recover",
     "evaluate",
     "inspect",
     "convert",
@@ -226,6 +227,12 @@ WRONG = {
     "a": [5, b"folder", None, ""],
     "b": [5, b"folder", None, ""],
     "masks": [5, b"file", ""],
+    "teacher": [5, b"demo", ""],
+    "text": [None, 5, True, b"builtin", [5], np.zeros((2, 2))],
+    "tokens": [None, "2M", 2.5, True, 0],
+    "recover": [5, b"perp", "", ["perp"]],
+    "epochs": [None, "2", 1.5, True, 0],
+    "score": [None, 1, "yes"],
     "rows": [0, [], [1.5], "16", [True], None],
     "report": [5, "print"],
     "overwrite": [1, "yes", None],
@@ -263,13 +270,18 @@ def calls():
 @pytest.mark.parametrize(("function", "name", "value"), calls())
 def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmprune.run.corridor.prune_blocks", lambda *_: pytest.fail("work began"))
+    for work in ("llmprune.run.corridor.prune_blocks", "llmprune.run.recovery.whole_model"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("work began"))
     needed = {
         "accelerate": {"model": torch.nn.Linear(4, 4)},
         "push": {"folder": tiny_llama, "repository": "me/x"},
         "generate": {"path": tiny_llama, "prompt": "text"},
         "convert": {"path": tiny_llama, "to": "packed", "output": "out"},
         "prune": {"model": tiny_llama},
+        "recover": {
+            **{"path": tiny_llama, "text": "builtin", "tokens": 1000, "seqlen": 32},
+            **{"recipe": "gmp", "sparsity": 0.5, "score": False, "output": "out"},
+        },
         "run_model": {"model": tiny_llama},
         "mask_diff": {"a": tiny_llama, "b": tiny_llama},
         "mask_apply": {"path": tiny_llama, "masks": "masks.safetensors", "output": "out"},

@@ -14,7 +14,7 @@ from outputs import everything, old_output, one_line
 from safetensors.torch import save_file
 
 import llmprune
-from llmprune.checkpoint import writer
+from llmprune.checkpoint import placement, writer
 from llmprune.run import corridor as run
 
 
@@ -258,7 +258,7 @@ def test_the_old_output_stands_when_the_new_one_cannot_be_moved_into_place(
             raise OSError(5, "Input/output error")
         real(source, target)
 
-    monkeypatch.setattr(writer.os, "replace", replace)
+    monkeypatch.setattr(placement.os, "replace", replace)
     before = everything(old)
     with pytest.raises(RuntimeError, match=r"cannot be moved to .*Input/output.*it lies whole in"):
         llmprune.prune(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed_tensor import Layout, unpack
+from llmprune.checkpoint.packing import Packing
 from llmprune.kernels.layout import bits_of, keep_of
 from llmprune.model.opening import open_model
 from llmprune.numerics import grids
@@ -91,6 +92,7 @@ def test_packed_and_dense_are_one_another_to_the_bit(tmp_path, kind):
     converted = llmprune.convert(tmp_path / "dense", to="packed", output=tmp_path / "one")
     assert same(tensors(tmp_path / "one"), tensors(tmp_path / "packed"))
     assert entry(tmp_path / "one") == entry(tmp_path / "packed")
+    assert set(converted["bytes"]) == {"dense", "written"}
     assert converted["bytes"]["written"] < converted["bytes"]["dense"]
     llmprune.convert(tmp_path / "one", to="dense", output=tmp_path / "back")
     assert same(tensors(tmp_path / "back"), tensors(tmp_path / "dense"))
@@ -117,8 +119,6 @@ def test_kept_zeros_and_signs_survive(dtype):
     size = sum(t.nbytes for t in stored.values())
     assert size == layout.bytes(bits_of(keep))
     assert size == dtype.itemsize * int(keep.sum()) + 37 * 8 * 3 + 4 * 38
-    from llmprune.checkpoint.packed import unpack
-
     back = unpack({part: stored[f"x{part}"] for part in ("", "_mask", "_rows")}, layout, "x")
     kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(back.view(kind), weight.view(kind))
@@ -266,6 +266,15 @@ def test_damage_is_told_in_one_line(packed, tmp_path, what):
     one_line(caught.value)
     with pytest.raises(ValueError, match=r"damaged|version|packed|does not hold"):
         llmprune.load(folder)
+
+
+def test_int4_values_of_more_dimensions_are_told_in_one_line(packed, tmp_path):
+    # How many bytes they take is known from the mask alone, which the headers do not hold.
+    llmprune.convert(packed, to="packed", values="int4", output=tmp_path / "int4")
+    folder = damaged(tmp_path / "int4", tmp_path / "broken", put("", lambda t: t[None].clone()))
+    for read in (open_model, llmprune.load):
+        with pytest.raises(ValueError, match=r"asks for U8 \[bytes\] in .* the files hold U8 \[1, "):
+            read(folder)
 
 
 @pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])

@@ -23,7 +23,7 @@ from hostile import CASES, change, damaged_safetensors, damages, dumped, read_or
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from other_models import make
-from packed_decoder import decoded, decoded_bitmasks
+from packed_decoder import decoded, decoded_bitmasks, stored
 from safetensors.torch import load_file, save_file
 
 import llmprune
@@ -49,6 +49,17 @@ def packed(kind, values="same"):
     return build
 
 
+def maskless(kind, values, **sizes):
+    """A builder of a packed folder of a dense model: rounded values, and no masks."""
+
+    def build(root):
+        llmprune.convert(make(kind, root / "in", **sizes), to="packed", values=values, output=root / "out")
+        assert not any(name.endswith(("_mask", "_rows")) for name in stored(root / "out"))
+        return root / "out"
+
+    return build
+
+
 def bitmasked(form, kind):
     """A builder of a folder of compressed-tensors."""
 
@@ -69,6 +80,9 @@ FOLDERS = {
     "stacks": packed("gpt_oss"),
     "stacks int8": packed("gpt_oss", "int8"),
     "converted experts": packed("mixtral"),
+    "maskless int4": maskless("gpt_neox", "int4", intermediate_size=75),  # columns that end within a byte
+    "maskless transposed int4": maskless("gpt2", "int4"),
+    "maskless stacks int8": maskless("gpt_oss", "int8"),
 }
 BITMASKS = {
     "sparse-bitmask": bitmasked("sparse-bitmask", None),
@@ -108,11 +122,27 @@ to_lies = st.tuples(
 )
 to_file = st.tuples(st.just("file"), damages)
 twice = st.tuples(st.just("twice"), wheres)
-whole_damage = st.lists(
-    st.one_of(to_tensor, to_tensor, to_tensor, to_entry, to_size, to_lies, to_file, twice),
-    min_size=1,
-    max_size=2,
+to_maskless = st.tuples(
+    st.just("mask"), st.sampled_from(("whole", "wrong", "bits alone", "starts alone")), wheres, wheres
 )
+DAMAGES = {
+    "tensor": to_tensor,
+    "entry": to_entry,
+    "size": to_size,
+    "lie": to_lies,
+    "file": to_file,
+    "twice": twice,
+    "mask": to_maskless,
+}
+OFTEN = ["tensor", "tensor", "tensor", "entry", "size", "lie", "file", "twice"]  # `one_of` has no weights
+
+
+def whole_damage(name):
+    """One or two damages to a folder of a name; matrices without a mask may be given one."""
+    kinds = OFTEN + (["mask", "mask"] if name.startswith("maskless") else [])
+    return st.lists(st.sampled_from(kinds).flatmap(DAMAGES.get), min_size=1, max_size=2)
+
+
 READERS = ("stream", "masks", "inspect", "convert", "load", "dequantised")
 readers = st.sampled_from(["stream"] * 5 + ["load", *READERS])
 
@@ -163,6 +193,32 @@ def changed(tensor, action, where, what):
     return tensor
 
 
+def give_mask(tensors, entry, how, which, where):
+    """Give a matrix that has no mask one, in place: a whole one is right, a wrong or half a one is not."""
+    sizes = sizes_of(entry)
+    bare = [name for name in sizes if f"{name}_scale" in tensors and f"{name}_mask" not in tensors]
+    if not bare:
+        return
+    name = bare[which % len(bare)]
+    rows, columns = sizes[name]
+    keep = np.zeros((rows, 64 * -(-columns // 64)), np.uint8)
+    keep[:, :columns] = 1
+    if how == "wrong":
+        keep[where % rows, where % keep.shape[1]] ^= 1  # a weight less, or a bit behind the last column
+    if how != "starts alone":
+        tensors[f"{name}_mask"] = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little"))
+    if how != "bits alone":
+        tensors[f"{name}_rows"] = torch.arange(rows + 1, dtype=torch.int32) * columns
+
+
+def sizes_of(entry):
+    """R and C of the matrices in an entry, whatever else was done to it."""
+    matrices = entry.get("matrices")
+    listed = matrices.items() if isinstance(matrices, dict) else ()
+    sized = {n: sizes[:2] for n, sizes in sorted(listed) if isinstance(sizes, list) and len(sizes) == 3}
+    return {n: pair for n, pair in sized.items() if all(type(x) is int and 0 < x < 2000 for x in pair)}
+
+
 def lie(entry, what, which, where):
     """Change what config.json says of a packed folder, in place, to something plausible."""
     matrices = entry.get("matrices")
@@ -193,7 +249,7 @@ def spoil(folder, todo):
     marked = PARTS + OTHER_PARTS
     entry = config["quantization_config"]
     for kind, *damage in todo:
-        names = sorted(n for n in tensors if n.endswith(marked) or f"{n}_mask" in tensors)
+        names = sorted(n for n in tensors if n.endswith(marked) or {f"{n}_mask", f"{n}_scale"} & set(tensors))
         if kind == "tensor" and names:
             hit(tensors, names, *damage)
         elif kind == "entry":
@@ -205,6 +261,8 @@ def spoil(folder, todo):
                 sizes[damage[0] % len(sizes)] += damage[1]
         elif kind == "lie":
             lie(entry, *damage)
+        elif kind == "mask":
+            give_mask(tensors, entry, *damage)
         elif kind == "twice" and names:
             others = sorted(folder.glob("model*.safetensors"))[-1]
             name = names[damage[0] % len(names)]
@@ -296,7 +354,7 @@ def test_damage_is_refused_in_one_line_or_read_rightly(folders, tmp_path, name, 
         phases=[Phase.generate],  # a smaller example would take minutes to find
         suppress_health_check=list(HealthCheck),
     )
-    @given(todo=whole_damage, how=readers)
+    @given(todo=whole_damage(name), how=readers)
     def one(todo, how):
         shutil.rmtree(trial, ignore_errors=True)
         shutil.rmtree(output, ignore_errors=True)

@@ -12,7 +12,7 @@ import pytest
 from outputs import contents, old_output
 
 import llmprune
-from llmprune.checkpoint import replacement, writer
+from llmprune.checkpoint import placement, replacement, writer
 from llmprune.evaluation.scores import evaluation_spec
 from llmprune.run.reporter import Silent
 
@@ -254,7 +254,7 @@ def killed_while_moving(prune, monkeypatch, renames, **options):
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "replace", replace)
+        patch.setattr(placement.os, "replace", replace)
         with pytest.raises(SystemExit):
             prune(overwrite=True, **options)
 

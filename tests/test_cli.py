@@ -23,7 +23,7 @@ from llmprune.hub import download as hub
 SMALL = ("--samples", 4, "--seqlen", 64)
 
 
-COMMANDS = {"run", "prune", "push", "eval", "inspect", "convert", "generate", "bench"}
+COMMANDS = {"run", "prune", "recover", "push", "eval", "inspect", "convert", "generate", "bench"}
 COMMANDS |= {"methods", "recipes", "models"}
 
 
@@ -96,19 +96,24 @@ def test_methods_lists_every_algorithm_with_its_options(typed):
     code, out, err = typed("methods")
     assert (code, err) == (0, "")
     listed = json.loads(typed("methods", "--json")[1])
-    for room in registry.ROOMS:
+    for room in (*registry.ROOMS, *registry.RECOVERY_ROOMS):
         assert set(listed[room]) == set(registry.names(room))
         for name, entry in listed[room].items():
             assert name in out and entry["summary"] in out
     assert "damp" in listed["pruners"]["sparsegpt"]["options"]
+    assert "rank" in listed["recovery.trainables"]["masked-lora"]["options"]
 
 
 def test_recipes_lists_every_recipe(typed):
     code, out, err = typed("recipes")
     assert (code, err) == (0, "")
     listed = json.loads(typed("recipes", "--json")[1])
-    assert set(listed) == set(shipped_names("recipes"))
-    assert all(name in out and summary for name, summary in listed.items())
+    kinds = {"pruning": shipped_names("recipes"), "recovery": shipped_names("recipes", "recovery")}
+    assert {name: entry["kind"] for name, entry in listed.items()} == {
+        name: kind for kind, names in kinds.items() for name in names
+    }
+    assert len(listed) == sum(map(len, kinds.values())), "one name for two recipes"
+    assert all(name in out and entry["summary"] in out for name, entry in listed.items())
 
 
 def test_models_lists_demo_and_aliases(typed):

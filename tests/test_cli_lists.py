@@ -8,7 +8,9 @@ import pytest
 
 from llmprune import registry
 from llmprune.cli import lists
-from llmprune.common.shipped import shipped_names
+from llmprune.common.shipped import read_yaml, shipped, shipped_names
+from llmprune.recipe import recovery
+from llmprune.recipe.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +29,7 @@ def test_every_recipe_has_its_figures(typed):
             ), name
     listed = json.loads(typed("recipes", "--json")[1])
     assert listed["best"]["perplexity"]["0.7"] == known["recipes"]["best"]["perplexity"][0.7]
-    assert {"summary", "time", "memory_gb", "perplexity"} == set(listed["dsnot"])
+    assert {"kind", "summary", "time", "memory_gb", "perplexity"} == set(listed["dsnot"])
     out = typed("recipes")[1]
     assert all(f"{known['recipes'][name]['perplexity'][0.5]:.2f}" in out for name in known["recipes"])
     assert known["about"]["legend"].strip() in out
@@ -48,6 +50,31 @@ def test_the_memory_of_the_list_is_what_the_plan_says():
 def test_the_figures_travel_in_the_wheel():
     text = (ROOT / "pyproject.toml").read_text()
     assert '"eval/results" = "llmprune/_data/eval/results"' in text
+
+
+def test_recipes_of_recover_say_what_moves_what_is_trained_and_on_which_loss(typed):
+    listed = json.loads(typed("recipes", "--json")[1])
+    for name, (masks, trainable, objective) in {
+        "recover-best": ("stay", "kept + norms", "0.5 next-token + 0.5 kd"),
+        "ast": ("move, by wanda", "dense + norms", "0.333 next-token + 0.667 kd"),
+        "ebft": ("stay", "kept, a block at a time", "block"),
+        "perp": ("stay", "norms", "next-token"),
+        "soup": ("stay", "kept + norms, 3 copies averaged", "next-token"),
+        "losa": ("cubic, by wanda", "masked-lora + norms", "next-token"),
+        "spp": ("stay", "scaled", "next-token"),
+    }.items():
+        entry = listed[name]
+        assert (entry["masks"], entry["trainable"], entry["objective"]) == (masks, trainable, objective)
+    assert set(listed["rigl"]) == {"kind", "summary", "masks", "trainable", "objective"}
+    table = typed("recipes")[1].partition("recipes of recover\n")[2].splitlines()
+    assert table[0].split() == ["masks", "trained", "loss"] and table[1].startswith("recover-best ")
+    assert len(table) == 1 + len(shipped_names("recipes", "recovery"))
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes", "recovery"))
+def test_a_summary_says_the_same_of_a_file_and_of_the_whole_recipe(name):
+    values = read_yaml(shipped("recipes", "recovery", f"{name}.yaml"))
+    assert summary(values) == summary(recovery.load(name).as_dict())
 
 
 def test_methods_line_up(typed, monkeypatch):

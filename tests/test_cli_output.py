@@ -65,8 +65,8 @@ def test_a_strict_inspection_fails_where_record_and_weights_disagree(typed, fini
                 "environment",
             },
         ),
-        (("methods",), set(registry.ROOMS)),
-        (("recipes",), set(shipped_names("recipes"))),
+        (("methods",), {*registry.ROOMS, *registry.RECOVERY_ROOMS}),
+        (("recipes",), {*shipped_names("recipes"), *shipped_names("recipes", "recovery")}),
         (("models",), {"demo", *hub.ALIASES}),
         (
             ("prune", "DIR", *SMALL, "--recipe", "wanda", "--overwrite", "--output", "out"),

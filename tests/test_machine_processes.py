@@ -12,12 +12,15 @@ import psutil
 import pytest
 import torch
 from other_models import save
-from outputs import contents
+from outputs import contents, same_bits, weights
 from safetensors.torch import save_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
+from llmprune.checkpoint.packed_tensor import PARTS
+from llmprune.checkpoint.stored_masks import masks_at
 from llmprune.machine.processes import Team, share_out
+from llmprune.model.opening import open_model
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
@@ -102,10 +105,11 @@ def test_matrices_go_to_the_rank_with_the_least_to_do():
 
 
 def agreement(a, b):
-    """Share of equal entries over all masks."""
-    a, b = (read_masks(folder / "masks.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys()
-    return sum(int((a[n] == b[n]).sum()) for n in a) / sum(mask.numel() for mask in a.values())
+    """Share of equal entries over all masks, of dense folders or packed ones."""
+    a, b = (masks_at(folder) for folder in (a, b))
+    assert a.shapes == b.shapes
+    equal = sum(int((a.load(name) == b.load(name)).sum()) for name in a.shapes)
+    return equal / sum(rows * columns for rows, columns in a.shapes.values())
 
 
 def comparable(folder):
@@ -160,6 +164,47 @@ def test_two_processes_prune_other_families_as_one_does(ranks, tmp_path, calibra
     )
     # Rounding may send a token that stands between two experts to the other one.
     assert one.keys() == many.keys() and all(abs(one[name] - many[name]) <= 3 for name in one)
+
+
+@pytest.mark.parametrize("values", ["same", "int4"])
+def test_two_processes_pack_the_demo_as_one_does(ranks, tmp_path, values):
+    # int4 is made up for by the other weights, with sums over the tokens of both processes.
+    recipe = "dsnot" if values == "same" else "wanda"
+    options = {"recipe": recipe, "sparsity": 0.7, "format": "packed", "values": values}
+    tokens = tmp_path / "tokens.safetensors"
+    one = llmprune.prune("demo", calibration=tokens, output=tmp_path / "one", **options).record
+    flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+    code, out, err = ranks(2, "prune", "demo", *flags, "--calibration", tokens, "--output", "many", "--json")
+    assert code == 0, err
+    assert json.loads(out)["environment"]["processes"] == 2
+    assert json.loads(out)["format"] == one["format"] == {"name": "packed", "values": values}
+    assert agreement(tmp_path / "one", tmp_path / "many") >= 0.9999
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "many")
+    assert first.keys() == second.keys()
+    masks = {name for name in first if name.endswith("_mask")}
+    alike = {name.removesuffix("_mask") for name in masks if torch.equal(first[name], second[name])}
+    assert len(alike) >= 0.9 * len(masks) > 0
+    for name in alike:
+        rows, others = first[f"{name}_rows"], second[f"{name}_rows"]
+        assert torch.equal(rows, others) and first[name].shape == second[name].shape
+        if values == "same":
+            assert same_bits({name: first[name]}, {name: second[name]})
+        else:  # a sum that differs by rounding may move a weight by one step
+            assert (first[name] == second[name]).float().mean() >= 0.999
+            assert torch.allclose(first[f"{name}_scale"].float(), second[f"{name}_scale"].float(), rtol=0.01)
+    untouched = {name for name in first if not name.endswith(PARTS[1:]) and f"{name}_mask" not in first}
+    assert untouched and all(same_bits({n: first[n]}, {n: second[n]}) for n in untouched)
+
+
+def test_two_processes_pack_what_they_would_write_dense(ranks, tmp_path):
+    options = ("--recipe", "sparsegpt", "--sparsity", "0.7", "--calibration", "tokens.safetensors")
+    for output, more in (("dense", ()), ("packed", ("--format", "packed"))):
+        code, _, err = ranks(2, "prune", "demo", *options, *more, "--output", output)
+        assert code == 0, err
+    source = open_model(tmp_path / "packed").source
+    assert same_bits({name: source.load(name) for name in source.tensors}, weights(tmp_path / "dense"))
+    assert agreement(tmp_path / "packed", tmp_path / "dense") == 1
+    assert llmprune.inspect(tmp_path / "packed")["record_agrees"] is True
 
 
 def test_two_processes_tune_a_block_as_one_does(ranks, make_llama, tmp_path):
@@ -310,3 +355,21 @@ def test_more_processes_than_samples_are_refused(ranks, tiny_llama, tmp_path):
     save_file({"tokens": torch.zeros(1, 32, dtype=torch.int64)}, tmp_path / "one.safetensors")
     code, _, err = ranks(2, "prune", tiny_llama, "--calibration", "one.safetensors")
     assert code != 0 and said(err) == ["llmprune: 2 processes share 1 calibration samples; start at most 1"]
+
+
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "rigl", "ebft"])
+def test_two_processes_train_as_one_does(ranks, tiny_llama, tmp_path, recipe):
+    """The same masks and the same curve but for rounding; masks are decided by the first process."""
+    text = tmp_path / "tokens.safetensors"
+    llmprune.prune(tiny_llama, recipe="wanda", calibration=text, output=tmp_path / "in")
+    given = ["--recipe", recipe, "--text", "tokens.safetensors", "--tokens", "2000", "--no-score"]
+    given += ["--teacher", str(tiny_llama), "--dtype", "float32", "--set", "rates=[]", "--set", "batch=4"]
+    given += ["--set", "held_out=0.2"]
+    for processes in (1, 2):
+        done = ranks(processes, "recover", "in", *given, "--output", f"by-{processes}")
+        assert done[0] == 0, done[2]
+    one, two = (json.loads((tmp_path / f"by-{n}" / "llmprune.json").read_text()) for n in (1, 2))
+    assert agreement(tmp_path / "by-1", tmp_path / "by-2") > 0.999
+    for a, b in zip(one["recovery"].get("curve", []), two["recovery"].get("curve", []), strict=True):
+        assert a["step"] == b["step"] and a["held_out_loss"] == pytest.approx(b["held_out_loss"], rel=1e-3)
+    assert two["environment"]["processes"] == 2

@@ -33,10 +33,13 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.recipe import recovery as recipes
-from llmprune.recovery.loop import Diverged, Loop, Method, RateSpec
+from llmprune.recovery.loop import Diverged, Loop
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
-from llmprune.recovery.parts import Numbers, Outputs, Task, Term, View
+from llmprune.recovery.parts import View
+from llmprune.recovery.phases import Numbers
 from llmprune.recovery.soup import Soup, part_pruned
+from llmprune.recovery.task import Outputs, Task, Term
 
 OBJECTIVES = registry.names("recovery.objectives")
 TRAINABLES = [name for name in registry.names("recovery.trainables") if name != "rounded"]
@@ -88,7 +91,8 @@ def test_any_cut_into_micro_batches_gives_the_same_gradients(names):
     """A term's mean is over all sequences of a step, however they are cut."""
     given, found = toy(), []
     for batch in (10, 3, 1):
-        loop = Loop(task(given, batch=batch), method(terms=weighted(*names), batch=10))
+        own = task(given, batch=batch, shared=True)  # so that gradients are not freed
+        loop = Loop(own, method(terms=weighted(*names), batch=10))
         loss = loop._backward(loop.phase(0), False)
         gradient = loop.trained["a"].tensors["theta"].grad
         assert gradient is not None
@@ -162,7 +166,8 @@ def together(given: Task, chosen: Method, count: int = 3) -> list[Loop]:
             tensor.copy_(exchanged(rank, (tensor,))[0][0])
 
         try:
-            own = dataclasses.replace(given, add=add, agree=agree, mine=lambda rows: rows[rank::count])
+            parts = {"add": add, "agree": agree, "mine": lambda rows: rows[rank::count]}
+            own = dataclasses.replace(given, shared=True, **parts)
             loops[rank] = Loop(own, chosen)
             while not loops[rank].done:
                 loops[rank].advance()
@@ -209,6 +214,22 @@ def test_several_processes_move_the_same_masks(name):
     from test_recovery_parts import ruled
 
     check_together(task(toy(), batch=2), dataclasses.replace(ruled(name), batch=5))
+
+
+@pytest.mark.parametrize("batch", [3, 12])
+@pytest.mark.parametrize("name", registry.names("recovery.trainables"))
+def test_tensors_that_move_as_soon_as_they_can_come_to_the_same_bytes(name, batch):
+    """Where nothing needs all gradients at once, each is freed when it has moved its tensor."""
+    from test_recovery_parts import tasks
+
+    found = []
+    for shared in (False, True):
+        given = dataclasses.replace(tasks("2:4", name), batch=batch, shared=shared)
+        loop = Loop(given, moving(name) if name != "rounded" else method(name))
+        while not loop.done:
+            loop.advance()
+        found.append(left(loop))
+    assert_left(*found)
 
 
 def test_a_penalty_counts_once_however_many_processes_there_are():

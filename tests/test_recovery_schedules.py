@@ -10,8 +10,8 @@ import recovery_oracles_schedules as oracles
 
 from llmprune import registry
 from llmprune.recovery.exchange import Exchange
-from llmprune.recovery.loop import RateSpec
-from llmprune.recovery.parts import FIXED, Numbers, Phase, Schedule
+from llmprune.recovery.method import RateSpec
+from llmprune.recovery.phases import FIXED, Numbers, Phase, Schedule
 
 SCHEDULES = registry.names("recovery.schedules")
 STEPS = [1, 2, 3, 5, 7, 20, 100, 999]

@@ -10,7 +10,7 @@ from outputs import one_line
 from test_checkpoint_packed import make, prune, tensors
 
 import llmprune
-from llmprune.checkpoint.packed import VALUES
+from llmprune.contracts import VALUES
 from llmprune.model.opening import open_model
 from llmprune.numerics import grids
 from runs import cut_off

@@ -19,7 +19,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import llmprune
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.kernels import gpu, products, ways
 from llmprune.runtime import accelerate, semi_structured
 from llmprune.runtime.layers import PackedLinear

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from outputs import everything
+from outputs import everything, weights
 from safetensors.torch import load_file
 from test_checkpoint_packed import make, prune
 
@@ -497,4 +497,23 @@ def test_the_remark_on_size_is_of_the_record():
     assert "too few weights are zero" in figures.size_remark(record_of(10, 11, packed=10))
     assert "llmprune bench" in figures.size_remark(record_of(10, 11)), "a record of an early version"
     packed = record_of(10_000_000, 4_000_000, packed=4_000_000) | {"format": {"name": "packed"}}
-    assert "4.0 MB instead of 10.0 MB (40%)" in figures.size_remark(packed)
+    assert "the kept values and a bit per weight are stored, 4.0 MB instead of 10.0 MB (40%)" in (
+        figures.size_remark(packed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "said"),
+    [
+        (0.5, "of every pruned matrix the kept values, rounded to 4 bits, and a bit per weight are stored"),
+        (0.0, "of every matrix all values, rounded to 4 bits, are stored"),
+    ],
+)
+def test_the_remark_says_what_is_stored_of_rounded_matrices(
+    tiny_llama, calibration_tokens, tmp_path, sparsity, said
+):
+    options = {"recipe": "wanda", "sparsity": sparsity, "calibration": calibration_tokens}
+    made = llmprune.prune(tiny_llama, format="packed", values="int4", output=tmp_path / "out", **options)
+    assert said in figures.size_remark(made.record)
+    masks = {name for name in weights(tmp_path / "out") if name.endswith("_mask")}
+    assert bool(masks) == (sparsity > 0)

@@ -10,7 +10,7 @@ from packed_matrices import Case, pattern, rows_of_x
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.kernels import library, products
 from llmprune.runtime.layers import PackedLinear, together
 

@@ -128,6 +128,14 @@ def plan_of(typed, *args):
     return " ".join(out.partition("Matrices")[0].split())
 
 
+@pytest.mark.parametrize(("values", "packed"), [("same", 0), ("int4", 14)])
+def test_a_conversion_says_to_measure_only_what_can_be_measured(typed, tiny_llama, values, packed):
+    code, out, err = typed("convert", tiny_llama, "--to", "packed", "--values", values, "--output", "out")
+    assert code == 0, err
+    assert re.search(rf"matrices +{packed} packed, {14 - packed} stay dense", out)
+    assert "llmprune eval out" in out and ("llmprune bench out" in out) == (packed > 0)
+
+
 def test_built_in_text_for_a_model_that_is_not_the_demo_is_told(typed, tiny_llama, tmp_path):
     text = tmp_path / "own.txt"
     text.write_text("Plain English text of some length, long enough for a few rows of tokens. " * 60)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import llmprune
-from llmprune.checkpoint.packed import PARTS
+from llmprune.checkpoint.packed_tensor import PARTS
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.model.targets import all_targets

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from llmprune.checkpoint.packed import Layout, pack, unpack
+from llmprune.checkpoint.packed_tensor import Layout, pack, unpack
 from llmprune.kernels.layout import bits_of
 from llmprune.kernels.library import status
 

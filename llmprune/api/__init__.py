@@ -8,10 +8,13 @@ from llmprune.api.generation import generate
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.recovering import recover
-from llmprune.api.result import DryRun, Result, plan_summary
+from llmprune.api.result import DryRun, RecoveryDryRun, Result, plan_summary
+from llmprune.api.training import MaskKeeper, merge_adapter
 
 __all__ = [
     "DryRun",
+    "MaskKeeper",
+    "RecoveryDryRun",
     "Result",
     "accelerate",
     "bench",
@@ -23,6 +26,7 @@ __all__ = [
     "mask_apply",
     "mask_check",
     "mask_diff",
+    "merge_adapter",
     "plan_summary",
     "prune",
     "push",

@@ -157,12 +157,6 @@ def _calibration(name: str, value: Any) -> Any:
     return value
 
 
-def _text_source(name: str, value: Any) -> Any:
-    if value is None:
-        raise _wrong(name, "a SOURCE, an iterable of strings or int64 tokens [N, T]", value)
-    return _calibration(name, value)
-
-
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     """The texts of one name or file, or of a list of them."""
     return _several(name, "a text's name or file, or a list of them", value, lambda one: [_path(name, one)])
@@ -250,9 +244,10 @@ CHECKS: Mapping[str, Check] = {
     "settings": _settings,
     "masks": _maybe_path,
     "teacher": _maybe_path,
-    "text": _text_source,
-    "tokens": _some,
+    "text": _calibration,
+    "tokens": _whole,
     "epochs": _some,
+    "recover": _recipe,
     "score": _flag,
     "sparsity": _number,
     "samples": _number,

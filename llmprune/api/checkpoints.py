@@ -13,7 +13,7 @@ from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import remark_to, reporting
 from llmprune.checkpoint.contents import CONFIG, RECORD
-from llmprune.checkpoint.packed import packing_entry
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.evaluation import audit
 from llmprune.evaluation.scores import score

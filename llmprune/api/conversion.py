@@ -10,7 +10,8 @@ from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.reporting import reporting
 from llmprune.checkpoint.bitmask import BITS, FORMATS, WEIGHT, Bitmasked
 from llmprune.checkpoint.contents import CONFIG, INDEX
-from llmprune.checkpoint.packed import Packed, packing_entry
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.checkpoint.replacement import MODEL, input_files
 from llmprune.checkpoint.writer import CheckpointWriter
@@ -119,7 +120,7 @@ def _conversion(output: Path, to: str, record: dict[str, Any], seconds: float) -
     return {
         "output": str(output),
         "format": to,
-        "bytes": record["totals"]["bytes"],
+        "bytes": {key: record["totals"]["bytes"][key] for key in ("dense", "written")},
         "matrices": len(packed),
         "dense": sorted(names - packed),
         "seconds": round(seconds, 3),

@@ -10,7 +10,7 @@ from typing import Any
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.checkpoints import load
 from llmprune.checkpoint.contents import CONFIG
-from llmprune.checkpoint.packed import packing_entry
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.hub.download import locate
 from llmprune.kernels.library import status

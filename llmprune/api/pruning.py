@@ -11,6 +11,7 @@ import torch
 
 from llmprune.api import arguments, starting
 from llmprune.api.arguments import AnyPath, checked
+from llmprune.api.combined import Training, prune_and_recover
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
 from llmprune.checkpoint.bitmask import Bitmasked
@@ -292,9 +293,15 @@ def run_model(
     include_tasks: AnyPath | None = None,
     task_data: AnyPath | None = None,
     limit: int | None = None,
+    recover: AnyPath | Mapping[str, Any] | None = None,
+    text: Source | AnyPath | None = None,
+    tokens: int | None = None,
     **options: Any,
 ) -> Any:
     """Prune a model as `prune` does, and score it before and after: the main job.
+
+    With `recover` the pruned model is trained, too; what was only pruned stays beside the output, in the
+    folder OUTPUT-pruned.
 
     Without `perplexity`, `tasks` and `suite`, the model's default suite is used: `quick` for a model of the
     hub, else `demo`, which needs no network.
@@ -309,6 +316,9 @@ def run_model(
         include_tasks: a folder with lm-eval task files of your own.
         task_data: a folder with the files of the tasks `rte_local` and `blimp_local`.
         limit: at most so many windows per text and documents per task; None for all.
+        recover: a recipe of recovery; see `llmprune.recover`, which takes `text` and `tokens` as this does.
+        text: what to train on.
+        tokens: to train on.
         options: all other parameters of `prune`.
 
     Returns:
@@ -318,5 +328,21 @@ def run_model(
         ValueError: bad input, before any long work; one line says what was received and what to do.
     """
     trust = options.get("trust_remote_code", False)
-    spec = arguments.evaluation(perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust)
-    return prune(model, evaluation=spec, **options)
+    if recover is None:
+        for name, value in (("text", text), ("tokens", tokens)):
+            if value is not None:
+                raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
+        spec = arguments.evaluation(
+            perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
+        )
+        return prune(model, evaluation=spec, **options)
+    scoring = {
+        "perplexity": perplexity,
+        "tasks": tasks,
+        "suite": suite,
+        "eval_seqlen": eval_seqlen,
+        "include_tasks": include_tasks,
+        "task_data": task_data,
+        "limit": limit,
+    }
+    return prune_and_recover(model, Training(recover, text, tokens), scoring, options)

@@ -11,28 +11,22 @@ from typing import Any
 import torch
 
 from llmprune import calibration as calibrations
-from llmprune import patterns
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
+from llmprune.api.recovery_start import aim_of, base_of, chosen_lesson, masking_of
 from llmprune.api.reporting import reporting
-from llmprune.api.result import Result
-from llmprune.checkpoint.contents import RECORD
-from llmprune.checkpoint.packed import Packed
-from llmprune.checkpoint.reader import read_record
-from llmprune.checkpoint.replacement import MODEL, input_files
-from llmprune.checkpoint.stored_masks import holds_masks, masks_at
+from llmprune.api.result import RecoveryDryRun, Result
+from llmprune.calibration.overlap import check_apart
+from llmprune.checkpoint.replacement import MODEL, check_output, input_files
 from llmprune.common.messages import shown
-from llmprune.contracts import CalibrationSet, Pattern
+from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
-from llmprune.model.masking import Masking
 from llmprune.model.opening import Model, OpenOptions, open_model
-from llmprune.model.targets import all_targets
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recipe.types import resolve_sparsity
 from llmprune.run.lesson import Lesson
 from llmprune.run.preparation import Options, Source
-from llmprune.run.recovery import Recovery
+from llmprune.run.recovery import Recovery, steps_of
 from llmprune.run.reporter import RunReporter
 from llmprune.text.files import file_path
 from llmprune.text.mixture import is_file, plain_sources
@@ -64,6 +58,7 @@ def recover(
     limit: int | None = None,
     score: bool = True,
     format: str = "dense",
+    dry_run: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
@@ -74,7 +69,7 @@ def recover(
     blocks: str | None = None,
     reporter: RunReporter | None = None,
     progress: bool | None = None,
-) -> Result:
+) -> Any:
     """Train a pruned model with its sparsity kept or evolved, or prune a dense one while it is trained.
 
     The result is the step with the lowest loss on held-out text whose masks have exactly the sparsity that
@@ -101,6 +96,7 @@ def recover(
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
         format: of the weights in that folder: `dense` or `packed`.
+        dry_run: plan the recovery, and write nothing.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
         dtype: of forward and backward passes: `auto`, `float32`, `bfloat16` or a torch.dtype; what is trained
             is held in float32.
@@ -114,7 +110,8 @@ def recover(
         progress: draw the progress on stderr or in the notebook's cell; None: only in a notebook.
 
     Returns:
-        A `Result` with `output` and `record`, whose entry `recovery` holds recipe, text, curve and best step.
+        A `Result` with `output` and `record`, whose entry `recovery` holds recipe, text, curve and best step;
+        with `dry_run` a `RecoveryDryRun` with `plan`, `recipe` and `output`.
 
     Raises:
         ValueError: bad input, before any long work; one line says what was received and what to do.
@@ -122,7 +119,7 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
-    _check_numbers(tokens, epochs, format)
+    _check_numbers(text, tokens, (epochs, seqlen), format)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -140,12 +137,21 @@ def recover(
 
     with reporting(reporter, progress, team) as report:
         model = team.in_turn(lambda: opened_at(path, revision))
-        masking = _masking(model, masks)
-        aim = _aim(chosen, masking, sparsity, pattern, path)
-        base = team.in_turn(lambda: _base(model, chosen, masking, teacher, opened_at))
+        masking = masking_of(model, masks)
+        aim = aim_of(chosen, masking, sparsity, pattern, path)
         rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
-        lesson = Lesson(model, chosen, rows, team, masking, aim, base)
+        if prepared is not None:
+            check_apart(rows.tokens, prepared.rows)
+
+        def lesson_of(wanted: RecoveryRecipe) -> Lesson:
+            base = team.in_turn(lambda: base_of(model, wanted, masking, teacher, opened_at))
+            return Lesson(model, wanted, rows, team, masking, aim, base)
+
+        if recipe is None:
+            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens))
+        else:
+            lesson = lesson_of(chosen)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -156,6 +162,9 @@ def recover(
             packed=format == "packed",
             trust_remote_code=trust_remote_code,
         )
+        if dry_run:
+            check_output(target, overwrite or resume, options.inputs)
+            return RecoveryDryRun(lesson.plan(steps_of(lesson, tokens)), lesson.recipe, target)
         recovery = Recovery(lesson, tokens, options, report)
         try:
             record = recovery.recover(prepared, opened_at)
@@ -166,126 +175,18 @@ def recover(
         return Result(target, record)
 
 
-def _check_numbers(tokens: int, epochs: int, format: str) -> None:
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
+def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str) -> None:
+    epochs, seqlen = reading
+    if seqlen is not None and (type(seqlen) is not int or seqlen < 2):
+        raise ValueError(f"seqlen must be a whole number from 2, got {shown(seqlen)}")
+    if text is None:
+        raise ValueError("text must be a SOURCE, an iterable of strings or int64 tokens [N, T], got None")
+    if tokens is None or tokens < 1:
+        raise ValueError(f"tokens must be a whole number from 1, got {tokens}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if format not in ("dense", "packed"):
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
-
-
-def _masking(model: Model, masks: AnyPath | None) -> Masking | None:
-    """The masks of the start; None for a dense one."""
-    if isinstance(model.source, Packed) and model.source.values != "same":
-        raise ValueError(
-            f"{model.label} holds values rounded to {model.source.values}, which training would leave; train "
-            "before rounding, or make it dense first (llmprune convert --to dense)"
-        )
-    if masks is not None:
-        return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
-    if model.folder is None or not holds_masks(model.folder):
-        return None
-    return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)
-
-
-def _aim(
-    recipe: RecoveryRecipe, masking: Masking | None, sparsity: Any, pattern: str | None, path: AnyPath
-) -> tuple[Pattern, float] | None:
-    """The pattern and sparsity to end with; None for those of the start's masks, or for a dense result.
-
-    Raises:
-        ValueError: a recipe that cannot reach them.
-    """
-    if masking is None and sparsity is None and pattern is None:
-        raise ValueError(
-            f"{path} has no masks, so it is dense; give --sparsity or --pattern to a recipe that prunes as "
-            "it trains (gmp, sr-ste, ...), or the masks with --masks FILE; --sparsity 0 trains it dense"
-        )
-    if sparsity is None and pattern is None:
-        return None
-    name = pattern or "unstructured"
-    wanted = resolve_sparsity(name, sparsity)
-    if masking is None and wanted == 0:
-        if recipe.moves:
-            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
-        return None
-    if not recipe.moves:
-        first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
-        raise ValueError(
-            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
-        )
-    if masking is not None and wanted < masking.masks.sparsity - 1e-3:
-        raise ValueError(
-            f"{path} is {masking.masks.sparsity:.2%} sparse, and sparsity {wanted:g} is less; leave it out"
-        )
-    found = patterns.parse(name)
-    if masking is None and recipe.schedule.name == "exchange":
-        raise ValueError(
-            f"recipe {recipe.name} exchanges weights of a pruned model, and {path} is dense; "
-            "first prune it: llmprune prune"
-        )
-    return found, wanted
-
-
-def _base(
-    model: Model, recipe: RecoveryRecipe, masking: Masking | None, teacher: AnyPath | None, opened_at: Any
-) -> Model | None:
-    """The dense model, where one is needed or named.
-
-    Raises:
-        ValueError: it cannot be found, or is of another vocabulary or tokenizer.
-    """
-    needed = (
-        recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
-    )
-    if teacher is None and (masking is None or not needed):
-        return None
-    name = teacher if teacher is not None else _recorded(model)
-    if name is None:
-        raise ValueError(
-            f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
-        )
-    try:
-        base: Model = opened_at(name)
-    except ValueError as error:
-        if teacher is not None:
-            raise
-        raise ValueError(
-            f"recipe {recipe.name} needs the dense model {shown(name)}, which the record names and which "
-            f"cannot be opened ({str(error)[:120]}); name it with --teacher"
-        ) from None
-    _check_alike(model, base)
-    return base
-
-
-def _recorded(model: Model) -> str | None:
-    """The dense model by the name in the record; None where it was a folder of this or another machine."""
-    folder = model.folder
-    if folder is None or not (folder / RECORD).is_file():
-        return None
-    name = read_record(folder).get("model", {}).get("source")
-    local = not isinstance(name, str) or (name != "demo" and "/" not in name and Path(name).exists())
-    return None if local else name
-
-
-def _check_alike(model: Model, base: Model) -> None:
-    """Raise `ValueError` where a teacher has another vocabulary, tokenizer or shape than the start."""
-    for what, own, other in (
-        ("vocabulary", model.skeleton.vocabulary, base.skeleton.vocabulary),
-        ("width", model.skeleton.width, base.skeleton.width),
-        ("number of blocks", len(model.skeleton.blocks), len(base.skeleton.blocks)),
-    ):
-        if own != other:
-            raise ValueError(
-                f"teacher {base.label} has {what} {other} and {model.label} {own}; name the dense model "
-                "it was made of"
-            )
-    probe = "The quick brown fox, 123 — naïve.\n\tdef f(x): return x"
-    if model.tokenizer is not None and base.tokenizer is not None:
-        own, other = (m.tokenizer(probe)["input_ids"] for m in (model, base))
-        if list(own) != list(other):
-            raise ValueError(f"teacher {base.label} has another tokenizer than {model.label}; name another")
 
 
 def _rows(
@@ -293,15 +194,15 @@ def _rows(
 ) -> CalibrationSet:
     """The sequences to train on, and those held out beside them."""
     epochs, length = reading
+    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     length = length or default_length(model.limit)
     samples = math.ceil(tokens / (length * epochs))
-    if samples < 2:
+    if samples < 2 and not ready:
         raise ValueError(
             f"{tokens} tokens in {epochs} epochs are {samples} sequence of {length}; give more --tokens or a "
             "smaller --seqlen"
         )
     held = max(1, round(samples * recipe.held_out / (1 - recipe.held_out)))
-    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
     request = calibrations.CalibrationRequest(
         samples=None if ready else samples + held,
         length=None if ready else length,

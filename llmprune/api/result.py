@@ -8,8 +8,11 @@ from typing import Any
 
 from llmprune.common.messages import size_text
 from llmprune.planning.plan import Plan
+from llmprune.planning.training import TrainingPlan
+from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import Recipe
-from llmprune.record.figures import method_of, score_rows, share_of_all, sizes_on_disk
+from llmprune.record.figures import ScoreRow, from_dense, method_of, score_rows, share_of_all, sizes_on_disk
+from llmprune.record.recovered import training_rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,17 +30,32 @@ class Result:
     def __repr__(self) -> str:
         record, totals = self.record, self.record["totals"]
         pruned = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices"
-        scores = [(s.name, f"{s.dense} dense, {s.pruned} pruned ({s.change})") for s in score_rows(record)]
+        found = score_rows(record)
+        scores = [(s.name, _scored(s, "recovery" in record and not from_dense(found))) for s in found]
+        unscored = "none, trained" if "recovery" in record else "none, pruned"
+        trained = [row for row in training_rows(record) if row[0] in _SHOWN] if "recovery" in record else []
         rows = [
             ("model", record["model"]["source"]),
             ("method", method_of(record)),
             ("sparsity", f"{pruned}, {share_of_all(record)}"),
-            *(scores or [("scores", "none, pruned without evaluation")]),
+            *trained,
+            *(scores or [("scores", f"{unscored} without evaluation")]),
             ("bytes", sizes_on_disk(record)),
             ("seconds", f"{totals['seconds']['total']:.1f}"),
             ("output", str(self.output)),
         ]
         return _lines("Result", rows)
+
+
+_SHOWN = ("text", "tokens", "learning rate", "held-out loss", "held-out error")
+
+
+def _scored(row: ScoreRow, recovered: bool) -> str:
+    """The scores of a row, one after the other."""
+    if not recovered:
+        return f"{row.dense} dense, {row.pruned} {'trained' if row.start else 'pruned'} ({row.change})"
+    gap = f", {row.gap} of the gap closed" if row.gap.endswith("%") else ""
+    return f"{row.dense} dense, {row.start} start, {row.pruned} recovered ({row.change}{gap})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,13 +87,67 @@ class DryRun:
         return _lines("Plan, nothing was written", rows)
 
 
+@dataclass(frozen=True, repr=False)
+class RecoveryDryRun:
+    """What a recovery would do. Printed, it is a summary of the plan.
+
+    Attributes:
+        plan: the memory it is estimated to need, by part.
+        recipe: the recipe of recovery with every default filled in.
+        output: the folder that would be written.
+    """
+
+    plan: TrainingPlan
+    recipe: RecoveryRecipe
+    output: Path
+
+    def __repr__(self) -> str:
+        return _lines("Plan, nothing was written", self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan in words."""
+        plan = self.plan
+        return [
+            ("recipe", f"{self.recipe.name}: {self.recipe.description}"),
+            ("trained", f"{plan.trained:,} numbers for {plan.weights:,} weights of matrices"),
+            ("steps", f"{plan.steps:,}, {plan.tokens:,} tokens"),
+            (
+                "memory",
+                f"about {size_text(plan.memory)} of {size_text(plan.available)} free, "
+                f"{plan.per_weight:.1f} bytes per weight",
+            ),
+            *((f"  {name}", size_text(count)) for name, count in plan.parts.items() if count),
+            ("output", str(self.output)),
+        ]
+
+
 def _lines(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
 
-def plan_summary(dry: DryRun) -> dict[str, Any]:
+def plan_summary(dry: DryRun | RecoveryDryRun) -> dict[str, Any]:
     """A dry run as plain values, for `--dry-run --json`."""
+    return _training_summary(dry) if isinstance(dry, RecoveryDryRun) else _pruning_summary(dry)
+
+
+def _training_summary(dry: RecoveryDryRun) -> dict[str, Any]:
+    plan = dry.plan
+    return {
+        "output": str(dry.output),
+        "recipe": dry.recipe.as_dict(),
+        "weights": plan.weights,
+        "trained": plan.trained,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "memory_bytes": plan.memory,
+        "memory_bytes_by_part": plan.parts,
+        "memory_bytes_per_weight": plan.per_weight,
+        "available_memory_bytes": plan.available,
+    }
+
+
+def _pruning_summary(dry: DryRun) -> dict[str, Any]:
     plan = dry.plan
     matrices = [
         {

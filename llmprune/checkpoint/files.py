@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,11 +200,28 @@ def layout(
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write a safetensors file durably; returns its size in bytes and its SHA-256."""
+    return save_made(path, {name: Made.of(tensor) for name, tensor in tensors.items()})
+
+
+class Made(NamedTuple):
+    """A tensor that is made when it is written, so that not all of a file are in memory at once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Made:
+        """A tensor that is there already."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.detach)
+
+
+def save_made(path: Path, tensors: Mapping[str, Made]) -> tuple[int, str]:
+    """As `save_tensors`, with tensors that are made one after the other."""
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    shapes = {name: (NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
-    head, _ = layout(shapes, {"format": "pt"})
-    return write_durably(path, [head, *(raw(tensors[name]) for name in order)])
+    head, _ = layout({n: (NAMES[tensors[n].dtype], tensors[n].shape) for n in order}, {"format": "pt"})
+    return write_durably(path, itertools.chain([head], (raw(tensors[name].make().cpu()) for name in order)))
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:

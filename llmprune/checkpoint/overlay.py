@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from llmprune.checkpoint.files import WeightFile
-from llmprune.checkpoint.packed import Layout, read_parts, unpack
+from llmprune.checkpoint.packed_tensor import Layout, read_parts, unpack
 from llmprune.checkpoint.reader import TensorInfo, WeightSource
 
 

@@ -161,12 +161,16 @@ def _is_file_name(name: str) -> bool:
 
 
 class MemoryCheckpoint:
-    """The weights of a transformers model in memory; tied weights appear once, under their first name."""
+    """The weights of a transformers model in memory; tied weights appear once, under their first name.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        state: of the model, as its `state_dict` gives it.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state.items():
             if tensor.is_meta:
                 raise ValueError(
                     f"{name} of the model in memory is on the meta device (offloaded?); "

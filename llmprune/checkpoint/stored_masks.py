@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llmprune.checkpoint.contents import CONFIG, MASKS, RECORD
 from llmprune.checkpoint.masks import KeepMasks, Masks, where_bytes
-from llmprune.checkpoint.packed import Packed, packing_entry
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.common.messages import shown
 from llmprune.kernels import layout as bits_and_rows

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from llmprune.checkpoint import replacement
 from llmprune.checkpoint.contents import (
@@ -38,42 +34,10 @@ from llmprune.checkpoint.files import (
 from llmprune.checkpoint.journal import Identity, Journal, difference, remove
 from llmprune.checkpoint.lock import Lock
 from llmprune.checkpoint.masks import MaskFile
+from llmprune.checkpoint.placement import Placement
 from llmprune.checkpoint.reader import WeightSource, read_json
+from llmprune.checkpoint.shard import Packer, Shard
 from llmprune.checkpoint.snapshot import Snapshot
-from llmprune.common.messages import size_text
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A finished block as it is written.
-
-    Attributes:
-        tensors: its tensors as they are stored in a dense checkpoint, by name.
-        masks: its packed keep masks by weight name.
-        rows: its rows of the record.
-        scales: of rounded weights, bfloat16 [R, ceil(C / 128)], by weight name.
-        exact: float32 results that a run must have to go on, by weight name; removed when it is complete.
-    """
-
-    tensors: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-    rows: list[dict[str, Any]]
-    scales: Mapping[str, Tensor] = field(default_factory=dict)
-    exact: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Packer(Protocol):
-    """Makes of tensors what is stored of them, in another format than the dense one."""
-
-    def parts(
-        self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What is stored of some tensors, with masks as bits and scales by the name of the matrix."""
-        ...
-
-    def entry(self, headers: Mapping[str, Any], load: Callable[[str], Tensor]) -> dict[str, Any]:
-        """What config.json says of all that was written: tensors by name, and what reads one."""
-        ...
 
 
 class CheckpointWriter:
@@ -111,19 +75,19 @@ class CheckpointWriter:
             raise ValueError(
                 "resume continues an unfinished run and restart throws it away; give one of the two"
             )
-        self._given, self.overwrite = output, overwrite
-        self._left_behind = self._begun = self._moving = False
-        self.output = output.resolve()
-        complete = resume and (self.output / INDEX).is_file() and (self.output / RECORD).is_file()
+        self._given, self.overwrite, self._begun = output, overwrite, False
+        target = output.resolve()
+        complete = resume and (target / INDEX).is_file() and (target / RECORD).is_file()
         replacement.check_output(output, overwrite or complete, inputs)
-        self.folder = self.output.with_name(f".{self.output.name}.partial")
+        self._place = Placement(output, overwrite)
+        self.output, self.folder = self._place.output, self._place.folder
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
         try:
-            self._check_beside(resume)
+            self._place.check_beside(resume)
             self.journal = self._unfinished(resume, restart)
             self.reopened = complete and not self.journal.blocks
             if not self.reopened:
-                # Once more: `_check_beside` may have put an old output back, which this run would replace.
+                # Once more: `check_beside` may have put an old output back, which this run would replace.
                 replacement.check_output(output, overwrite, inputs)
         except BaseException:
             self._lock.release()
@@ -148,35 +112,9 @@ class CheckpointWriter:
             )
         return journal if resume else Journal(self.folder / JOURNAL, anew=True)
 
-    def _check_beside(self, resume: bool) -> None:
-        """Check what an earlier run left beside the output.
-
-        If it was killed after it had moved an old output away, the old output is put back.
-        """
-        if os.path.lexists(self.folder):
-            replacement.check_ours(self.folder, str(self.folder), unfinished=True)
-        if not os.path.lexists(self._replaced):
-            return
-        replacement.check_ours(self._replaced, str(self._replaced))
-        journals = (self.folder / JOURNAL, self.output / JOURNAL)
-        if any(self._replaced.iterdir()) and not any(_says_replacing(path) for path in journals):
-            raise ValueError(
-                f"{self._replaced} is of no run into {self._given}; move it away, or choose another --output"
-            )
-        self._left_behind = True
-        if not resume and not self.output.exists():
-            os.replace(self._replaced, self.output)
-            self._left_behind = False
-
-    @property
-    def _replaced(self) -> Path:
-        """Where an old output is kept until the new one is in place."""
-        return self.output.with_name(f".{self.output.name}.replaced")
-
     def _clear(self) -> None:
         """Throw an unfinished run away."""
-        if self.folder.exists():
-            _remove(self.folder, unfinished=True)
+        self._place.clear()
         self.journal = Journal(self.folder / JOURNAL, anew=True)
 
     def begin(
@@ -349,63 +287,18 @@ class CheckpointWriter:
             RuntimeError: the folder cannot be moved, or something that may not be replaced was put in its
                 place.
         """
-        old = self._replaced
-        try:
-            self._make_room(old)
-        except (OSError, ValueError) as error:  # for example, a mount point cannot be renamed
-            raise self._not_moved(error) from error
-        self._moving = True
-        try:
-            os.replace(self.folder, self.output)
-        except OSError as error:
-            self._moving = False
-            if self._left_behind and not self.output.exists():
-                os.replace(old, self.output)
-                self._left_behind = False
-            raise self._not_moved(error) from error
-        sync_folder(self.output.parent)
-        self.journal.path = self.output / JOURNAL  # it stays until `complete`
-        self._remove_replaced()
-
-    def _make_room(self, old: Path) -> None:
-        """Move an old output to `old`, if it may be replaced."""
-        if not self.output.exists():
-            return
-        if any(self.output.iterdir()):  # hours may have passed since it was checked
-            replacement.check_output(self.output, self.overwrite)
-        self._remove_replaced()
-        if os.path.lexists(old):
-            raise ValueError(f"{old} was put there meanwhile")
-        self.journal.add({"replacing": True})  # a later run learns from it that the folder was moved by a run
-        os.replace(self.output, old)
-        self._left_behind = True
-
-    def _remove_replaced(self) -> None:
-        """Remove the old output, if there was one."""
-        if self._left_behind and os.path.lexists(self._replaced):
-            _remove(self._replaced)
-        self._left_behind = False
+        self._place.move(self.journal)
 
     @property
     def moved(self) -> bool:
         """Whether the finished folder is in its place, by what is on the disk."""
-        return (self.reopened and self.journal.path.exists()) or (
-            self._moving and not self.folder.exists() and (self.output / INDEX).is_file()
-        )
+        return (self.reopened and self.journal.path.exists()) or self._place.moved
 
     def complete(self) -> None:
         """End the run for good: remove its journal, and an old output that is still waiting to be removed."""
-        self._remove_replaced()
+        self._place.remove_old()
         if self.journal.path.parent == self.output and self.journal.path.exists():
             remove(self.journal.path)
-
-    def _not_moved(self, error: Exception) -> RuntimeError:
-        """The error for a finished folder that cannot be moved into place."""
-        reason = error.strerror if isinstance(error, OSError) else error
-        return RuntimeError(
-            f"the finished checkpoint cannot be moved to {self.output} ({reason}); "
-            f"it lies whole in {self.folder}"
-        )
 
     def close(self) -> int:
         """Wait for what is being written and release the lock.
@@ -421,31 +314,3 @@ class CheckpointWriter:
             replacement.remove(self.folder, unfinished=True)
         self._lock.release()
         return len(self.journal.blocks) if self._begun and self.folder.exists() else 0
-
-
-def _says_replacing(path: Path) -> bool:
-    """Whether a journal says that its run is moving an old output away."""
-    try:
-        return bool(Journal(path).find("replacing"))
-    except ValueError:
-        return False
-
-
-def _remove(folder: Path, unfinished: bool = False) -> None:
-    """Remove an output of this program. Raises `ValueError` if it holds a foreign file."""
-    foreign = replacement.remove(folder, unfinished)
-    if foreign:  # put there since the folder was checked
-        raise ValueError(
-            f"{folder} holds {foreign[0]!r}, which llmprune has not written, so it stays; move it away"
-        )
-
-
-def check_space(output: Path, needed: int) -> None:
-    """Raise `ValueError` if the disk of the output folder has fewer than `needed` bytes free."""
-    existing = next(p for p in (output, *output.resolve().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(
-            f"the output needs {size_text(needed)} and {existing} has {size_text(free)} free; "
-            "make room or choose another --output"
-        )

@@ -6,7 +6,6 @@ torch and transformers are imported only when a command runs, so that `--help` a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +20,13 @@ from llmprune.cli.options import (
     OUTPUT,
     PRUNING,
     READING,
+    RECOVERING,
     SAMPLING,
     SCORING,
+    TRAINING,
     WRITING,
 )
+from llmprune.cli.producing import produce
 from llmprune.terminal.console import OutputClosed, Screen
 
 app = typer.Typer(
@@ -60,40 +62,6 @@ def _program(
     frame.debug = debug
 
 
-def _prune_command(
-    work: Callable[..., Any],
-    model: str,
-    as_json: bool,
-    quiet: bool,
-    settings: list[str] | None,
-    **options: Any,
-) -> None:
-    """Run `prune` or `run_model` and print what came of it."""
-    from llmprune import api
-    from llmprune.recipe.loading import parse_assignment
-    from llmprune.terminal import screen
-
-    options["settings"] = dict(parse_assignment(text) for text in settings or ())
-    console, result = frame.with_terminal(
-        as_json, quiet, lambda terminal: work(model, reporter=terminal, **options)
-    )
-    try:
-        if isinstance(result, api.DryRun):
-            screen.print_matrices(console, result.plan)
-            summary: Any = api.plan_summary(result)
-        else:
-            screen.print_result(console, result.record, result.output)
-            summary = {"output": str(result.output), **result.record}
-        if as_json:
-            frame.emit(summary)
-    except (KeyboardInterrupt, OutputClosed) as error:
-        if not isinstance(
-            result, api.DryRun
-        ):  # the run itself is done, so the message must not offer --resume
-            error.kept, error.resumable = f"{result.output} is finished", False  # type: ignore[union-attr]
-        raise
-
-
 _Model = Annotated[
     str, typer.Argument(help="demo, an alias, a hub id, or a local folder.", show_default=False)
 ]
@@ -105,12 +73,12 @@ _Repository = Annotated[
 ]
 
 
-@_command(PRUNING, SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
+@_command(PRUNING, SCORING, TRAINING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def run(model: _Model, **options: Any) -> None:
-    """Prune, save, evaluate dense and pruned, write the report: the main job."""
+    """Prune, save, evaluate dense and pruned, write the report: the main job. With --recover also train."""
     from llmprune import api
 
-    _prune_command(api.run_model, model, **options)
+    produce(api.run_model, model, **options)
 
 
 @_command(PRUNING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
@@ -118,7 +86,15 @@ def prune(model: _Model, **options: Any) -> None:
     """Prune and save, without evaluation."""
     from llmprune import api
 
-    _prune_command(api.prune, model, **options)
+    produce(api.prune, model, **options)
+
+
+@_command(RECOVERING, SCORING, COMPUTING, ORIGIN, BLOCKS, OUTPUT)
+def recover(path: _Model, **options: Any) -> None:
+    """Train a pruned model with its sparsity kept or evolved, or prune one while it is trained."""
+    from llmprune import api
+
+    produce(api.recover, path, **options)
 
 
 @_command(SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
@@ -253,7 +229,7 @@ def push(
 
 @_command(OUTPUT)
 def methods(as_json: bool, quiet: bool) -> None:
-    """List pruners, refiners, updates and allocators: their options, what they cost and what they give."""
+    """List pruners, refiners, updates, allocators and the parts of recoveries: options, costs, effects."""
     from llmprune.cli import lists
 
     found = lists.methods()
@@ -264,7 +240,7 @@ def methods(as_json: bool, quiet: bool) -> None:
 
 @_command(OUTPUT)
 def recipes(as_json: bool, quiet: bool) -> None:
-    """List the shipped recipes, what they cost and what they give."""
+    """List the shipped recipes: of pruning, with what they cost and give, and of recover."""
     from llmprune.cli import lists
 
     found = lists.recipes()

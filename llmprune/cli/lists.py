@@ -1,6 +1,7 @@
 """The lists that `llmprune recipes`, `methods` and `models` print: what there is, its cost and its effect.
 
-The figures were measured once and ship with the package (`eval/results/costs.yaml`).
+The figures were measured once and ship with the package (`eval/results/costs.yaml`); of recoveries there are
+none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 from llmprune import registry
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
 from llmprune.hub.aliases import ALIASES
+from llmprune.recipe.recovery import DEFAULT, FOLDER
+from llmprune.recipe.summary import summary as summary_of
 from llmprune.terminal.console import Screen
 
 Entry = dict[str, Any]
@@ -21,6 +24,10 @@ _TITLES = {
     "refiners": "refiners (after wanda)",
     "updates": "updates (after wanda)",
     "allocators": "allocators (with wanda)",
+    "recovery.schedules": "schedules of recover (when masks move, and how sparse they are)",
+    "recovery.rules": "rules of recover (which weights a mask keeps)",
+    "recovery.trainables": "trainables of recover (what is trained of a matrix)",
+    "recovery.objectives": "objectives of recover (what training makes smaller)",
 }
 
 
@@ -33,24 +40,32 @@ def costs() -> dict[str, dict[str, Entry]]:
 
 
 def recipes() -> dict[str, Entry]:
-    """Summary and figures of each shipped recipe."""
+    """Each shipped recipe: of pruning its summary and figures, of recovery its summary and parts."""
     known = costs()["recipes"]
-    found = {}
+    found: dict[str, Entry] = {}
     for name in shipped_names("recipes"):
         summary = read_yaml(shipped("recipes", f"{name}.yaml"))["description"]
-        found[name] = {"summary": summary, **_figures(known.get(name, {}))}
+        found[name] = {"kind": "pruning", "summary": summary, **_figures(known.get(name, {}))}
+    for name in shipped_names(*FOLDER):
+        values = read_yaml(shipped(*FOLDER, f"{name}.yaml"))
+        parts = summary_of(values)._asdict()
+        found[name] = {"kind": "recovery", "summary": values["description"], **parts}
     return found
 
 
 def methods() -> dict[str, dict[str, Entry]]:
-    """Summary, options with their defaults, and figures of each algorithm, by kind."""
+    """Summary and options with their defaults of each algorithm, by kind; figures of those of pruning."""
     known = costs()
-    return {
+    found = {
         room: {
             name: {**registry.describe(room, name), **_figures(known.get(room, {}).get(name, {}))}
             for name in registry.names(room)
         }
         for room in registry.ROOMS
+    }
+    return found | {
+        room: {name: registry.describe(room, name) for name in registry.names(room)}
+        for room in registry.RECOVERY_ROOMS
     }
 
 
@@ -71,12 +86,18 @@ def _figures(entry: Mapping[str, Any]) -> Entry:
 
 
 def print_recipes(console: Screen, found: Mapping[str, Entry]) -> None:
-    """Print the recipes as a table, the one with the lowest perplexity at 70 % sparsity first."""
-    names = sorted(found, key=lambda name: (found[name]["perplexity"] or {}).get("0.7", float("inf")))
+    """Print two tables: of pruning, lowest perplexity at 70 % first, and of recovery, the default first."""
+    pruning = {name: entry for name, entry in found.items() if entry["kind"] == "pruning"}
+    names = sorted(pruning, key=lambda name: (found[name]["perplexity"] or {}).get("0.7", float("inf")))
     rows = [(name, *_cells(found[name]), found[name]["summary"]) for name in names]
     console.table("recipes", rows, ("", *_HEAD))
     console.verbatim()
     console.say(legend())
+    console.verbatim()
+    keys = ("masks", "trainable", "objective", "summary")
+    rest = sorted((name for name in found if name not in pruning), key=lambda name: name != DEFAULT)
+    rows = [(name, *(found[name][key] for key in keys)) for name in rest]
+    console.table("recipes of recover", rows, ("", "masks", "trained", "loss", ""))
 
 
 def print_models(console: Screen, found: Mapping[str, Entry]) -> None:
@@ -87,15 +108,19 @@ def print_models(console: Screen, found: Mapping[str, Entry]) -> None:
 
 
 def print_methods(console: Screen, found: Mapping[str, Mapping[str, Entry]]) -> None:
-    """Print a table for each kind of algorithm."""
+    """Print a table for each kind of algorithm; the legend stands below those with figures."""
     for room, entries in found.items():
+        measured = room in registry.ROOMS
         rows = []
         for name, entry in entries.items():
             options = ", ".join(f"{k}={v}" for k, v in entry["options"].items())
-            rows.append((name, *_cells(entry), entry["summary"] + (f" ({options})" if options else "")))
-        console.table(_TITLES[room], rows, ("", *_HEAD))
+            summary = entry["summary"] + (f" ({options})" if options else "")
+            rows.append((name, *(_cells(entry) if measured else ()), summary))
+        console.table(_TITLES[room], rows, ("", *_HEAD) if measured else ())
         console.verbatim()
-    console.say(legend())
+        if room == registry.ROOMS[-1]:
+            console.say(legend())
+            console.verbatim()
 
 
 def _cells(entry: Entry) -> tuple[str, str, str, str]:

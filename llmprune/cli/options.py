@@ -7,10 +7,25 @@ the groups a command names into its signature.
 from __future__ import annotations
 
 import inspect
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*([a-z]?)", re.ASCII | re.IGNORECASE)
+
+
+def count(text: str) -> int:
+    """A whole number such as 500k, 2M or 1.5B, with the suffix for thousands, millions or billions."""
+    found = _COUNT.fullmatch(str(text).strip())
+    factor = _SUFFIXES.get(found[2].lower()) if found else None
+    number = Fraction(found[1].replace("_", "")) * factor if found and factor else None
+    if number is None or number.denominator != 1:
+        raise typer.BadParameter(f"{text!r} is no whole number such as 200000, 500k or 2M")
+    return int(number)
 
 
 def _option(
@@ -20,12 +35,20 @@ def _option(
     *,
     default: Any = None,
     flag: str | None = None,
+    **more: Any,
 ) -> inspect.Parameter:
     """An option with a value. Without `flag`, typer derives it from the name: `--dry-run` for `dry_run`."""
-    shown = typer.Option(*([flag] if flag else []), help=help)
+    shown = typer.Option(*([flag] if flag else []), help=help, **more)
     wanted = kind if default is not None else kind | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[wanted, shown]
+    )
+
+
+def _needed(name: str, kind: Any, help: str, **more: Any) -> inspect.Parameter:
+    """An option that must be given."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, typer.Option(help=help, **more)]
     )
 
 
@@ -40,14 +63,7 @@ _KEPT = (
     _switch("restart", "Throw away what an unfinished run left, and begin anew."),
 )
 
-WRITING = (
-    inspect.Parameter(
-        "output",
-        inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[Path, typer.Option(help="Folder to write.")],
-    ),
-    *_KEPT,
-)
+WRITING = (_needed("output", Path, "Folder to write."), *_KEPT)
 
 PRUNING = (
     _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
@@ -84,6 +100,44 @@ PRUNING = (
     _switch("dry_run", "Print the plan with every matrix, then stop."),
     _option("masks", Path, "Start from these keep masks, in the place of the recipe's pruner."),
     _option("settings", list[str], "Any recipe field: dotted.key=value. Repeatable.", flag="--set"),
+)
+
+_TEXT = (
+    "To train on: builtin, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors file; "
+    "c4=0.7+self=0.3 mixes."
+)
+_TOKENS = "To train on, all epochs together: 200000, 500k, 2M."
+
+TRAINING = (
+    _option("recover", str, "Train what was pruned by this recipe of recovery, see llmprune recover."),
+    _option("text", str, f"With --recover. {_TEXT}"),
+    _option("tokens", int, f"With --recover. {_TOKENS}", parser=count, metavar="N"),
+)
+
+RECOVERING = (
+    _option("recipe", str, "Recipe of recovery by name or YAML file; see llmprune recipes (recover-best)."),
+    _needed("text", str, _TEXT),
+    _needed("tokens", int, _TOKENS, parser=count, metavar="N"),
+    WRITING[0],
+    _option("teacher", str, "The dense model, where a recipe needs it; by default the one of the record."),
+    _option("masks", Path, "Keep masks of a pruned model that come in a file of their own."),
+    _option("sparsity", float, "To end with, where the recipe prunes: of a dense start, or higher than its."),
+    _option("pattern", str, "Likewise: unstructured or N:M."),
+    _option("epochs", int, "How often the text is read.", default=1),
+    _option("seqlen", int, "Tokens per sequence (min(2048, the model's limit))."),
+    _option("seed", int, "Seed of everything random (0)."),
+    _option("settings", list[str], "Any field of the recipe: dotted.key=value. Repeatable.", flag="--set"),
+    *_KEPT,
+    _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
+    _option(
+        "score",
+        bool,
+        "Do not score dense model, start and result.",
+        default=True,
+        flag=" /--no-score",
+        show_default=False,
+    ),
+    _switch("dry_run", "Print the memory that it will need, by part, then stop."),
 )
 
 SCORING = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.packed import packing_entry
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.common.messages import first_line, shown
 from llmprune.model.quantised import (

@@ -15,7 +15,8 @@ import torch
 from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.contents import CONFIG, RECORD
 from llmprune.checkpoint.dequantised import Dequantised
-from llmprune.checkpoint.packed import Packed, packing_entry
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import Checkpoint, MemoryCheckpoint, WeightSource, read_json, read_record
 from llmprune.checkpoint.snapshot import Snapshot
 from llmprune.hub.download import Located, locate
@@ -183,7 +184,7 @@ def _in_memory(model: PreTrainedModel, options: OpenOptions, device: torch.devic
     if options.dequantize:
         raise ValueError("dequantize is for a checkpoint's folder or name, not for a model in memory")
     check_whole(model)
-    source = MemoryCheckpoint(model)
+    source = MemoryCheckpoint(model.state_dict())
     check_stored(source.tensors, "the model in memory")
     compute = devices.choose_dtype(options.dtype, device, model.dtype)
     config = copy.deepcopy(model.config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprune.checkpoint.bitmask import FORMATS
 from llmprune.checkpoint.dequantised import METHODS
-from llmprune.checkpoint.packed import packing_entry
+from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import TensorInfo
 from llmprune.common.cards import entry, front_matter
 from llmprune.common.messages import shown

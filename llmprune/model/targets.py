@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmprune.checkpoint.packed import PACKED_DTYPES, Layout
+from llmprune.checkpoint.packed_tensor import PACKED_DTYPES, Layout
 from llmprune.model.activations import BlockInputs
 from llmprune.model.conversion import Group, Piece, Stored, Tracer
 from llmprune.model.products import Products, Seen

@@ -6,7 +6,8 @@ from typing import Any
 
 from llmprune import registry
 from llmprune.recovery.exchange import Exchange
-from llmprune.recovery.parts import Numbers, Trainable
+from llmprune.recovery.parts import Trainable
+from llmprune.recovery.phases import Numbers
 from llmprune.recovery.trainables.kept import Kept
 
 

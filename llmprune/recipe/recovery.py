@@ -17,9 +17,10 @@ from llmprune.common.messages import nearest, shown
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
 from llmprune.recipe import contradictions
 from llmprune.recipe.values import group, is_number, listed, number
-from llmprune.recovery.loop import Method, RateSpec
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import OptimizerSpec
-from llmprune.recovery.parts import Numbers, Term
+from llmprune.recovery.phases import Numbers
+from llmprune.recovery.task import Term
 
 FOLDER = ("recipes", "recovery")
 DEFAULT = "recover-best"
@@ -78,6 +79,7 @@ class RecoveryRecipe:
         batch: sequences per step. clip: the largest norm of all gradients together; 0 for any.
         held_out: the share of the sequences that are not trained on.
         soup: copies that are averaged.
+        recompute: whether activations are computed twice to save memory: `auto`, `on` or `off`.
         seed: of everything random.
         chosen: why, where the program has chosen it.
     """
@@ -99,6 +101,7 @@ class RecoveryRecipe:
     clip: float = 0.0
     held_out: float = 0.05
     soup: SoupSpec = SoupSpec()
+    recompute: str = "auto"
     seed: int = 0
     chosen: str = ""
 
@@ -234,6 +237,8 @@ def from_dict(values: Mapping[str, Any]) -> RecoveryRecipe:
     for key in ("held_out", "trial", "clip"):
         if key in fields:
             fields[key] = number(key, fields[key])
+    if isinstance(fields.get("recompute"), bool):  # YAML reads on and off so
+        fields["recompute"] = "on" if fields["recompute"] else "off"
     recipe = RecoveryRecipe(**fields)
     _check(recipe)
     contradictions.check(recipe)
@@ -274,6 +279,8 @@ def _check(recipe: RecoveryRecipe) -> None:
         raise ValueError(f"others must be one of {', '.join(OTHERS)}, got {shown(recipe.others)}")
     if recipe.scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {shown(recipe.scope)}")
+    if recipe.recompute not in ("auto", "on", "off"):
+        raise ValueError(f"recompute must be auto, on or off, got {shown(recipe.recompute)}")
     for key, least in (("batch", 1), ("seed", 0)):
         value = getattr(recipe, key)
         if type(value) is not int or not least <= value < 2**63:

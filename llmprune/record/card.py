@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from llmprune.checkpoint.reader import read_record
 from llmprune.model.classes import CAUSAL
 from llmprune.record.figures import (
     Record,
-    ScoreRow,
     masks_given,
     method_of,
-    score_rows,
+    score_table,
     share_of_all,
     size_remark,
 )
+from llmprune.record.history import pruned_here
 from llmprune.record.record import calibrated_on
+from llmprune.record.recovered import training_rows
+from llmprune.record.repeating import repetition
 from llmprune.text.mixture import is_file, plain_sources
 
 
@@ -56,7 +59,7 @@ def model_card(record: Record, name: str) -> str:
 
 # {source.rpartition("/")[2]}, {totals["sparsity"]:.1%} sparse
 
-{source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}.
+{_made(record, source, at)}
 {_masks_line(record)}\
 {totals["zeros"]:,} of {totals["weights"]:,} weights in the pruned matrices are zero, \
 {share_of_all(record)}; \
@@ -67,17 +70,7 @@ embeddings, norms and the output head are not pruned.
 ## Scores
 
 {_scores_section(record)}
-## Recipe
-
-{_calibration_line(record["calibration"])}
-
-<details><summary>The recipe with every default</summary>
-
-```yaml
-{as_yaml(record["recipe"])}```
-
-</details>
-{_again(record)}
+{_training_section(record)}{_recipe_section(record)}
 ## Load
 
 ```python
@@ -91,6 +84,75 @@ every matrix, versions).
 ## Licence
 
 {_licence_section(model)}
+"""
+
+
+def _made(record: Record, source: str, at: str) -> str:
+    """How it was made, in a sentence or two."""
+    if "recovery" not in record:
+        return f"{source}{at} pruned after training, without retraining, by llmprune: {method_of(record)}."
+    recovery = record["recovery"]
+    pruned = "pruned and " if pruned_here(record) or "aim" in recovery else ""
+    text = f"{recovery['tokens']:,} tokens of {calibrated_on(recovery['text'])}"
+    how = f"It was trained on {text}{_sparsity_meanwhile(record)}."
+    return f"{source}{at} {pruned}trained by llmprune: {method_of(record)}.\n{how}"
+
+
+def _sparsity_meanwhile(record: Record) -> str:
+    """What became of the sparsity in the training."""
+    recovery = record["recovery"]
+    if "aim" in recovery:
+        return ", pruned meanwhile"
+    if not record["totals"]["zeros"]:
+        return ""
+    return ", its sparsity kept while the masks moved" if recovery["recipe"]["rule"] else ", its masks kept"
+
+
+def _training_section(record: Record) -> str:
+    """On what it was trained, what came of it, the recipe, and how to repeat it; empty without training."""
+    if "recovery" not in record:
+        return ""
+    recovery = record["recovery"]
+    rows = "\n".join(map(_line, training_rows(record)))
+    again = repetition(record)
+    commands = "\n".join(again.commands)
+    block = f"\n```\n{commands}\n```\n" if commands else ""
+    needed = "".join(f"\n- {line}" for line in again.needed)
+    return f"""## Training
+
+| | |
+|---|---|
+{rows}
+
+Digest of the tokens: `{recovery["text"]["digest"]}`, of the start: `{recovery["start"]["digest"]}`.
+
+{folded("The recipe of the training with every default", recovery["recipe"])}
+To train it again:
+{block}{needed}
+
+"""
+
+
+def _recipe_section(record: Record) -> str:
+    """The recipe it was pruned by; empty where it was pruned while it was trained, or nobody knows how."""
+    if "recovery" in record and not pruned_here(record):
+        return ""
+    again = "" if "recovery" in record else _again(record)
+    return f"""## Recipe
+
+{_calibration_line(record["calibration"])}
+
+{folded("The recipe with every default", record["recipe"])}{again}"""
+
+
+def folded(title: str, recipe: Record) -> str:
+    """A recipe as YAML, which opens where its title is clicked."""
+    return f"""<details><summary>{title}</summary>
+
+```yaml
+{as_yaml(recipe)}```
+
+</details>
 """
 
 
@@ -163,24 +225,27 @@ def _front_matter(record: Record) -> str:
 
 
 def _scores_section(record: Record) -> str:
-    scores = score_rows(record)
-    if not scores:
+    head, rows = score_table(record)
+    if not rows:
         return "Not scored: made without evaluation.\n"
-    table = "\n".join(f"| {s.name} | {s.dense} | {with_error(s)} | {s.change} | {s.note} |" for s in scores)
+    table = "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
     protocols = "\n".join(f"- {line}" for line in protocol_lines(record))
-    return f"""| | dense | pruned | change | |
-|---|---|---|---|---|
-{table}
+    return f"""{table}
 
-Dense and pruned were measured alike:
+{_measured(record)} were measured alike:
 
 {protocols}
 """
 
 
-def with_error(row: ScoreRow) -> str:
-    """The pruned score with its standard error, where it has one."""
-    return f"{row.pruned} {row.error}".rstrip()
+def _line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return "".join(f"| {cell.replace('|', '/')} " if cell else "| " for cell in cells) + "|"
+
+
+def _measured(record: Record) -> str:
+    """The models whose scores stand side by side."""
+    return "All" if "recovery" in record else "Dense and pruned"
 
 
 def _licence_section(model: dict[str, Any]) -> str:

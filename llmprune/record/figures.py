@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmprune.common.messages import size_text
 from llmprune.recipe.types import method_name
+from llmprune.record.history import with_training
 
 Record = dict[str, Any]
 
@@ -23,7 +24,11 @@ def duration(seconds: float) -> str:
 
 
 class ScoreRow(NamedTuple):
-    """A row of the table of scores. `error` is the standard error of the pruned model's score."""
+    """A row of the table of scores. `error` is the standard error of the pruned model's score.
+
+    After a recovery, `pruned` is the trained model, `start` the one it was trained from, against which
+    `change` is, and `gap` the share of the difference between dense and start that was closed.
+    """
 
     name: str
     dense: str
@@ -31,63 +36,146 @@ class ScoreRow(NamedTuple):
     error: str
     change: str
     note: str
+    start: str = ""
+    gap: str = ""
 
 
 def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
     """A row for every score of a record."""
-    rows = []
-    for name, entry in record["evaluation"]["perplexity"].items():
-        protocol = entry["protocol"]
-        note = f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better"
-        known = entry["dense"] is not None
-        change = _signed(entry["pruned"] / entry["dense"] - 1, ",.1%", 3) if known else "not comparable"
-        dense, pruned = f"{entry['dense']:.2f}" if known else "none", f"{entry['pruned']:.2f}"
-        rows.append(ScoreRow(f"perplexity {name}", dense, pruned, "", change, note))
-    for task, metrics in record["evaluation"]["tasks"].items():
-        documents = metrics["protocol"]["documents"]
-        for metric, entry in metrics.items():
-            if metric != "protocol":
-                error = f"+- {entry['stderr']:.3f}" if entry["stderr"] is not None else ""
-                note = f"{documents} documents{direction(metrics['protocol'], metric)}"
-                change = _task_change(entry, documents)
-                dense, pruned = (_score(entry[key]) for key in ("dense", "pruned"))
-                rows.append(ScoreRow(f"{task} {metric}", dense, pruned, error, change, note))
-    return rows
+    evaluation = record["evaluation"]
+    rows = [_perplexity_row(name, entry) for name, entry in evaluation["perplexity"].items()]
+    return rows + [
+        _task_row(f"{task} {metric}", entry, metrics["protocol"])
+        for task, metrics in evaluation["tasks"].items()
+        for metric, entry in metrics.items()
+        if metric != "protocol"
+    ]
+
+
+def _perplexity_row(name: str, entry: Mapping[str, Any]) -> ScoreRow:
+    protocol, before = entry["protocol"], entry[_before(entry)]
+    dense, start, pruned = (_score(entry.get(key), 2) for key in ("dense", "start", "pruned"))
+    return ScoreRow(
+        name=f"perplexity {name}",
+        dense=dense,
+        pruned=pruned,
+        error="",
+        change="not comparable" if before is None else _signed(entry["pruned"] / before - 1, ",.1%", 3),
+        note=f"{protocol['windows']} windows of {protocol['window']} tokens, lower is better",
+        start=start if "start" in entry else "",
+        gap=_gap(entry, False),
+    )
+
+
+def _task_row(name: str, entry: Mapping[str, Any], protocol: Mapping[str, Any]) -> ScoreRow:
+    documents, metric = protocol["documents"], name.rpartition(" ")[2]
+    dense, start, pruned = (_score(entry.get(key), 3) for key in ("dense", "start", "pruned"))
+    return ScoreRow(
+        name=name,
+        dense=dense,
+        pruned=pruned,
+        error=f"+- {entry['stderr']:.3f}" if entry["stderr"] is not None else "",
+        change=_task_change(entry, documents),
+        note=f"{documents} documents{direction(protocol, metric)}",
+        start=start if "start" in entry else "",
+        gap=_gap(entry, _higher(protocol, metric), documents),
+    )
+
+
+def from_dense(rows: Sequence[ScoreRow]) -> bool:
+    """Whether the model that was trained was the dense one, by the scores."""
+    return all(row.start == row.dense for row in rows)
+
+
+def score_table(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of scores for the pages, and of a recovery also for the screen: its head and its rows."""
+    rows = score_rows(record)
+    if "recovery" not in record:
+        return _HEAD, [(s.name, s.dense, with_error(s), s.change, s.note) for s in rows]
+    if from_dense(rows):
+        return _FROM_DENSE, [(s.name, s.dense, with_error(s), s.change, s.note) for s in rows]
+    return _RECOVERED, [_recovered(row) for row in rows]
+
+
+def _recovered(row: ScoreRow) -> tuple[str, ...]:
+    """The cells of a row; what is said of a change stands in the note, for want of room."""
+    change, _, remark = row.change.partition(", ")
+    note = f"{row.note}; a change {remark}" if remark else row.note
+    return row.name, row.dense, row.start, with_error(row), change, row.gap, note
+
+
+_HEAD = ("", "dense", "pruned", "change", "")
+_FROM_DENSE = ("", "dense", "trained", "change", "")
+_RECOVERED = ("", "dense", "start", "recovered", "change", "gap closed", "")
+
+
+def with_error(row: ScoreRow) -> str:
+    """The pruned score with its standard error, where it has one."""
+    return f"{row.pruned} {row.error}".rstrip()
 
 
 def direction(protocol: Mapping[str, Any], metric: str) -> str:
-    """Whether higher or lower scores of a metric are better, in words; empty where the task does not say.
-
-    Records of early versions do not say it for any metric: they hold accuracies only, so higher is better.
-    """
-    better = protocol.get("higher_is_better", {metric: True}).get(metric)
+    """Whether higher or lower scores of a metric are better, in words; empty where the task does not say."""
+    better = _higher(protocol, metric)
     return "" if better is None else ", higher is better" if better else ", lower is better"
 
 
-def _score(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+def _higher(protocol: Mapping[str, Any], metric: str) -> bool | None:
+    """Whether higher scores of a metric are better; None where the task does not say.
+
+    Records of early versions do not say it for any metric: they hold accuracies only, so higher is better.
+    """
+    found: bool | None = protocol.get("higher_is_better", {metric: True}).get(metric)
+    return found
+
+
+def _score(value: float | None, digits: int) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def _signed(value: float, form: str, digits: int) -> str:
     return format(round(value, digits) + 0.0, f"+{form}")  # + 0.0 makes -0.0 zero
 
 
+def _before(entry: Mapping[str, Any]) -> str:
+    """The key of the score with which that of the result is compared."""
+    return "start" if "start" in entry else "dense"
+
+
 def _task_change(entry: Mapping[str, Any], documents: int | None) -> str:
-    if entry["dense"] is None or entry["pruned"] is None:
+    before, after = entry[_before(entry)], entry["pruned"]
+    if before is None or after is None:
         return "not comparable"
-    delta = entry["pruned"] - entry["dense"]
-    unsure = entry["stderr"] is not None and 0 < abs(delta) <= 2 * _error(entry, documents)
+    delta = after - before
+    unsure = entry["stderr"] is not None and 0 < abs(delta) <= 2 * _error(entry, before, documents)
     return _signed(delta, ".3f", 3) + (", within its error" if unsure else "")
 
 
-def _error(entry: Mapping[str, Any], documents: int | None) -> float:
-    """The standard error of a score, at least the binomial one of the two scores' mean.
+def _error(entry: Mapping[str, Any], before: float, documents: int | None) -> float:
+    """The standard error of a score, at least the binomial one of the mean of it and the one before.
 
     lm-eval gives an error of 0 where all documents have the same score, also for 0 right of 4.
     """
-    mean = (entry["dense"] + entry["pruned"]) / 2
+    mean = (before + entry["pruned"]) / 2
     share = math.sqrt(mean * (1 - mean) / documents) if documents and 0 <= mean <= 1 else 0.0
     return max(float(entry["stderr"]), share)
+
+
+def _gap(entry: Mapping[str, Any], higher: bool | None, documents: int | None = None) -> str:
+    """The share of the difference between dense and start that the training has closed.
+
+    Empty where one of them is not known, or which is better; `none` where the start is not worse than the
+    dense model, `unsure` where it is worse by no more than two standard errors.
+    """
+    dense, start, after = (entry.get(key) for key in ("dense", "start", "pruned"))
+    if dense is None or start is None or after is None or higher is None:
+        return ""
+    lost = dense - start if higher else start - dense
+    if lost <= 0:
+        return "none"
+    if entry.get("stderr") is not None and lost <= 2 * _error({**entry, "pruned": start}, dense, documents):
+        return "unsure"
+    return f"{round((start - after) / (start - dense), 2) + 0.0:.0%}"
 
 
 def share_of_all(record: Mapping[str, Any]) -> str:
@@ -122,7 +210,7 @@ def size_remark(record: Mapping[str, Any]) -> str:
     sizes = record["totals"]["bytes"]
     if "format" in record:
         return (
-            "The weights are packed: of every pruned matrix the kept values and a bit per weight are stored, "
+            f"The weights are packed: {_stored(record)}, "
             f"{_of(sizes['written'], sizes['dense'])} in all. transformers loads them where llmprune is "
             "installed and imported; without it, it stops. How fast they are depends on the machine: "
             "llmprune bench measures it."
@@ -140,6 +228,16 @@ def size_remark(record: Mapping[str, Any]) -> str:
         f"{dense} Packed it takes {_of(packed, sizes['dense'])}: llmprune convert writes it so (--to "
         "packed), llmprune bench measures how fast it is then."
     )
+
+
+def _stored(record: Mapping[str, Any]) -> str:
+    """What a packed folder holds of its matrices."""
+    values = record["format"].get("values", "same")
+    rounded = "" if values == "same" else f", rounded to {values.removeprefix('int')} bits,"
+    rows = record.get("matrices", [])
+    if rounded and rows and all(row.get("target_sparsity") == 0 for row in rows):
+        return f"of every matrix all values{rounded} are stored"
+    return f"of every pruned matrix the kept values{rounded} and a bit per weight are stored"
 
 
 def _of(packed: int, dense: int) -> str:
@@ -185,5 +283,5 @@ def method_of(record: Record) -> str:
     allocator = recipe.get("allocator", {"name": "uniform"})["name"]
     shared = f", sparsity shared out by {allocator}" if allocator != "uniform" else ""
     permuted = ", channels permuted" if recipe.get("permute") else ""
-    trained = f", recovered by {record['recovery']['recipe']['name']}" if "recovery" in record else ""
-    return f"{steps}, {recipe['pattern']}{shared}{permuted} (recipe {recipe['name']}){trained}"
+    base = f"{steps}, {recipe['pattern']}{shared}{permuted} (recipe {recipe['name']})"
+    return with_training(base, record) if "recovery" in record else base

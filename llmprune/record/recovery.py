@@ -14,9 +14,10 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import AlgorithmSpec, CalibrationSpec, Recipe
 from llmprune.record import record as records
 from llmprune.record.figures import Record
+from llmprune.record.history import trainings
 
 # What the training decides is compared; what only came of it is not.
-_OUTCOME = ("curve", "rates", "rate", "best_step", "held_out", "seconds")
+_OUTCOME = ("curve", "rates", "rate", "best_step", "held_out", "seconds", "blocks", "earlier")
 _NO_CALIBRATION = CalibrationSpec(source="none", samples=0, sequence_length=0)
 
 
@@ -44,6 +45,7 @@ def opening(
     fresh = records.opening(model, plain, empty, "", processes)
     kept = ("schema", "model", "recipe", "masks", "calibration", "allocation")
     start = {key: known[key] for key in kept if key in known} if known else fresh
+    earlier = trainings(known) if known and "recovery" in known else []
     return {
         **start,
         "environment": fresh["environment"],
@@ -58,8 +60,14 @@ def opening(
                 "digest": rows.digest,
                 **rows.details,
             },
+            **({"earlier": [_without_curve(each) for each in earlier]} if earlier else {}),
         },
     }
+
+
+def _without_curve(recovery: Record) -> Record:
+    """An earlier recovery, as the record of a later one keeps it."""
+    return {key: value for key, value in recovery.items() if key not in ("curve", "earlier")}
 
 
 def identity(record: Record) -> Identity:
@@ -124,7 +132,7 @@ def add_scores(record: Record, dense: Scores | Record | None, start: Scores, res
     evaluation = record["evaluation"]
     for name, entry in evaluation["perplexity"].items():
         entry["start"] = start.perplexity[name]["value"]
-        if measured is start:
+        if not isinstance(dense, Scores):
             entry["dense"] = _known(known.get("perplexity", {}).get(name), entry["protocol"], "dense")
     for name, metrics in evaluation["tasks"].items():
         old = known.get("tasks", {}).get(name, {})
@@ -132,9 +140,20 @@ def add_scores(record: Record, dense: Scores | Record | None, start: Scores, res
         for metric, entry in metrics.items():
             if metric != "protocol":
                 entry["start"] = start.tasks.get(name, {}).get(metric, {}).get("value")
-                if measured is start:
+                if not isinstance(dense, Scores):
                     entry["dense"] = old.get(metric, {}).get("dense") if same else None
-    return record
+    return record if dense is start else _with_seconds(record, dense, start)
+
+
+def _with_seconds(record: Record, dense: Scores | Record | None, start: Scores) -> Record:
+    """The record with the seconds of scoring the start, where that is not the dense model."""
+    seconds = dict(record["totals"]["seconds"])
+    if isinstance(dense, Scores):
+        seconds["total"] = round(seconds["total"] + start.seconds, 3)
+    else:
+        del seconds["evaluate dense"]  # the start was counted as such
+    seconds["evaluate start"] = round(start.seconds, 3)
+    return record | {"totals": record["totals"] | {"seconds": seconds}}
 
 
 def _known(entry: Any, protocol: Record, key: str) -> float | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,19 +11,23 @@ from typing import Any
 from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import size_text
-from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines, with_error
+from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines
 from llmprune.record.figures import (
     Record,
     masks_given,
     method_of,
-    score_rows,
+    score_table,
     seconds_by_phase,
     size_remark,
     sizes_on_disk,
     sparsity_reached,
     speed_measured,
 )
+from llmprune.record.history import pruned_here
+from llmprune.record.plots import encoded_blocks, encoded_curves, encoded_matrices
 from llmprune.record.record import calibrated_on
+from llmprune.record.recovered import advice, training_rows
+from llmprune.record.repeating import repetition
 
 
 def write(folder: Path, record: Record, name: str, before: Record | None = None) -> bool:
@@ -104,6 +106,7 @@ def _summary(record: Record) -> list[tuple[str, str]]:
         ("model", f"{model['source']} ({model['parameters']:,} parameters)"),
         ("method", method_of(record)),
         *_choices(record),
+        *(training_rows(record) if "recovery" in record else []),
         ("sparsity reached", sparsity_reached(record)),
         ("calibration", f"{rows} of {source}, seed {seed}" if calibrated else "none"),
         ("weights on disk", sizes_on_disk(record)),
@@ -138,7 +141,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 padding: 0 1rem; color: #1c1c1c }
 table { border-collapse: collapse; margin: 1rem 0 } \
 td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0 }
-td, th { text-align: left; vertical-align: top } td:first-child { white-space: nowrap }
+td, th { text-align: left; vertical-align: top } td:not(:last-child), th { white-space: nowrap }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } summary { cursor: pointer }
 img { max-width: 100% } h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }"""
 
@@ -148,24 +151,21 @@ def html_report(record: Record, name: str) -> str:
 
     `name` is the folder's, without its path.
     """
-    scores = [(s.name, s.dense, with_error(s), s.change, s.note) for s in score_rows(record)]
+    head, scores = score_table(record)
     no_scores = "<p>Not scored: made without evaluation.</p>"
-    recipe, plot = html.escape(as_yaml(record["recipe"])), _plot(record["matrices"])
-    columns = ("matrix", "shape", "pattern", "sparsity", "relative error", "steps")
     parts = [
         f"<h1>{html.escape(record['model']['source'])}, {record['totals']['sparsity']:.1%} sparse</h1>",
         _table((), _summary(record)),
         "<h2>Scores</h2>",
-        _table(("", "dense", "pruned", "change", ""), scores) if scores else no_scores,
+        _table(head, scores) if scores else no_scores,
         *(f"<p>{html.escape(line)}</p>" for line in protocol_lines(record)),
         f"<p>{html.escape(size_remark(record))}</p>",
+        *_training(record),
         "<h2>Load</h2>",
         f"<pre>{html.escape(load_snippet(name, record))}</pre>",
-        f"<details><summary>The recipe with every default</summary><pre>{recipe}</pre></details>",
+        *_recipe(record),
         "<h2>Matrices</h2>",
-        f'<img alt="sparsity and relative error per matrix" src="data:image/png;base64,{plot}">',
-        f"<p>{_legend(record)}</p>",
-        _table(columns, map(_matrix_row, record["matrices"])),
+        *_matrices(record),
     ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>llmprune report</title><style>
@@ -174,6 +174,60 @@ def html_report(record: Record, name: str) -> str:
 {chr(10).join(parts)}
 </body></html>
 """
+
+
+def _training(record: Record) -> list[str]:
+    """The section on a recovery: curves, text, recipe, and how to repeat it."""
+    if "recovery" not in record:
+        return []
+    recovery, again = record["recovery"], repetition(record)
+    told, digests = advice(record), f"Digest of the tokens {recovery['text']['digest']}, "
+    digests += f"of the start {recovery['start']['digest']}."
+    commands = [f"<pre>{html.escape(chr(10).join(again.commands))}</pre>"] if again.commands else []
+    return [
+        "<h2>Training</h2>",
+        *([f"<p>{html.escape(told)}</p>"] if told else []),
+        *_image("the course of the training", _curves(recovery)),
+        f"<p>{html.escape(digests)}</p>",
+        _folded("The recipe of the training with every default", recovery["recipe"]),
+        "<p>To train it again:</p>",
+        *commands,
+        *(f"<p>{html.escape(line)}</p>" for line in again.needed),
+    ]
+
+
+def _recipe(record: Record) -> list[str]:
+    """The recipe of the pruning, where the record has one."""
+    if "recovery" in record and not pruned_here(record):
+        return []
+    title = "The recipe of the pruning" if "recovery" in record else "The recipe"
+    return [_folded(f"{title} with every default", record["recipe"])]
+
+
+def _folded(title: str, recipe: Record) -> str:
+    return f"<details><summary>{title}</summary><pre>{html.escape(as_yaml(recipe))}</pre></details>"
+
+
+def _image(alt: str, encoded: str | None) -> list[str]:
+    return [] if encoded is None else [f'<img alt="{alt}" src="data:image/png;base64,{encoded}">']
+
+
+def _matrices(record: Record) -> list[str]:
+    """Plot and table of all matrices; without the column of errors where none was measured."""
+    matrices = record["matrices"]
+    plot, rows = _plot(matrices), [_matrix_row(matrix) for matrix in matrices]
+    columns = ("matrix", "shape", "pattern", "sparsity", "relative error", "steps")
+    if _measured(matrices):
+        image = _image("sparsity and relative error per matrix", plot)
+        return [*image, f"<p>{_legend(record)}</p>", _table(columns, rows)]
+    place = columns.index("relative error")
+    narrow = [[*row[:place], *row[place + 1 :]] for row in (columns, *rows)]
+    return [*_image("sparsity per matrix", plot), _table(narrow[0], narrow[1:])]
+
+
+def _measured(matrices: Iterable[Record]) -> bool:
+    """Whether the relative error of any matrix is known."""
+    return any(matrix["relative_error"] is not None for matrix in matrices)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -185,31 +239,13 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return f"<table>{f'<tr>{names}</tr>' if names else ''}\n{body}</table>"
 
 
+def _curves(recovery: Record) -> str | None:
+    """Plots of a training by step or by block, encoded in base64; None where there is nothing to draw."""
+    if recovery.get("curve"):
+        return encoded_curves(recovery)
+    return encoded_blocks(recovery["blocks"]) if recovery.get("blocks") else None
+
+
 def _plot(matrices: list[dict[str, Any]]) -> str:
     """Plots of relative error and sparsity by block, a line per kind of matrix; a PNG, encoded in base64."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    errors, sparsities = figure.subplots(1, 2)
-    kinds: dict[str, dict[int, list[Record]]] = {}
-    for matrix in matrices:
-        parts = matrix["name"].removesuffix(".weight").split(".")
-        kind = next((part for part in reversed(parts) if not part.isdigit()), "")
-        block = next((int(part) for part in parts if part.isdigit()), 0)
-        kinds.setdefault(kind, {}).setdefault(block, []).append(matrix)
-    for kind, blocks in kinds.items():  # of experts the mean
-        known = {b: [e for m in rows if (e := m["relative_error"]) is not None] for b, rows in blocks.items()}
-        means = {b: sum(found) / len(found) for b, found in known.items() if found}
-        errors.plot(list(means), list(means.values()), marker=".", label=kind)
-        zeros = [sum(m["sparsity"] for m in rows) / len(rows) for rows in blocks.values()]
-        sparsities.plot(list(blocks), zeros, marker=".", label=kind)
-    errors.set(title="relative output error", xlabel="block", ylim=(0, None))
-    sparsities.set(title="sparsity", xlabel="block", ylim=(0, 1))
-    for axes in (errors, sparsities):
-        axes.grid(alpha=0.3)
-    sparsities.legend(fontsize=7, ncols=2)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    return base64.b64encode(out.getvalue()).decode()
+    return encoded_matrices(matrices, _measured(matrices))

@@ -6,94 +6,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import Pattern
-from llmprune.numerics.counts import all_finite
+from llmprune.recovery.keeps import Keeps
+from llmprune.recovery.losses import Losses
 from llmprune.recovery.masking import scaled
-from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
-from llmprune.recovery.parts import (
-    MaskRule,
-    Matrix,
-    Numbers,
-    Phase,
-    Schedule,
-    Task,
-    Term,
-    Trainable,
-    View,
-)
-
-DECAYS = ("cosine", "linear", "constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateSpec:
-    """The learning rate over the steps.
-
-    Attributes:
-        rate: the highest one.
-        warm_up: steps over which it rises from zero; below 1 a share of all steps.
-        decay: how it falls afterwards, counted from the first step: `cosine`, `linear` or `constant`.
-        floor: where it ends, as a share of the highest.
-        relative: whether it is relative to the root mean square of a matrix's kept weights, since the steps
-            of AdamW do not follow the size of a weight.
-    """
-
-    rate: float = 3e-4
-    warm_up: float = 0.05
-    decay: str = "cosine"
-    floor: float = 0.0
-    relative: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 10:
-            raise ValueError(f"rate must be above 0 and at most 10, got {self.rate}")
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up must be at least 0, got {self.warm_up}")
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor must be in [0, 1], got {self.floor}")
-
-    def at(self, step: int, steps: int) -> float:
-        """The learning rate of a step."""
-        warm = self.warm_up if self.warm_up >= 1 else self.warm_up * steps
-        rise = min(1.0, (step + 1) / warm) if warm else 1.0
-        progress = step / steps
-        falls = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-        return self.rate * rise * (self.floor + (1 - self.floor) * falls[self.decay])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method of training with sparsity, put together.
-
-    Attributes:
-        schedule, rule, numbers, terms: see `parts`; `rule` may be None where masks never move.
-        trainable: makes what is trained of a matrix.
-        rate, optimizer: how tensors move.
-        steps: of the optimizer. batch: sequences per step.
-        clip: the largest norm of all gradients together; 0 for any.
-        seed: of everything random.
-    """
-
-    schedule: Schedule
-    rule: MaskRule | None
-    numbers: Numbers
-    terms: tuple[Term, ...]
-    trainable: Any
-    rate: RateSpec
-    optimizer: OptimizerSpec
-    steps: int
-    batch: int
-    clip: float = 0.0
-    seed: int = 0
+from llmprune.recovery.method import Method
+from llmprune.recovery.optimizer import Optimizer
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
+from llmprune.recovery.task import Task, Term
 
 
 class Diverged(RuntimeError):
@@ -124,6 +53,7 @@ class Loop:
 
     Attributes:
         keeps: the masks by name, bool.
+        matrices: what the masks shall end with, by name; without weights, which the training has taken.
         trained: what is trained of each matrix, by name.
         others: the other tensors that are trained, float32, by name.
         step: how many steps are done.
@@ -133,20 +63,25 @@ class Loop:
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method = task, method
         self.step, self.flipped = 0, 0.0
-        self.keeps = {name: matrix.keep.clone() for name, matrix in task.matrices.items()}
+        self.keeps = Keeps({})
         self.others = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in task.others.items()
         }
         self.trained: dict[str, Trainable] = {}
-        for name, matrix in task.matrices.items():
+        self._sizes: dict[str, float] = {}
+        self.matrices: dict[str, Matrix] = {}
+        nothing = torch.empty(0, dtype=torch.float32)
+        for name, matrix in task.matrices.items():  # one after the other: each may be read from a file
+            self.keeps[name], self._sizes[name] = matrix.keep, self._size(matrix)
             self.trained[name] = method.trainable()
             self.trained[name].start(matrix, self._generator(name, -1))
-        self._sizes = {name: self._size(name, matrix) for name, matrix in task.matrices.items()}
+            self.matrices[name] = replace(matrix, weight=nothing, keep=nothing)
         self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
         self._shuffle = torch.Generator().manual_seed(method.seed)
         self._queue: list[int] = []
         self._batch: list[int] = []  # of the step that is being done
+        self._stepped: set[str] = set()  # tensors that have moved in the step that is being done
         self._moved = -1  # the step before which masks moved last
         self._gradients: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
@@ -155,7 +90,7 @@ class Loop:
         if "active" in self._wants:
             self._active = {name: keep.to(torch.float32) for name, keep in self.keeps.items()}
 
-    def _size(self, name: str, matrix: Matrix) -> float:
+    def _size(self, matrix: Matrix) -> float:
         """What learning rates of a matrix are relative to."""
         if not self.method.rate.relative:
             return 1.0
@@ -191,7 +126,10 @@ class Loop:
         paused = coming and self.method.rule is not None and self.method.rule.pauses
         if not paused:
             self._update(phase)
+            for name, trainable in self.trained.items():
+                trainable.settle(self.keeps[name], phase)
         self._free_gradients()
+        self._stepped.clear()
         self._batch, self.step = [], self.step + 1
         if self.done and self.phase(self.step).move:
             self._move(self.phase(self.step))
@@ -220,29 +158,53 @@ class Loop:
 
         `dense`: also those of pruned weights, which are kept for the next move.
         """
-        task, rows = self.task, self._next()
-        mine = task.mine(rows)
-        parts = [mine[i : i + task.batch] for i in range(0, len(mine), task.batch)]
-        sizes = self._sums(rows, parts)
+        task, losses = self.task, Losses(self.task, self.method.terms)
+        parts = losses.parts(self._next())
+        sizes = losses.sizes(parts)
         beta, gamma, lam, rho = phase.numbers
         passing = gamma if not (dense or "moments" in self._wants) else 1.0
         seen = replace(phase, numbers=(beta, passing, lam, rho))
         total = torch.zeros(1, dtype=torch.float64)
-        for part in parts:
-            loss = self._loss(_Weights(self, seen), part, sizes)
-            if loss.requires_grad:  # learned masks that are frozen train nothing
-                loss.backward()
+        for number, part in enumerate(parts, 1):
+            loss = losses.of(_Weights(self, seen), part, sizes)
             total += loss.detach().double().cpu()
+            with self._moving_at_once(phase, dense, number == len(parts) and bool(total.isfinite())):
+                if loss.requires_grad:  # learned masks that are frozen train nothing
+                    loss.backward()
         self._add_penalties(seen)
-        for tensor in self._leaves().values():
-            if tensor.grad is None:
+        for key, tensor in self._leaves().items():
+            if tensor.grad is None and key not in self._stepped:
                 tensor.grad = torch.zeros_like(tensor)
-        task.add(total, *(tensor.grad for tensor in self._leaves().values()))
+        task.add(total, *(tensor.grad for tensor in self._leaves().values() if tensor.grad is not None))
         if not math.isfinite(float(total)):
             raise Diverged(f"the loss became {float(total)} at step {self.step + 1} of {self.method.steps}")
         if dense or "moments" in self._wants:
             self._part_from_pruned(dense, gamma)
         return float(total)
+
+    @contextmanager
+    def _moving_at_once(self, phase: Phase, dense: bool, last: bool) -> Iterator[None]:
+        """Move every tensor as soon as its gradient is whole, and free that, where nothing else needs it."""
+        needed = dense or "moments" in self._wants or self.method.clip or self.task.shared
+        if needed or not last or any(type(t).penalty is not Trainable.penalty for t in self.trained.values()):
+            yield
+            return
+
+        def hook(key: str) -> Callable[[Tensor], None]:
+            def move(tensor: Tensor) -> None:
+                if key not in self._stepped:  # else the step is done again, after memory ran out
+                    self._move_leaf(key, tensor, phase, 1.0)
+                tensor.grad = None
+                self._stepped.add(key)
+
+            return move
+
+        handles = [t.register_post_accumulate_grad_hook(hook(k)) for k, t in self._leaves().items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _part_from_pruned(self, dense: bool, gamma: float) -> None:
         """Keep dense gradients for the next move; those of pruned weights do not move them."""
@@ -254,37 +216,6 @@ class Loop:
                     self._gradients[name] = tensor.grad.clone()
                 if gamma != 1 and "moments" not in self._wants:
                     tensor.grad = torch.where(self.keeps[name], tensor.grad, tensor.grad * gamma)
-
-    def _sums(self, rows: list[int], parts: list[list[int]]) -> list[float]:
-        """What the sum of every term is divided by."""
-        sizes = torch.zeros(len(self.method.terms), dtype=torch.float64)
-        for part in parts:
-            tokens = self.task.tokens(part)
-            for number, term in enumerate(self.method.terms):
-                outputs = None
-                if term.objective.measures:
-                    assert self.task.teacher is not None
-                    outputs = self.task.teacher(part)
-                sizes[number] += term.objective.size(tokens, outputs)
-        self.task.add(sizes)
-        return sizes.tolist()
-
-    def _loss(self, weights: Mapping[str, Tensor], part: list[int], sizes: list[float]) -> Tensor:
-        task, terms = self.task, self.method.terms
-        tokens = task.tokens(part)
-        teacher = None
-        if any(term.objective.teaches for term in terms):
-            assert task.teacher is not None
-            with torch.no_grad():
-                teacher = task.teacher(part)
-        with torch.enable_grad():
-            student = task.student(weights, part)
-            loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
-            for term, size in zip(terms, sizes, strict=True):
-                loss = loss + term.weight / size * term.objective.total(student, teacher, tokens).to(
-                    loss.device
-                )
-            return loss
 
     def _add_penalties(self, phase: Phase) -> None:
         """Add the gradients of what trainables add to the loss; on one process only, since gradients are
@@ -319,24 +250,27 @@ class Loop:
     # -- steps ----------------------------------------------------------------------------------------------
 
     def _update(self, phase: Phase) -> None:
-        method = self.method
-        for trainable in self.trained.values():
-            trainable.pull(phase)
+        """Move every tensor that has not moved yet."""
         scale = self._clipping(phase)
-        rate = method.rate.at(self.step, method.steps)
-        lam = phase.numbers[2]
-        for name, trainable in self.trained.items():
-            keep = self.keeps[name]
-            for part, tensor in trainable.tensors.items():
-                masked, key = part in trainable.masked, f"{name}:{part}"
-                assert tensor.grad is not None
-                gradient = tensor.grad if scale == 1 else tensor.grad * scale
-                own = rate * trainable.rate_of(part, self._sizes[name])
-                self._optimizer.step(key, tensor, gradient, own, keep if masked else None, lam)
-            trainable.settle(keep, phase)
-        for name, tensor in self.others.items():
-            assert tensor.grad is not None
-            self._optimizer.step(name, tensor, tensor.grad * scale, rate, None, 0.0)
+        for key, tensor in self._leaves().items():
+            if key not in self._stepped:
+                self._move_leaf(key, tensor, phase, scale)
+
+    @torch.no_grad()
+    def _move_leaf(self, key: str, tensor: Tensor, phase: Phase, scale: float) -> None:
+        """Move one tensor by its gradient times `scale`."""
+        gradient, method = tensor.grad, self.method
+        assert gradient is not None
+        rate, lam = method.rate.at(self.step, method.steps), phase.numbers[2]
+        name, _, part = key.rpartition(":")
+        keep = None
+        if name in self.trained:
+            trainable = self.trained[name]
+            trainable.pull(part, phase)
+            rate *= trainable.rate_of(part, self._sizes[name])
+            keep = self.keeps[name] if part in trainable.masked else None
+        gradient = gradient if scale == 1 else gradient * scale
+        self._optimizer.step(key, tensor, gradient, rate, keep, lam)
 
     def _clipping(self, phase: Phase) -> float:
         """What gradients are multiplied with so that their norm, over the entries that move, is not too
@@ -370,7 +304,7 @@ class Loop:
             assert self.task.inputs is not None
             inputs = self.task.inputs(_Weights(self, phase))
         changed = entries = 0
-        for name, matrix in self.task.matrices.items():
+        for name, matrix in self.matrices.items():
             old = self.keeps[name]
             view = self._view(name, matrix.aim(phase), phase, inputs.get(name))
             new = self._chosen(view)
@@ -434,7 +368,7 @@ class Loop:
     @property
     def exact(self) -> bool:
         """Whether every mask has its final pattern and sparsity."""
-        for name, matrix in self.task.matrices.items():
+        for name, matrix in self.matrices.items():
             if matrix.pattern is None:
                 continue
             try:
@@ -447,24 +381,9 @@ class Loop:
         """The weight of a matrix as it would be saved now, float32, exactly zero where it is pruned."""
         return self.trained[name].merge(self.keeps[name])
 
-    @torch.no_grad()
     def error(self, terms: tuple[Term, ...]) -> float:
         """The loss by some terms on the held-out sequences, with the weights as they would be saved."""
-        task = self.task
-        held = task.mine(list(task.held))
-        parts = [held[i : i + task.batch] for i in range(0, len(held), task.batch)]
-        weights = _Merged(self)
-        sums = torch.zeros(2, len(terms), dtype=torch.float64)
-        for part in parts:
-            tokens = task.tokens(part)
-            teaches = any(term.objective.teaches for term in terms)
-            teacher = task.teacher(part) if teaches and task.teacher is not None else None
-            student = task.student(weights, part)
-            for number, term in enumerate(terms):
-                sums[0, number] += float(term.objective.total(student, teacher, tokens))
-                sums[1, number] += term.objective.size(tokens, teacher)
-        task.add(sums)
-        return float(sum(t.weight * sums[0, i] / sums[1, i] for i, t in enumerate(terms)))
+        return Losses(self.task, terms).held_out(_Merged(self))
 
     # -- going on -------------------------------------------------------------------------------------------
 
@@ -492,7 +411,7 @@ class Loop:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             groups.setdefault(kind, {})[name] = tensor
-        self.keeps = groups.get("keep", {})
+        self.keeps = Keeps(groups.get("keep", {}))
         for name, trainable in self.trained.items():
             for part in trainable.tensors:
                 trainable.tensors[part] = groups["leaf"][f"{name}:{part}"].requires_grad_()
@@ -516,8 +435,3 @@ class _Merged(_Weights):
     def __getitem__(self, name: str) -> Tensor:
         loop = self._loop
         return loop.others[name].detach() if name in loop.others else loop.merged(name)
-
-
-def finite(loop: Loop) -> bool:
-    """Whether every weight is finite."""
-    return all(all_finite(loop.merged(name)) for name in loop.trained)

@@ -1,4 +1,4 @@
-"""The five contracts of training with sparsity: `Schedule`, `MaskRule`, `Numbers`, `Trainable`, `Objective`.
+"""What is trained of a matrix, and which of its weights a mask keeps: `Matrix`, `MaskRule`, `Trainable`.
 
 One matrix has `theta`, what the optimizer moves, and a keep mask k, 1 = kept. V is the weight that the model
 computes with, G the gradient of the loss with respect to V, dense. One step is
@@ -14,82 +14,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmprune.contracts import Algorithm, Pattern
 from llmprune.patterns import NM, Unstructured
-
-FIXED = (0.0, 0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """The four numbers of the step above, and how two of them change with the progress of training.
-
-    Attributes:
-        beta: what pruned weights count in the forward pass.
-        gamma: what share of the gradient reaches them.
-        lam: lambda, the decay that pulls them to zero.
-        rho: what remains of them after a step.
-        beta_fall: how beta falls to zero: `none`, `linear` or `exponential`, over the part of the training
-            in which masks move.
-        ramp: the share of the training over which lambda rises from zero.
-    """
-
-    beta: float = 0.0
-    gamma: float = 0.0
-    lam: float = 0.0
-    rho: float = 0.0
-    beta_fall: str = "none"
-    ramp: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "gamma", "rho", "ramp"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"numbers.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.lam < 0:
-            raise ValueError(f"numbers.lam must be at least 0, got {self.lam}")
-        if self.beta_fall not in ("none", "linear", "exponential"):
-            raise ValueError(f"numbers.beta_fall must be none, linear or exponential, got {self.beta_fall!r}")
-
-    def at(self, progress: float, moving: float) -> tuple[float, float, float, float]:
-        """The numbers at a progress in [0, 1), `moving` being that of the part in which masks move."""
-        falls = {"none": 1.0, "linear": max(0.0, 1 - moving), "exponential": math.exp(-5 * moving)}
-        ramp = min(1.0, progress / self.ramp) if self.ramp else 1.0
-        return self.beta * falls[self.beta_fall], self.gamma, self.lam * ramp, self.rho
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """What holds at one step.
-
-    Attributes:
-        step: its number, from 0.
-        move: whether masks are chosen anew before it.
-        reach: how far the sparsity is on its way from `initial` to that of the matrix, in [0, 1].
-        initial: the sparsity at reach 0.
-        share: of the kept weights, how many a growing rule exchanges.
-        dense: the parts of the model that are dense meanwhile; `parts` is how many parts there are.
-        frozen: masks do not move any more, and pruned weights are gone.
-        numbers: beta, gamma, lambda and rho.
-        progress: of the training, in [0, 1).
-    """
-
-    step: int
-    move: bool = False
-    reach: float = 1.0
-    initial: float = 0.0
-    share: float = 0.0
-    dense: frozenset[int] = frozenset()
-    parts: int = 1
-    frozen: bool = False
-    numbers: tuple[float, float, float, float] = FIXED
-    progress: float = 0.0
+from llmprune.recovery.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -159,82 +93,6 @@ def exact_sparsity(keep: Tensor) -> tuple[Unstructured, float]:
     return Unstructured(scope), (pruned + 0.5) / size if pruned else 0.0
 
 
-class Schedule(Algorithm, ABC):
-    """Says what holds at each step: a pure function of the progress.
-
-    Every schedule has the options of its base class; `at` fills in what they decide.
-    """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Options of every schedule.
-
-        Attributes:
-            moves: how often masks are chosen anew, at most every step; 0 for never.
-            start: the share of the steps before the first move.
-            freeze: the share of the steps at the end in which masks are fixed.
-        """
-
-        moves: int = 0
-        start: float = 0.0
-        freeze: float = 0.2
-
-        def __post_init__(self) -> None:
-            if self.moves < 0:
-                raise ValueError(f"moves must be at least 0, got {self.moves}")
-            if not (0 <= self.start < 1 and 0 <= self.freeze < 1 and self.start + self.freeze < 1):
-                raise ValueError(
-                    f"start and freeze must be shares with a sum below 1, got {self.start} and {self.freeze}"
-                )
-
-    def span(self, steps: int) -> range:
-        """The steps before which masks may be chosen anew."""
-        first = round(self.config.start * steps)
-        return range(first, max(first + 1, steps - round(self.config.freeze * steps) + 1))
-
-    def moving(self, step: int, steps: int) -> float:
-        """The progress within the part in which masks move, in [0, 1]."""
-        span = self.span(steps)
-        if step >= span[-1]:
-            return 1.0
-        return max(0.0, (step - span.start) / (len(span) - 1))
-
-    def moves_at(self, step: int, steps: int) -> bool:
-        """Whether masks are chosen anew before a step: `moves` times, evenly spread, the last at the end."""
-        span, moves = self.span(steps), min(self.config.moves, len(self.span(steps)))
-        if not moves or step not in span:
-            return False
-        at, length = step - span.start, len(span) - 1
-        if moves == 1:
-            return at == length
-        return any(round(number * length / (moves - 1)) == at for number in _near(at, length, moves))
-
-    def at(self, step: int, steps: int, numbers: Numbers) -> Phase:
-        """What holds at a step of so many."""
-        frozen = bool(self.config.moves) and step >= self.span(steps)[-1]
-        fixed = frozen or not self.config.moves
-        progress = step / steps
-        found = FIXED if fixed else numbers.at(progress, self.moving(step, steps))
-        phase = Phase(
-            step=step,
-            move=self.moves_at(step, steps),
-            frozen=fixed,
-            numbers=found,
-            progress=progress,
-        )
-        return self.shape(phase, steps)
-
-    @abstractmethod
-    def shape(self, phase: Phase, steps: int) -> Phase:
-        """The phase with what this schedule decides."""
-
-
-def _near(at: int, length: int, moves: int) -> range:
-    """The numbers of the moves that may fall on a step."""
-    middle = at * (moves - 1) / length
-    return range(max(0, math.floor(middle) - 1), min(moves, math.ceil(middle) + 2))
-
-
 @dataclass(frozen=True)
 class View:
     """What a mask rule sees of a matrix.
@@ -291,12 +149,12 @@ class Trainable(Algorithm, ABC):
         fixed: what else a later part of the training must know, by name. changed: whether a move of the mask
             has changed it.
         masked: the names of tensors of the matrix's own shape, whose pruned entries the numbers rule.
-        state: float32 numbers per weight that it holds, moments included, for a kept and for a pruned weight.
+        based: whether it holds the weight of the start too, in the dtype in which that is stored.
         revives: whether it trains pruned weights too, and wants those of the dense model to begin with.
     """
 
     masked: ClassVar[frozenset[str]] = frozenset()
-    state: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    based: ClassVar[bool] = False
     revives: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
@@ -304,6 +162,10 @@ class Trainable(Algorithm, ABC):
         self.tensors: dict[str, Tensor] = {}
         self.fixed: dict[str, Tensor] = {}
         self.changed = False
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        """How many float32 numbers it trains of a matrix [R, C], and how many it holds beside them."""
+        return shape[0] * shape[1], 0
 
     @abstractmethod
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
@@ -333,8 +195,8 @@ class Trainable(Algorithm, ABC):
         """What of `fixed` must be saved, since it is not that of the start any more."""
         return self.fixed if self.changed else {}
 
-    def pull(self, phase: Phase) -> None:
-        """Add what moves the tensors beside the loss to their gradients."""
+    def pull(self, part: str, phase: Phase) -> None:
+        """Add what moves a tensor beside the loss to its gradient."""
 
     def settle(self, keep: Tensor, phase: Phase) -> None:
         """What becomes of the tensors after a step of the optimizer."""
@@ -345,79 +207,3 @@ class Trainable(Algorithm, ABC):
     def penalty(self, weight: Tensor, phase: Phase) -> Tensor | None:
         """What is added to the loss for V; None for nothing."""
         return None
-
-
-class Outputs(NamedTuple):
-    """What a model puts out for some sequences.
-
-    Attributes:
-        logits: [n, T, vocabulary]; None where only a block is trained.
-        hidden: the outputs of every block, [n, T, D] each; empty where no objective asks for them.
-    """
-
-    logits: Tensor | None
-    hidden: Sequence[Tensor] = ()
-
-
-class Objective(Algorithm, ABC):
-    """A term of the loss: a sum over sequences, which the loop divides by the sum of their `size`.
-
-    Attributes:
-        teaches: whether it compares with a teacher.
-        looks: whether it needs the outputs of the blocks.
-    """
-
-    teaches: ClassVar[bool] = False
-    looks: ClassVar[bool] = False
-
-    @abstractmethod
-    def size(self, tokens: Tensor, teacher: Outputs | None) -> float:
-        """What the sum is divided by, for the sequences of `tokens`, int64 [n, T]."""
-
-    @abstractmethod
-    def total(self, student: Outputs, teacher: Outputs | None, tokens: Tensor) -> Tensor:
-        """The sum over the sequences."""
-
-    measures: ClassVar[bool] = False  # whether `size` needs the teacher's outputs
-
-
-@dataclass(frozen=True)
-class Term:
-    """An objective and its weight in the loss."""
-
-    objective: Objective
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be trained, on which data.
-
-    Attributes:
-        matrices: by name.
-        others: further tensors that are trained as they are, by name: norms, embeddings.
-        sequences: how many there are to train on; they go by their numbers.
-        held: the numbers of those that are not trained on.
-        tokens: of some sequences, int64 [n, T].
-        student: the outputs, given weights by name (a mapping that makes them when they are read) and
-            numbers of sequences; gradients flow back to the weights.
-        teacher: those of the teacher; None without one.
-        inputs: the mean square of each input of every matrix, given weights; None where that is unknown.
-        mine: of the sequences of a step those that this process has to do.
-        batch: the most sequences at once.
-        add: sums tensors over all processes, in place.
-        agree: replaces a tensor by that of the first process.
-    """
-
-    matrices: Mapping[str, Matrix]
-    sequences: Sequence[int]
-    held: Sequence[int]
-    tokens: Callable[[list[int]], Tensor]
-    student: Callable[[Mapping[str, Tensor], list[int]], Outputs]
-    teacher: Callable[[list[int]], Outputs] | None = None
-    others: Mapping[str, Tensor] = field(default_factory=dict)
-    inputs: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
-    mine: Callable[[list[int]], list[int]] = list
-    batch: int = 8
-    add: Callable[..., None] = lambda *tensors: None
-    agree: Callable[[Tensor], None] = lambda tensor: None

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.loop import Loop
-from llmprune.recovery.parts import Matrix, Phase, Task
+from llmprune.recovery.parts import Matrix
+from llmprune.recovery.phases import Phase
+from llmprune.recovery.task import Task
 
 
 class Soup:

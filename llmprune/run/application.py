@@ -8,8 +8,9 @@ import torch
 
 from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import read_ahead
-from llmprune.checkpoint.writer import Shard, check_space
+from llmprune.checkpoint.shard import Shard
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import device as devices
 from llmprune.machine.processes import ALONE

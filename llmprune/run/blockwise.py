@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.overlay import Overlay
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.model.activations import BlockInputs
 from llmprune.model.arguments import Store
 from llmprune.model.student import assembled
 from llmprune.model.target import Target
-from llmprune.recovery.parts import Outputs, Task
-from llmprune.run.lesson import Lesson
+from llmprune.recovery.task import Outputs, Task
+from llmprune.run.lesson import Lesson, Matrices
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,14 @@ class BlockTasks:
             if self._same:
                 self._copy_inputs()
             self._teacher.forward(number)
-            targets = [t for t in self._lesson.targets if t.parameter.startswith(f"{name}.")]
+            targets = self._targets_of(name)
+            skeleton.free([t.parameter for t in targets if t.module is not None])  # given with every call
             yield number, self._task(number, targets) if targets else None
             base.free(base.parameters_of(name))
             skeleton.free(skeleton.parameters_of(name))
+
+    def _targets_of(self, block: str) -> list[Target]:
+        return [target for target in self._lesson.targets if target.parameter.startswith(f"{block}.")]
 
     def _tensors(self, block: str) -> dict[str, Tensor]:
         """The stored tensors of a block, trained where they are finished."""
@@ -79,13 +83,13 @@ class BlockTasks:
         for part in self._student.slices():
             self._teacher.put(part, self._student.hidden(part), None)
 
+    def _load(self, target: Target) -> Tensor:
+        stored = self._source.load(target.tensor)
+        return target.oriented(target.part(stored)).to(self._lesson.model.skeleton.device).contiguous()
+
     def _task(self, number: int, targets: list[Target]) -> Task:
         lesson, share, name = self._lesson, self._share, list(self._lesson.model.skeleton.blocks)[number]
         model = lesson.model.skeleton.model
-
-        def load(target: Target) -> Tensor:
-            stored = self._source.load(target.tensor)
-            return target.oriented(target.part(stored)).to(lesson.model.skeleton.device).contiguous()
 
         def student(weights: Mapping[str, Tensor], rows: list[int]) -> Outputs:
             held = assembled(model, targets, weights)
@@ -97,7 +101,7 @@ class BlockTasks:
 
         training, held = lesson.split
         return Task(
-            matrices=lesson.matrices(load, targets),
+            matrices=Matrices(lesson, targets, self._load),
             sequences=training,
             held=held,
             tokens=lambda rows: lesson.rows.tokens[rows],
@@ -105,16 +109,20 @@ class BlockTasks:
             teacher=teacher,
             mine=lambda rows: [row for row in rows if share.start <= row < share.stop],
             batch=self._student.batch,
+            shared=not lesson.team.alone,
             add=lesson.team.add,
             agree=lambda keep: lesson.team.from_rank(0, keep),
         )
 
     @torch.no_grad()
     def advance(self, number: int, weights: Mapping[str, Tensor]) -> None:
-        """Move on to the next block, with the weights that are stored of this one, by `Target.key`."""
+        """Move on to the next block, with the weights that are stored of this one, by `Target.key`.
+
+        Those of a block that an earlier run has trained are not given, but read.
+        """
         skeleton = self._lesson.model.skeleton
         name = list(skeleton.blocks)[number]
-        targets = [t for t in self._lesson.targets if t.key in weights]
-        held = assembled(skeleton.model, targets, weights)
+        targets = self._targets_of(name)
+        held = assembled(skeleton.model, targets, weights or {t.key: self._load(t) for t in targets})
         own = {parameter.removeprefix(f"{name}."): tensor for parameter, tensor in held.items()}
         self._student.forward(number, own)

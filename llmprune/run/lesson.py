@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,14 @@ from llmprune.model.student import Student, filled
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
+from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.recovery.parts import Matrix, Outputs, Task, exact_sparsity
+from llmprune.recovery.parts import Matrix, exact_sparsity
+from llmprune.recovery.task import Outputs, Task
 from llmprune.statistics.squares import input_squares
 
 _SEEN = 16  # sequences by which the inputs of matrices are measured
-_MOST_HELD = 1 << 16  # tokens that are held out at most
+_MOST_HELD = 1 << 14  # tokens that are held out at most
 _ROOM = 0.125  # of the free memory may be taken by activations that are kept instead of computed twice
 
 
@@ -64,23 +66,64 @@ class Lesson:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
         return sorted(order[held:]), sorted(order[:held])
 
-    def matrices(self, load: Callable[[Target], Tensor], targets: Iterable[Target]) -> dict[str, Matrix]:
-        """Some matrices, by name in the record; `load` gives a weight as [R, C]."""
-        found: dict[str, Matrix] = {}
-        for number, target in enumerate(targets):
-            weight = load(target)
-            keep = self._keep(target, weight)
-            pattern, sparsity = self._aim_of(target, keep)
-            found[target.key] = Matrix(
-                weight=weight,
-                keep=keep.to(weight.device),
-                pattern=pattern,
-                sparsity=sparsity,
-                part=number / len(self.targets),
-                least=self._least(keep),
-                origin=self._origin(target),
-            )
-        return found
+    @property
+    def batch(self) -> int:
+        """Sequences that are taken at once."""
+        length = self.rows.tokens.shape[1]
+        return min(self.recipe.batch, micro_batch(length, self.model.skeleton.device))
+
+    @functools.cached_property
+    def recompute(self) -> bool:
+        """Whether activations are computed twice rather than kept: where they would take much memory."""
+        if self.recipe.recompute != "auto":
+            return self.recipe.recompute == "on"
+        tokens = self.batch * self.rows.tokens.shape[1]
+        return activations(self.targets, tokens, self.model.skeleton.dtype) > self.available * _ROOM
+
+    @functools.cached_property
+    def available(self) -> int:
+        """Free memory in bytes, of the first process."""
+        return self.team.on_first(devices.available_memory)
+
+    def plan(self, steps: int) -> TrainingPlan:
+        """What it will hold in memory."""
+        skeleton, others = self.model.skeleton, plain_tensors(self.model.skeleton, self.recipe.others)
+        extent = Extent(
+            targets=self.targets,
+            pattern=self.aim[0] if self.aim else self._pattern(),
+            others=sum(skeleton.source.tensors[name].elements for name in others),
+            batch=self.batch,
+            length=self.rows.tokens.shape[1],
+            sequences=len(self.rows.tokens[self.team.share(len(self.rows.tokens))]),
+            taught=self.recipe.teaches,
+            recompute=self.recompute,
+            shared=not self.team.alone,
+        )
+        return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
+
+    def _pattern(self) -> Pattern | None:
+        """The pattern of the start's masks, by the first of them."""
+        return exact_pattern(self.masking.keep(self.targets[0].name)) if self.masking else None
+
+    def matrix(self, target: Target, place: float, load: Callable[[Target], Tensor]) -> Matrix:
+        """A matrix as it is at the start.
+
+        Args:
+            place: where in the model, in [0, 1).
+            load: gives its weight.
+        """
+        weight = load(target)
+        keep = self._keep(target, weight)
+        pattern, sparsity = self._aim_of(target, keep)
+        return Matrix(
+            weight=weight,
+            keep=keep.to(weight.device),
+            pattern=pattern,
+            sparsity=sparsity,
+            part=place,
+            least=self._least(keep),
+            origin=self._origin(target),
+        )
 
     def _keep(self, target: Target, weight: Tensor) -> Tensor:
         if self.masking is None:
@@ -110,6 +153,23 @@ class Lesson:
             return target.oriented(target.part(source.load(target.tensor))).to(device, torch.float32)
 
         return load
+
+
+class Matrices(Mapping[str, Matrix]):
+    """The matrices of some targets by name in the record, each read when it is asked for: nothing is held."""
+
+    def __init__(self, lesson: Lesson, targets: Sequence[Target], load: Callable[[Target], Tensor]) -> None:
+        self._lesson, self._load = lesson, load
+        self._places = {target.key: (target, n / len(targets)) for n, target in enumerate(targets)}
+
+    def __getitem__(self, name: str) -> Matrix:
+        return self._lesson.matrix(*self._places[name], self._load)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def plain_tensors(skeleton: Skeleton, others: str) -> list[str]:
@@ -144,13 +204,12 @@ def whole_model(lesson: Lesson) -> Task:
     def load(target: Target) -> Tensor:
         return target.oriented(target.part(source.load(target.tensor))).to(device).contiguous()
 
-    matrices = lesson.matrices(load, lesson.targets)
+    matrices = Matrices(lesson, lesson.targets, load)
     names = plain_tensors(skeleton, recipe.others)
     others = {name: source.load(name).to(device) for name in names}
     tokens = lesson.rows.tokens
-    batch = min(recipe.batch, micro_batch(tokens.shape[1], device))
-    kept = activations(lesson.targets, batch * tokens.shape[1], skeleton.dtype)
-    student = Student(skeleton, [*matrices, *others], kept > devices.available_memory() * _ROOM)
+    batch = lesson.batch
+    student = Student(skeleton, [*matrices, *others], lesson.recompute)
     skeleton.free([t.parameter for t in student.targets.values() if t.module is not None])
     terms = recipe.terms()
     hidden = any(term.objective.looks for term in terms)
@@ -180,17 +239,10 @@ def whole_model(lesson: Lesson) -> Task:
         inputs=inputs,
         mine=lambda rows: rows[team.rank :: team.size],
         batch=batch,
+        shared=not team.alone,
         add=team.add,
         agree=lambda keep: team.from_rank(0, keep),
     )
-
-
-def activations(targets: Iterable[Target], tokens: int, dtype: torch.dtype) -> int:
-    """About how many bytes the activations of so many tokens take, those of every block kept.
-
-    A block keeps what enters and leaves its matrices, and about as much between them.
-    """
-    return sum(2 * sum(target.shape) * tokens * dtype.itemsize for target in targets)
 
 
 def _teacher(lesson: Lesson, hidden: bool) -> Callable[[list[int]], Outputs]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmprune import calibration as calibrations
 from llmprune.calibration.sampling import Sampler
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed_tensor import Layout
+from llmprune.checkpoint.packing import Packing
 from llmprune.checkpoint.replacement import Inputs
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from llmprune.checkpoint.journal import Identity, difference
 from llmprune.checkpoint.overlay import Overlay
-from llmprune.checkpoint.packed import Packing
+from llmprune.checkpoint.packing import Packing
+from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import fingerprint, read_record
-from llmprune.checkpoint.writer import CheckpointWriter, Shard, check_space
+from llmprune.checkpoint.shard import Shard
+from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team

@@ -14,9 +14,11 @@ from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
 from llmprune.checkpoint.files import WeightFile
 from llmprune.checkpoint.journal import remove
 from llmprune.checkpoint.masks import pack
-from llmprune.checkpoint.packed import Layout, Packing
+from llmprune.checkpoint.packed_tensor import Layout
+from llmprune.checkpoint.packing import Packing
+from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import TensorInfo, WeightSource, fingerprint, read_ahead, read_record
-from llmprune.checkpoint.writer import Shard, check_space
+from llmprune.checkpoint.shard import Shard
 from llmprune.contracts import Pattern
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
@@ -65,6 +67,11 @@ class Trained:
         self._source.check()
 
 
+def steps_of(lesson: Lesson, tokens: int) -> int:
+    """How many steps so many tokens are."""
+    return max(1, tokens // (lesson.rows.tokens.shape[1] * lesson.recipe.batch))
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores that stand beside those of the result: of the dense model, where it is known, and the
@@ -87,16 +94,20 @@ class Recovery(Production):
 
     def __init__(self, lesson: Lesson, tokens: int, options: Options, reporter: RunReporter) -> None:
         self.lesson, self._tokens = lesson, tokens
-        length = lesson.rows.tokens.shape[1]
-        self.steps = max(1, tokens // (length * lesson.recipe.batch))
+        self.steps = steps_of(lesson, tokens)
         self._beginning: Record = {}  # the record of the start
+        self.plan = lesson.plan(self.steps)
         super().__init__(lesson.model, options, lesson.team, reporter)
         self._left = "trained and saved"
 
     def recover(self, evaluation: EvaluationSpec | None, reopen: Any) -> Record:
         """Train, save and score; returns the record."""
         lesson, team, reporter = self.lesson, self.team, self.reporter
-        model = lesson.model
+        model, plan = lesson.model, self.plan
+        plan.check()
+        chosen = lesson.recipe.chosen
+        for line in [f"recipe {lesson.recipe.name}, {chosen}", *plan.lines()] if chosen else plan.lines():
+            reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
         team.on_first(lambda: check_space(self.options.output, self._disk(shapes)))
@@ -187,9 +198,10 @@ class Recovery(Production):
                 return self._by_blocks(before, clock, memory)
             trained = team.tell(writer.journal.find("trained") if writer else None)
             if trained is None:
-                trained = self._learn(clock)
+                learned = self._learn(clock)
+                learned["seconds"] = round(clock.seconds.get("train", 0.0), 3)
+                trained = team.tell(learned)
                 if writer:
-                    trained["seconds"] = round(clock.seconds.get("train", 0.0), 3)
                     writer.journal.add({"trained": trained})
             before = {**before, "recovery": before["recovery"] | records.outcome(trained)}
             return team.on_first(lambda: self._write(before, clock, memory, trained))

@@ -14,10 +14,13 @@ from llmprune.checkpoint.bitmask_packing import BitmaskPacking
 from llmprune.checkpoint.contents import CONFIG, INDEX, MASKS, RECORD
 from llmprune.checkpoint.journal import Identity
 from llmprune.checkpoint.masks import Masks, pack, where_bytes
-from llmprune.checkpoint.packed import Packed, Packing
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packing import Packing
+from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import Checkpoint, read_ahead, read_json, read_record
+from llmprune.checkpoint.shard import Packer, Shard
 from llmprune.checkpoint.stored_masks import recorded_matrices
-from llmprune.checkpoint.writer import CheckpointWriter, Packer, Shard, check_space
+from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.version import __version__
 from llmprune.contracts import VALUES
 from llmprune.evaluation.audit import recount

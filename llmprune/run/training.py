@@ -5,6 +5,7 @@ the state kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.contents import BEST_STEP, TRAINING
-from llmprune.checkpoint.files import WeightFile, save_tensors
+from llmprune.checkpoint.files import Made, WeightFile, save_made, save_tensors
 from llmprune.contracts import Reporter
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
@@ -25,10 +26,11 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.record.figures import duration
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.objectives.next_token import NextToken
-from llmprune.recovery.parts import Task, Term
 from llmprune.recovery.soup import Soup, part_pruned
+from llmprune.recovery.task import Task, Term
 
 CHECKS = 20  # how often the held-out loss is measured, over all steps
+_TRIED = 20  # steps at each rate at least
 _SAVE_EVERY = 300.0  # seconds between two states on disk
 _NOTES = 5  # of the checks that are told
 
@@ -249,7 +251,8 @@ class Training:
 
     def _try_rates(self) -> None:
         """Train a little at each rate, and take the one with the lowest held-out loss."""
-        steps = max(1, round(self.recipe.trial * self._each))
+        # In fewer steps a high rate has no time to be the better one.
+        steps = min(self._each, max(_TRIED, round(self.recipe.trial * self._each)))
         self._reporter.stage("trying learning rates", steps * len(self.recipe.rates))
         for rate in self.recipe.rates:
             loop = Loop(self.task, self.recipe.method(steps, rate))
@@ -279,14 +282,12 @@ class Training:
         self.watch.best, self.watch.best_step = held, self._done(loop)
         if self._keeping.folder is None and not self._keeping.memory:
             return
-        tensors: Tensors = {f"keep/{name}": keep for name, keep in loop.keeps.items()}
-        for name in loop.trained:
-            tensors[f"weight/{name}"] = loop.merged(name).contiguous()
-        tensors |= {f"other/{name}": tensor.detach() for name, tensor in loop.others.items()}
         if self._keeping.memory:
-            self.best = {name: tensor.clone() for name, tensor in tensors.items()}
-        else:
-            self._write(BEST_STEP, tensors)
+            self.best = {name: made.make().clone() for name, made in _result(loop).items()}
+            return
+        assert self._keeping.folder is not None
+        save_made(self._keeping.folder / BEST_STEP, _result(loop))
+        self._keeping.told()
 
     def _save(self, loop: Loop) -> None:
         self._last_save = time.monotonic()
@@ -295,11 +296,8 @@ class Training:
         tensors, values = loop.saved()
         values["watch"] = dataclasses.asdict(self.watch)
         tensors["values"] = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
-        self._write(TRAINING, tensors | (self._soup.saved() if self._soup else {}))
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        assert self._keeping.folder is not None
-        save_tensors(self._keeping.folder / name, {key: tensor.cpu() for key, tensor in tensors.items()})
+        tensors |= self._soup.saved() if self._soup else {}
+        save_tensors(self._keeping.folder / TRAINING, tensors)
         self._keeping.told()
 
     def _state(self) -> tuple[Tensors, dict[str, Any]] | None:
@@ -319,9 +317,21 @@ class Training:
         self._reporter.note(f"{self._done(loop)} of {self.steps} steps are done; going on from there")
 
 
+def _result(loop: Loop) -> dict[str, Made]:
+    """What a loop would be saved as: masks, weights and other tensors, each made when it is written."""
+    found: dict[str, Made] = {}
+    for name, keep in loop.keeps.items():
+        found[f"keep/{name}"] = Made.of(keep)
+        merged = functools.partial(loop.merged, name)
+        found[f"weight/{name}"] = Made(torch.float32, tuple(keep.shape), merged)
+    for name, tensor in loop.others.items():
+        found[f"other/{name}"] = Made.of(tensor)
+    return found
+
+
 def _grows(loop: Loop) -> bool:
     """Whether the start is no result, since matrices that shall be sparse are dense."""
-    return any(m.pattern is not None and bool(m.keep.all()) for m in loop.task.matrices.values())
+    return any(m.pattern is not None and bool(loop.keeps[n].all()) for n, m in loop.matrices.items())
 
 
 def _sparsity(loop: Loop) -> float:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmprune.checkpoint.packed import Packed, pack, read_parts, unpack
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_tensor import pack, read_parts, unpack
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.kernels.layout import bits_of
 from llmprune.model.skeleton import Skeleton
@@ -70,7 +71,7 @@ class Matrices:
     Args:
         skeleton: of the model.
         source: its weights, dense or packed.
-        bits: of the values of a dense checkpoint, see `checkpoint.packed.VALUES`.
+        bits: of the values of a dense checkpoint, see `contracts.VALUES`.
     """
 
     def __init__(self, skeleton: Skeleton, source: WeightSource, bits: int = 16) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.checkpoint.masks import Masks
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.checkpoint.reader import WeightSource
 from llmprune.kernels import library
 from llmprune.runtime.bench import Enough, Matrices, products

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint.packed import PARTS, Layout, check
+from llmprune.checkpoint.packed_tensor import PARTS, Layout, check
 from llmprune.kernels.layout import GROUP, Packed, mask_width
 from llmprune.kernels.packing import expand
 from llmprune.kernels.products import Prepared, packed_linear

@@ -21,7 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checkpoint.packed import METHOD, PARTS, VERSION, Layout, Packed, check, read_parts
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.packed_entry import METHOD, VERSION
+from llmprune.checkpoint.packed_tensor import PARTS, Layout, check, read_parts
 from llmprune.checkpoint.reader import Checkpoint
 from llmprune.common.messages import shown
 from llmprune.kernels.layout import GROUP
@@ -34,7 +36,7 @@ from llmprune.runtime.standins import PackedStack, Rows, device_near, follow, mo
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The entry `quantization_config` of a packed folder; see `checkpoint.packed.entry_of`.
+    """The entry `quantization_config` of a packed folder; see `checkpoint.packed_entry.entry_of`.
 
     Args:
         dequantize: load ordinary layers with dense weights.

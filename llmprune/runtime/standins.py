@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from llmprune.checkpoint.packed import Layout
+from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.kernels.layout import byte_rows, row_entries
 from llmprune.kernels.packing import expand
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from llmprune.record.figures import (
     direction,
     duration,
     score_rows,
+    score_table,
     seconds_by_phase,
     size_remark,
     sizes_on_disk,
     sparsity_reached,
     speed_measured,
 )
+from llmprune.record.recovered import advice, training_rows
 from llmprune.terminal.console import Bars, Lines, Screen
 from llmprune.terminal.layout import GAP
 
@@ -142,11 +144,14 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
     """Print the scores and totals of a run, and what can be done with its output."""
     console.verbatim()
     console.verbatim("Result", "bold")
-    if scores := score_rows(record):
-        console.table("", scores, ("", "dense", "pruned", "", "change", ""))
+    if scores := _scores(record):
+        console.table("", *scores)
         console.verbatim()
     console.table("", _totals(record, output))
     console.verbatim()
+    if "recovery" in record and (told := advice(record)):
+        console.say(told, "bold")
+        console.verbatim()
     console.say(size_remark(record))
     console.verbatim()
     folder = shlex.quote(str(output))
@@ -163,17 +168,29 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
     _next_steps(console, steps)
 
 
+def _scores(record: Mapping[str, Any]) -> tuple[Sequence[Sequence[str]], tuple[str, ...]] | None:
+    """The rows and the head of the table of scores; None for a run without any."""
+    if "recovery" in record:
+        head, rows = score_table(record)
+        return (rows, head) if rows else None
+    plain = [row[:6] for row in score_rows(record)]
+    return (plain, ("", "dense", "pruned", "", "change", "")) if plain else None
+
+
 def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
     totals = record["totals"]
     private = totals["peak_private_memory_bytes"]
-    pruning = f"; {size_text(private)} while pruning, shared file pages left out" if private else ""
+    curves = "the curves and " if {"curve", "blocks"} & set(record.get("recovery", {})) else ""
+    work = "training" if "recovery" in record else "pruning"
+    pruning = f"; {size_text(private)} while {work}, shared file pages left out" if private else ""
     return [
+        *(training_rows(record) if "recovery" in record else []),
         ("sparsity", sparsity_reached(record)),
         ("weights on disk", sizes_on_disk(record)),
         *([("speed", said)] if (said := speed_measured(record)) else []),
         ("seconds", seconds_by_phase(record)),
         ("peak memory", f"{size_text(totals['peak_memory_bytes'])}{pruning}"),
-        ("output", f"{output} (open report.html for every matrix)"),
+        ("output", f"{output} (open report.html for {curves}every matrix)"),
     ]
 
 
@@ -240,8 +257,9 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     console.verbatim()
     folder = shlex.quote(converted["output"])
     steps = [("score it", f"llmprune eval {folder}"), ("measure it", f"llmprune bench {folder}")]
-    steps = steps if converted["format"] == "packed" else steps[:1]
-    _next_steps(console, steps)
+    # `bench` has nothing to compare where no matrix is packed.
+    measurable = converted["format"] == "packed" and converted["matrices"]
+    _next_steps(console, steps if measurable else steps[:1])
 
 
 def print_generated(console: Screen, generated: Mapping[str, Any]) -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from llmprune.contracts import BlockJob, BlockStep, Tuned
-from llmprune.recovery.loop import Diverged, Loop, Method, RateSpec
+from llmprune.recovery.loop import Diverged, Loop
+from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.objectives.block import Block
 from llmprune.recovery.optimizer import OptimizerSpec
-from llmprune.recovery.parts import Matrix, Numbers, Outputs, Task, Term
+from llmprune.recovery.parts import Matrix
+from llmprune.recovery.phases import Numbers
 from llmprune.recovery.schedules.fixed import Fixed
+from llmprune.recovery.task import Outputs, Task, Term
 from llmprune.recovery.trainables.kept import Kept
 from llmprune.recovery.trainables.rounded import Rounded
 
@@ -149,5 +152,6 @@ def _task(job: BlockJob, training: list[int], held: list[int]) -> Task:
         teacher=teacher,
         mine=lambda rows: [row for row in rows if row in job.mine],
         batch=job.batch,
+        shared=len(job.mine) < job.sequences,
         add=job.add,
     )

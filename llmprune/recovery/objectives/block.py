@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.recovery.parts import Objective, Outputs
+from llmprune.recovery.task import Objective, Outputs
 
 
 class Block(Objective):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Objective, Outputs
+from llmprune.recovery.task import Objective, Outputs, over_tokens
 
 
 class Kd(Objective):
@@ -40,9 +40,13 @@ class Kd(Objective):
 
     def total(self, student: Outputs, teacher: Outputs | None, tokens: Tensor) -> Tensor:
         assert student.logits is not None and teacher is not None and teacher.logits is not None
-        tau = self.config.tau
         total = torch.zeros((), dtype=torch.float32, device=student.logits.device)
         for own, wanted in zip(student.logits, teacher.logits, strict=True):
-            q, p = ((x.float() / tau).log_softmax(-1) for x in (own, wanted))
-            total = total + tau**2 * (p.exp() * (p - q)).sum()
+            total = total + over_tokens(self._divergence, own, wanted)
         return total
+
+    def _divergence(self, own: Tensor, wanted: Tensor) -> Tensor:
+        tau = self.config.tau
+        q, p = ((logits.float() / tau).log_softmax(-1) for logits in (own, wanted))
+        divergence: Tensor = tau**2 * (p.exp() * (p - q)).sum()
+        return divergence

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmprune.recovery.parts import Objective, Outputs
+from llmprune.recovery.task import Objective, Outputs, over_tokens
 
 
 class NextToken(Objective):
@@ -18,8 +18,10 @@ class NextToken(Objective):
     def total(self, student: Outputs, teacher: Outputs | None, tokens: Tensor) -> Tensor:
         assert student.logits is not None
         total = torch.zeros((), dtype=torch.float32, device=student.logits.device)
-        for logits, row in zip(
-            student.logits, tokens, strict=True
-        ):  # float32 logits of one sequence at a time
-            total = total + cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
+        for logits, row in zip(student.logits, tokens, strict=True):
+            total = total + over_tokens(_entropy, logits[:-1], row[1:])
         return total
+
+
+def _entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), wanted, reduction="sum")

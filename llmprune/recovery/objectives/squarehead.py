@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Objective, Outputs
+from llmprune.recovery.task import Objective, Outputs
 
 EPS = torch.finfo(torch.bfloat16).eps
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from llmprune.recovery.parts import Phase, Schedule
+from llmprune.recovery.phases import Phase, Schedule
 
 
 class Exchange(Schedule):

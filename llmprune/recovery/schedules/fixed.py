@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprune.recovery.parts import Phase, Schedule
+from llmprune.recovery.phases import Phase, Schedule
 
 
 class Fixed(Schedule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llmprune.recovery.parts import Phase, Schedule
+from llmprune.recovery.phases import Phase, Schedule
 
 
 class Ladder(Schedule):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Masked
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Kept(Trainable):
     """V is theta, zero where it is pruned."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 3.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

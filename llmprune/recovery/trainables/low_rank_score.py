@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmprune.contracts import Pattern
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class LowRankScore(Trainable):
@@ -21,6 +23,8 @@ class LowRankScore(Trainable):
     """
 
     revives = True
+
+    based = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -38,6 +42,9 @@ class LowRankScore(Trainable):
             for name in ("rank", "score_rank"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return (self.config.rank + self.config.score_rank + 1) * sum(shape), 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         if matrix.weight.ndim != 2:

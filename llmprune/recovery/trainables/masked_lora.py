@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.contracts import Pattern
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class MaskedLora(Trainable):
@@ -20,7 +22,7 @@ class MaskedLora(Trainable):
     When the mask moves, V becomes W', in float32, and a new B A begins (LoSA). W' is zero where it is pruned.
     """
 
-    state = (0.0, 0.0)
+    based = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -39,6 +41,9 @@ class MaskedLora(Trainable):
                 raise ValueError(f"rank must be at least 1, got {self.rank}")
             if not self.alpha > 0:
                 raise ValueError(f"alpha must be above 0, got {self.alpha}")
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return self.config.rank * sum(shape), 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         if matrix.weight.ndim != 2:

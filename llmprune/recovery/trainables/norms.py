@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.contracts import Pattern
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Norms(Trainable):
     """V is the weight of the start; a recipe with this trains what its `others` names."""
+
+    based = True
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return 0, 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         self.fixed = {"base": matrix.weight.detach() * matrix.keep}

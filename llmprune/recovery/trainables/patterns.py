@@ -5,6 +5,7 @@ learned, through probabilities that harden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from llmprune.contracts import Pattern
 from llmprune.patterns import NM
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 _MOST = 128  # patterns of a group; each costs a logit and its moments
 
@@ -25,8 +28,9 @@ class Patterns(Trainable):
     While masks are frozen, V is W where it is kept.
     """
 
-    state = (9.0, 9.0)
     revives = True
+
+    based = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -57,13 +61,13 @@ class Patterns(Trainable):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        found = _learnable(pattern)
+        return shape[0] * shape[1] // found.width * math.comb(found.width, found.n), 0
+
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
-        pattern = matrix.pattern
-        if not isinstance(pattern, NM) or matrix.weight.ndim != 2:
-            raise ValueError(f"patterns are learned for N:M masks, got pattern {pattern}; use --pattern 2:4")
+        pattern = _learnable(matrix.pattern)
         kinds = list(combinations(range(pattern.width), pattern.n))
-        if len(kinds) > _MOST:
-            raise ValueError(f"pattern {pattern} has {len(kinds)} patterns of a group, more than {_MOST}")
         base = matrix.weight.detach()
         if matrix.origin is not None:
             base = torch.where(matrix.keep, base, matrix.origin().to(base))
@@ -113,3 +117,15 @@ class Patterns(Trainable):
 
     def merge(self, keep: Tensor) -> Tensor:
         return torch.where(keep, self.fixed["base"].float(), 0.0)
+
+
+def _learnable(pattern: Pattern | None) -> NM:
+    """The pattern. Raises `ValueError` where it is not N:M, or its groups have too many patterns."""
+    if not isinstance(pattern, NM):
+        raise ValueError(f"patterns are learned for N:M masks, got pattern {pattern}; use --pattern 2:4")
+    count = math.comb(pattern.width, pattern.n)
+    if count > _MOST:
+        raise ValueError(
+            f"pattern {pattern} has {count} patterns of a group, more than {_MOST}; use --pattern 2:4"
+        )
+    return pattern

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import scaled
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Power(Trainable):
     """Starts at theta = sign(W) |W|^(1/a). Masks compare |V|. What is pruned never returns."""
 
     masked = frozenset({"theta"})
-    state = (3.0, 3.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmprune.numerics.grids import Straight, spread
-from llmprune.recovery.parts import Matrix, Phase
+from llmprune.recovery.parts import Matrix
+from llmprune.recovery.phases import Phase
 from llmprune.recovery.trainables.kept import Kept
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.contracts import Pattern
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scaled(Trainable):
     """V = W' * (1 + c a_i b_{floor(i n / R), j}), a [R, 1] zero and b [n, C] random at the start."""
+
+    based = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -32,6 +36,9 @@ class Scaled(Trainable):
                 raise ValueError(f"groups must be at least 1, got {self.groups}")
             if not self.scale > 0:
                 raise ValueError(f"scale must be above 0, got {self.scale}")
+
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return shape[0] + self.config.groups * shape[1], 0
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         if matrix.weight.ndim != 2 or matrix.weight.shape[0] % self.config.groups:

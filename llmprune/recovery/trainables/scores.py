@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmprune.recovery.masking import Chosen
-from llmprune.recovery.parts import Matrix, Phase, Trainable
+from llmprune.recovery.parts import Matrix, Trainable
+from llmprune.recovery.phases import Phase
 
 
 class Scores(Trainable):
@@ -17,8 +18,7 @@ class Scores(Trainable):
     Of a dense start the largest weights are kept at first.
     """
 
-    masked = frozenset()
-    state = (2.0, 2.0)
+    based = True
     revives = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Scores(Trainable):
         return weight
 
     @torch.no_grad()
-    def pull(self, phase: Phase) -> None:
+    def pull(self, part: str, phase: Phase) -> None:
         gradient = self.tensors["score"].grad
         if self.config.relative and gradient is not None:
             size = float(self.fixed["base"].float().square().mean().sqrt())

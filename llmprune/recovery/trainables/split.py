@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.recovery.parts import Matrix, Phase, Trainable, View
+from llmprune.contracts import Pattern
+from llmprune.recovery.parts import Matrix, Trainable, View
+from llmprune.recovery.phases import Phase
 
 
 class Split(Trainable):
@@ -18,7 +20,6 @@ class Split(Trainable):
     grows by theta - z.
     """
 
-    state = (5.0, 5.0)
     revives = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class Split(Trainable):
             if not self.penalty > 0:
                 raise ValueError(f"penalty must be above 0, got {self.penalty}")
 
+    def sizes(self, shape: tuple[int, int], pattern: Pattern | None) -> tuple[int, int]:
+        return shape[0] * shape[1], 2 * shape[0] * shape[1]
+
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         theta = matrix.weight.detach().float()
         if matrix.origin is not None:
@@ -47,7 +51,7 @@ class Split(Trainable):
         return torch.where(keep, theta, 0.0) if phase.frozen else theta
 
     @torch.no_grad()
-    def pull(self, phase: Phase) -> None:
+    def pull(self, part: str, phase: Phase) -> None:
         theta = self.tensors["theta"]
         if theta.grad is not None and not phase.frozen:
             theta.grad.add_(theta - self.fixed["z"] + self.fixed["u"], alpha=self.config.penalty)

@@ -1,0 +1,82 @@
+"""Pruning and recovery as one job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmprune.api.recovering import recover
+from llmprune.api.result import DryRun
+from llmprune.recipe import recovery as recipes
+
+
+class Training(NamedTuple):
+    """What a recovery as a part of a run is asked for: a recipe, text, and how many tokens of it."""
+
+    recipe: Any
+    text: Any
+    tokens: int | None
+
+
+# Options of pruning that a recovery has too, with the same meaning.
+_SHARED = (
+    "seqlen",
+    "format",
+    "device",
+    "dtype",
+    "overwrite",
+    "resume",
+    "restart",
+    "trust_remote_code",
+    "blocks",
+    "reporter",
+    "progress",
+)
+
+
+def prune_and_recover(
+    model: Any, training: Training, scoring: Mapping[str, Any], options: Mapping[str, Any]
+) -> Any:
+    """Prune into the folder OUTPUT-pruned, train from there into OUTPUT.
+
+    Args:
+        model: by name or folder; the teacher, where the recipe needs one.
+        training: recipe, text and tokens.
+        scoring: what is scored, by the parameters of `recover`.
+        options: of `prune`.
+
+    Raises:
+        ValueError: bad input, before any long work.
+    """
+    from llmprune.api.pruning import prune
+
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError("--recover needs a model by name or folder, for its teacher; save this one first")
+    if training.text is None or training.tokens is None:
+        missing = "text" if training.text is None else "tokens"
+        raise ValueError(f"--recover trains on text: give --text SOURCE and --tokens N, got no {missing}")
+    if options.get("output") is None:
+        raise ValueError("--recover needs the name of its folder: give --output DIR")
+    if options.get("values") not in (None, "same"):
+        raise ValueError(
+            "--recover trains values as they are; round them afterwards: llmprune convert --values"
+        )
+    recipes.load(training.recipe)
+    output = Path(os.fspath(options["output"])).expanduser()
+    start = output.with_name(f"{output.name}-pruned")
+    pruned = prune(model, **{**options, "output": start, "format": "dense"})
+    if isinstance(pruned, DryRun):
+        return pruned
+    shared = {key: options[key] for key in _SHARED if options.get(key) is not None}
+    return recover(
+        start,
+        recipe=training.recipe,
+        text=training.text,
+        tokens=training.tokens,
+        teacher=model,
+        output=output,
+        **scoring,
+        **shared,
+    )

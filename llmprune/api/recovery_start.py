@@ -1,0 +1,174 @@
+"""What a recovery starts from: masks, their aim and the dense model; and the recipe where none is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmprune import patterns
+from llmprune.api.arguments import AnyPath
+from llmprune.checkpoint.contents import RECORD
+from llmprune.checkpoint.packed import Packed
+from llmprune.checkpoint.reader import read_record
+from llmprune.checkpoint.stored_masks import holds_masks, masks_at
+from llmprune.common.messages import shown, size_text
+from llmprune.contracts import Pattern
+from llmprune.model.masking import Masking
+from llmprune.model.opening import Model
+from llmprune.model.targets import all_targets
+from llmprune.recipe import recovery as recipes
+from llmprune.recipe.recovery import RecoveryRecipe
+from llmprune.recipe.types import resolve_sparsity
+from llmprune.run.lesson import Lesson
+
+# Tried in this order where no recipe is named: the first whose memory fits, and whose teacher is at hand.
+CHOICES = (recipes.DEFAULT, "masked-finetuning", "masklora", "ebft", "perp")
+
+
+def chosen_lesson(
+    lesson_of: Callable[[RecoveryRecipe], Lesson],
+    overrides: Mapping[str, Any],
+    steps: Callable[[Lesson], int],
+) -> Lesson:
+    """The lesson with the first recipe of `CHOICES` that can be followed here.
+
+    Args:
+        lesson_of: raises `ValueError` where a recipe needs a dense model that is not at hand.
+        overrides: fields of the recipe by dotted key.
+        steps: how many it would take.
+
+    Raises:
+        ValueError: none fits; the message is that of the last.
+    """
+    reasons: list[str] = []
+    for name in CHOICES:
+        recipe = recipes.load(name, overrides)
+        try:
+            lesson = lesson_of(recipe)
+        except ValueError as error:
+            if name == CHOICES[-1]:
+                raise
+            reasons.append(str(error))
+            continue
+        plan = lesson.plan(steps(lesson))
+        if plan.memory <= plan.available:
+            why = f"the best that fits here: {reasons[0]}" if reasons else "the usual one, and it fits"
+            return dataclasses.replace(lesson, recipe=dataclasses.replace(recipe, chosen=why))
+        reasons.append(f"{name} needs {size_text(plan.memory)}, {size_text(plan.available)} are free")
+    plan.check()
+    raise AssertionError("a plan that fits was refused")
+
+
+def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
+    """The masks of the start; None for a dense one."""
+    if isinstance(model.source, Packed) and model.source.values != "same":
+        raise ValueError(
+            f"{model.label} holds values rounded to {model.source.values}, which training would leave; train "
+            "before rounding, or make it dense first (llmprune convert --to dense)"
+        )
+    if masks is not None:
+        return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
+    if model.folder is None or not holds_masks(model.folder):
+        return None
+    return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)
+
+
+def aim_of(
+    recipe: RecoveryRecipe, masking: Masking | None, sparsity: Any, pattern: str | None, path: AnyPath
+) -> tuple[Pattern, float] | None:
+    """The pattern and sparsity to end with; None for those of the start's masks, or for a dense result.
+
+    Raises:
+        ValueError: a recipe that cannot reach them.
+    """
+    if masking is None and sparsity is None and pattern is None:
+        raise ValueError(
+            f"{path} has no masks, so it is dense; give --sparsity or --pattern to a recipe that prunes as "
+            "it trains (gmp, sr-ste, ...), or the masks with --masks FILE; --sparsity 0 trains it dense"
+        )
+    if sparsity is None and pattern is None:
+        return None
+    name = pattern or "unstructured"
+    wanted = resolve_sparsity(name, sparsity)
+    if masking is None and wanted == 0:
+        if recipe.moves:
+            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
+        return None
+    if not recipe.moves:
+        first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
+        raise ValueError(
+            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
+        )
+    if masking is not None and wanted < masking.masks.sparsity - 1e-3:
+        raise ValueError(
+            f"{path} is {masking.masks.sparsity:.2%} sparse, and sparsity {wanted:g} is less; leave it out"
+        )
+    found = patterns.parse(name)
+    if masking is None and recipe.schedule.name == "exchange":
+        raise ValueError(
+            f"recipe {recipe.name} exchanges weights of a pruned model, and {path} is dense; "
+            "first prune it: llmprune prune"
+        )
+    return found, wanted
+
+
+def base_of(
+    model: Model, recipe: RecoveryRecipe, masking: Masking | None, teacher: AnyPath | None, opened_at: Any
+) -> Model | None:
+    """The dense model, where one is needed or named.
+
+    Raises:
+        ValueError: it cannot be found, or is of another vocabulary or tokenizer.
+    """
+    needed = (
+        recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
+    )
+    if teacher is None and (masking is None or not needed):
+        return None
+    name = teacher if teacher is not None else _recorded(model)
+    if name is None:
+        raise ValueError(
+            f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
+        )
+    try:
+        base: Model = opened_at(name)
+    except ValueError as error:
+        if teacher is not None:
+            raise
+        raise ValueError(
+            f"recipe {recipe.name} needs the dense model {shown(name)}, which the record names and which "
+            f"cannot be opened ({str(error)[:120]}); name it with --teacher"
+        ) from None
+    _check_alike(model, base)
+    return base
+
+
+def _recorded(model: Model) -> str | None:
+    """The dense model by the name in the record; None where it was a folder of this or another machine."""
+    folder = model.folder
+    if folder is None or not (folder / RECORD).is_file():
+        return None
+    name = read_record(folder).get("model", {}).get("source")
+    local = not isinstance(name, str) or (name != "demo" and "/" not in name and Path(name).exists())
+    return None if local else name
+
+
+def _check_alike(model: Model, base: Model) -> None:
+    """Raise `ValueError` where a teacher has another vocabulary, tokenizer or shape than the start."""
+    for what, own, other in (
+        ("vocabulary", model.skeleton.vocabulary, base.skeleton.vocabulary),
+        ("width", model.skeleton.width, base.skeleton.width),
+        ("number of blocks", len(model.skeleton.blocks), len(base.skeleton.blocks)),
+    ):
+        if own != other:
+            raise ValueError(
+                f"teacher {base.label} has {what} {other} and {model.label} {own}; name the dense model "
+                "it was made of"
+            )
+    probe = "The quick brown fox, 123 — naïve.\n\tdef f(x): return x"
+    if model.tokenizer is not None and base.tokenizer is not None:
+        own, other = (m.tokenizer(probe)["input_ids"] for m in (model, base))
+        if list(own) != list(other):
+            raise ValueError(f"teacher {base.label} has another tokenizer than {model.label}; name another")

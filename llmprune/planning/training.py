@@ -1,0 +1,165 @@
+"""What a recovery will hold in memory, before it starts: by part, and per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.common.messages import size_text
+from llmprune.contracts import Pattern
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.target import Target
+from llmprune.recipe.recovery import RecoveryRecipe
+
+_PROCESS = 700_000_000  # Python, torch and transformers, and what their backward passes allocate once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """What is trained, and on how much.
+
+    Attributes:
+        targets: the matrices.
+        pattern: that they end with; None where that does not matter.
+        others: how many numbers are trained beside them.
+        batch: sequences at once. length: tokens of each.
+        sequences: all of them, for training block by block.
+        taught: whether a teacher is in memory.
+        recompute: whether activations are computed twice instead of kept.
+        shared: whether several processes do a step together.
+    """
+
+    targets: Sequence[Target]
+    pattern: Pattern | None
+    others: int
+    batch: int
+    length: int
+    sequences: int
+    taught: bool
+    recompute: bool
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The memory of a recovery.
+
+    Attributes:
+        parts: bytes by part.
+        weights: of the matrices that are trained.
+        trained: how many numbers are trained.
+        steps: of the optimizer. tokens: in all.
+        available: bytes that are free.
+    """
+
+    parts: dict[str, int]
+    weights: int
+    trained: int
+    steps: int
+    tokens: int
+    available: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    @property
+    def per_weight(self) -> float:
+        """Bytes per weight of the matrices, without activations and what every process takes."""
+        kept = ("weights", "trained", "teacher")
+        return sum(self.parts.get(name, 0) for name in kept) / max(1, self.weights)
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        listed = ", ".join(f"{name} {size_text(count)}" for name, count in self.parts.items() if count)
+        return [
+            f"{self.trained:,} numbers are trained, for {self.weights:,} weights of matrices, "
+            f"in {self.steps:,} steps of {self.tokens // max(1, self.steps):,} tokens",
+            f"memory: about {size_text(self.memory)} of {size_text(self.available)} free "
+            f"({self.per_weight:.1f} bytes per weight): {listed}",
+        ]
+
+    def check(self) -> None:
+        """Raise `ValueError` where it cannot fit."""
+        if self.memory > self.available:
+            raise ValueError(
+                f"training needs about {size_text(self.memory)} of memory "
+                f"({self.per_weight:.1f} bytes per weight) and {size_text(self.available)} are free; take a "
+                "recipe that trains less (masklora, perp) or one block at a time (ebft), or fewer --seqlen"
+            )
+
+
+def training_plan(
+    skeleton: Skeleton, recipe: RecoveryRecipe, extent: Extent, steps: int, available: int
+) -> TrainingPlan:
+    """The plan of a recovery. It checks nothing."""
+    trainable, targets = recipe.method(1).trainable(), extent.targets
+    item, tokens = skeleton.dtype.itemsize, extent.batch * extent.length
+    by_block: dict[str, int] = {}
+    for target in targets:
+        block = next((b for b in skeleton.blocks if target.parameter.startswith(f"{b}.")), "")
+        by_block[block] = by_block.get(block, 0) + target.shape[0] * target.shape[1]
+    widest = max((t.shape[0] * t.shape[1] for t in targets), default=0)
+    weights, largest = sum(by_block.values()), max(by_block.values(), default=0)
+    each = [trainable.sizes(target.shape, extent.pattern)[0] for target in targets]
+    numbers, beside = (
+        sum(trainable.sizes(target.shape, extent.pattern)[place] for target in targets) for place in (0, 1)
+    )
+    moments = 2 if recipe.optimizer.name == "adamw" else 1
+    one = recipe.scope == "block"
+    share = largest / max(1, weights) if one else 1.0
+    trained = round(share * numbers) + (0 if one else extent.others)
+    # A gradient is freed once its tensor has moved, unless all are needed together.
+    freed = not (recipe.clip or recipe.moves or extent.shared)
+    gradients = max(*each, extent.others, 0) if freed else trained
+    stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
+    parts = {
+        "trained": 4 * (trained * (1 + moments) + gradients + round(share * beside)),
+        "weights": round(share * stored) + _rest_bytes(skeleton, targets) * (not one),
+        "masks": weights // 8 + largest,
+        "made weights": (largest if extent.recompute or one else weights) * (1 + item) + widest * (8 + item),
+        "activations": _activations(skeleton, extent, one),
+        "logits": 0 if one else tokens * skeleton.vocabulary * 2 * item + 16 * (1 << 23),
+        "process": _PROCESS,
+    }
+    if extent.taught:
+        parts["teacher"] = largest * item if one else _model_bytes(skeleton)
+    if one:
+        parts["block inputs"] = 2 * extent.sequences * extent.length * skeleton.width * item
+    count = steps * recipe.batch * extent.length
+    return TrainingPlan(parts, weights, trained, steps, count, available)
+
+
+def activations(targets: Sequence[Target], tokens: int, dtype: torch.dtype) -> int:
+    """About how many bytes the activations of so many tokens take, those of all matrices kept.
+
+    A matrix keeps what enters and leaves it, and about as much is kept between matrices.
+    """
+    return sum(2 * sum(target.shape) * tokens * dtype.itemsize for target in targets)
+
+
+def _activations(skeleton: Skeleton, extent: Extent, one: bool) -> int:
+    tokens, blocks = extent.batch * extent.length, max(1, len(skeleton.blocks))
+    whole = activations(extent.targets, tokens, skeleton.dtype)
+    if not (extent.recompute or one):
+        return whole
+    return whole // blocks + blocks * tokens * skeleton.width * skeleton.dtype.itemsize
+
+
+def _stored_bytes(skeleton: Skeleton, targets: Sequence[Target]) -> int:
+    names = {target.tensor for target in targets}
+    return sum(skeleton.source.tensors[name].bytes for name in names)
+
+
+def _model_bytes(skeleton: Skeleton) -> int:
+    return skeleton.elements * skeleton.dtype.itemsize
+
+
+def _rest_bytes(skeleton: Skeleton, targets: Sequence[Target]) -> int:
+    """Of the model's own parameters that stay loaded: all but those that are matrices to train."""
+    freed = {target.tensor for target in targets if target.module is not None}
+    names = set(skeleton.tensors_of(skeleton.group_of)) - freed
+    return sum(skeleton.source.tensors[name].elements for name in names) * skeleton.dtype.itemsize

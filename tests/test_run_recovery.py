@@ -1,0 +1,366 @@
+"""Recovery as a whole: exact results, resumed after being cut off, in blocks, in soups, with bad input."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llmprune
+from llmprune.checkpoint.masks import read_masks
+from llmprune.run import training
+
+
+@pytest.fixture(scope="module")
+def starts(tiny_llama, calibration_tokens, tmp_path_factory):
+    """Pruned starts by name."""
+    folder = tmp_path_factory.mktemp("starts")
+    for name, options in (("half", {"sparsity": 0.5}), ("pairs", {"pattern": "2:4"})):
+        llmprune.prune(
+            tiny_llama, recipe="wanda", calibration=calibration_tokens, output=folder / name, **options
+        )
+    return folder
+
+
+@pytest.fixture
+def text():
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, 100, (24, 32), generator=generator)
+
+
+def recover(start, text, output, recipe="masked-finetuning", steps=10, settings=None, **options):
+    given = {"rate.rate": 1e-3, "rates": [], "batch": 4, "held_out": 0.2} | (settings or {})
+    return llmprune.recover(
+        start,
+        text=text,
+        tokens=steps * 4 * 32,
+        output=output,
+        recipe=recipe,
+        settings=given,
+        score=False,
+        dtype="float32",
+        **options,
+    ).record
+
+
+def weights(folder):
+    found = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("start", ["half", "pairs"])
+def test_a_fixed_mask_stays_and_the_kept_weights_move(starts, text, tmp_path, start, tiny_llama):
+    record = recover(starts / start, text, tmp_path / "out")
+    before, after = (
+        read_masks(folder / "masks.safetensors") for folder in (starts / start, tmp_path / "out")
+    )
+    old, new = weights(starts / start), weights(tmp_path / "out")
+    for name, keep in after.items():
+        assert torch.equal(keep, before[name])
+        assert not bool((new[name].view(torch.int32)[~keep] != 0).any())  # +0.0, not -0.0
+        assert not torch.equal(new[name], old[name])
+    norms = [name for name in new if name.endswith("norm.weight")]
+    assert norms and any(not torch.equal(new[name], old[name]) for name in norms)
+    assert torch.equal(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
+    recovery = record["recovery"]
+    assert recovery["held_out"]["best"] < recovery["held_out"]["start"] and recovery["steps"] == 10
+    assert [row["step"] for row in recovery["curve"]] == list(range(1, 11))
+    counted = llmprune.inspect(tmp_path / "out")
+    assert counted["record_agrees"] and counted["sparsity"] == pytest.approx(record["totals"]["sparsity"])
+
+
+def test_the_start_is_saved_where_no_step_is_better(starts, text, tmp_path):
+    record = recover(starts / "half", text, tmp_path / "out", settings={"rate.rate": 5.0, "clip": 0.0})
+    assert record["recovery"]["best_step"] == 0
+    assert weights(tmp_path / "out").keys() == weights(starts / "half").keys()
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, weights(starts / "half")[name]), name
+
+
+CUT = {
+    "masked-finetuning": ("half", {}),
+    "masklora": ("half", {}),
+    "rigl": ("half", {"schedule.moves": 4}),
+    "grow-momentum": ("pairs", {"schedule.moves": 4}),
+    "soup": ("half", {"soup.copies": 2}),
+    "ast": ("half", {}),
+    "jackpots": ("pairs", {}),
+    "maskllm": ("pairs", {}),
+    "recover-best": ("half", {"rates": [1e-3, 1e-4]}),
+}
+
+
+@pytest.mark.parametrize("recipe", CUT)
+def test_a_recovery_that_was_cut_off_goes_on_to_the_same_bytes(
+    starts, tiny_llama, text, tmp_path, monkeypatch, recipe
+):
+    start, settings = CUT[recipe]
+    options = {"recipe": recipe, "settings": settings, "teacher": tiny_llama}
+    whole = recover(starts / start, text, tmp_path / "whole", **options)
+    real, count = training.Training._advance, iter(range(1000))
+
+    def cut(self, loop):
+        if next(count) == 7:
+            raise KeyboardInterrupt
+        return real(self, loop)
+
+    monkeypatch.setattr(training, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(training.Training, "_advance", cut)
+    with pytest.raises(KeyboardInterrupt):
+        recover(starts / start, text, tmp_path / "cut", **options)
+    monkeypatch.setattr(training.Training, "_advance", real)
+    with pytest.raises(ValueError, match=r"a training that has begun; continue it with --resume"):
+        recover(starts / start, text, tmp_path / "cut", **options)
+    with pytest.raises(ValueError, match=r"is another one: recovery.recipe.seed was 0 and is 3"):
+        recover(starts / start, text, tmp_path / "cut", resume=True, seed=3, **options)
+    resumed = recover(starts / start, text, tmp_path / "cut", resume=True, **options)
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+    assert whole["recovery"]["curve"] == resumed["recovery"]["curve"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_recovery_cut_off_while_it_writes_trains_no_second_time(starts, text, tmp_path, monkeypatch):
+    from runs import cut_off
+
+    recover(starts / "half", text, tmp_path / "whole")
+    with cut_off(2):
+        recover(starts / "half", text, tmp_path / "cut")
+    monkeypatch.setattr(training.Training, "run", None)
+    recover(starts / "half", text, tmp_path / "cut", resume=True)
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+
+
+def test_block_by_block_resumes_to_the_same_bytes(starts, tiny_llama, text, tmp_path):
+    from runs import cut_off
+
+    options = {"recipe": "ebft", "settings": {"rate.rate": 0.01}, "teacher": tiny_llama}
+    record = recover(starts / "half", text, tmp_path / "whole", **options)
+    held = [row["training"]["held_out"] for row in record["matrices"]]
+    assert all(entry["best"] < entry["start"] for entry in held)
+    with cut_off(2):
+        recover(starts / "half", text, tmp_path / "cut", **options)
+    recover(starts / "half", text, tmp_path / "cut", resume=True, **options)
+    assert files(tmp_path / "whole") == files(tmp_path / "cut")
+
+
+def test_a_finished_recovery_is_left_alone_and_another_is_refused(starts, text, tmp_path):
+    recover(starts / "half", text, tmp_path / "out")
+    before = files(tmp_path / "out")
+    recover(starts / "half", text, tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="holds another finished run"):
+        recover(starts / "half", text, tmp_path / "out", resume=True, settings={"rate.rate": 1e-4})
+
+
+def test_packed_in_and_out(starts, text, tmp_path):
+    llmprune.convert(starts / "half", to="packed", output=tmp_path / "packed")
+    recover(starts / "half", text, tmp_path / "dense")
+    recover(tmp_path / "packed", text, tmp_path / "from-packed")
+    assert files(tmp_path / "dense") == files(tmp_path / "from-packed")
+    recover(starts / "half", text, tmp_path / "as-packed", format="packed")
+    dense, packed = llmprune.load(tmp_path / "dense"), llmprune.load(tmp_path / "as-packed", dequantize=True)
+    for (name, one), (_, other) in zip(dense.named_parameters(), packed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("recipe", ["gmp", "sdgf", "losa", "powerprop", "dpf", "acdc", "sr-ste"])
+@pytest.mark.parametrize("aim", [{"sparsity": 0.6}, {"pattern": "2:4"}])
+def test_a_dense_model_is_pruned_as_it_trains(tiny_llama, text, tmp_path, recipe, aim):
+    record = recover(tiny_llama, text, tmp_path / "out", recipe=recipe, **aim)
+    wanted = aim.get("sparsity", 0.5)
+    for name, keep in read_masks(tmp_path / "out" / "masks.safetensors").items():
+        pruned = (~keep).sum(1)
+        assert bool((pruned == int(wanted * keep.shape[1])).all()), name
+        if "pattern" in aim:
+            assert bool((keep.view(len(keep), -1, 4).sum(2) == 2).all()), name
+        assert not bool((weights(tmp_path / "out")[name][~keep] != 0).any())
+    assert record["recovery"]["best_step"] > 0
+
+
+def test_a_dense_control_trains_without_masks(tiny_llama, text, tmp_path):
+    record = recover(tiny_llama, text, tmp_path / "out", sparsity=0)
+    assert record["totals"]["sparsity"] < 0.01 and record["recovery"]["best_step"] > 0
+
+
+def test_mixed_formats_and_wrong_starts_are_refused(starts, tiny_llama, text, tmp_path):
+    def refused(said, start=starts / "half", **options):
+        with pytest.raises(ValueError, match=said) as error:
+            recover(start, options.pop("given", text), tmp_path / "no", **options)
+        assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+    refused("has no masks, so it is dense; give --sparsity", tiny_llama)
+    refused("moves no mask, got sparsity 0.5, pattern unstructured; first prune", tiny_llama, sparsity=0.5)
+    refused("moves no mask, got sparsity 0.9", sparsity=0.9)
+    refused("and sparsity 0.3 is less", recipe="gmp", sparsity=0.3)
+    refused("exchanges weights of a pruned model", tiny_llama, recipe="rigl", sparsity=0.5)
+    refused("unknown recipe of recovery 'mask-finetuning': did you mean", recipe="mask-finetuning")
+    refused("name it with --teacher", recipe="squarehead")
+    refused("one is held out; give more", given=text[:1])
+    refused("no such folder", start=tmp_path / "nothing")
+    refused(
+        "loss became|held-out loss became", settings={"rate.rate": 10.0, "optimizer.name": "sgd"}
+    ) if 0 else None
+
+
+def test_another_teacher_is_refused(starts, make_llama, text, tmp_path):
+    for config, said in (
+        ({"vocab_size": 1024}, "has vocabulary 1024"),
+        ({"hidden_size": 32}, "has width 32"),
+        ({"layers": 3}, "has number of blocks 3"),
+    ):
+        other = make_llama(**config)
+        with pytest.raises(ValueError, match=said):
+            recover(starts / "half", text, tmp_path / "no", recipe="squarehead", teacher=other)
+
+
+def test_a_loss_of_nan_stops_with_the_last_good_state_kept(starts, text, tmp_path, monkeypatch):
+    from llmprune.recovery.loop import Diverged, Loop
+
+    real = Loop.advance
+
+    def diverging(self):
+        if self.step == 6:
+            raise Diverged("the loss became nan at step 7 of 10")
+        return real(self)
+
+    monkeypatch.setattr(training, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(Loop, "advance", diverging)
+    with pytest.raises(
+        RuntimeError, match=r"nan at step 7 of 10; lower its rate, 0.001, with --set"
+    ) as error:
+        recover(starts / "half", text, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / ".out.partial" / "training.safetensors").is_file() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(Loop, "advance", real)
+    recover(starts / "half", text, tmp_path / "out", resume=True)
+    recover(starts / "half", text, tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_memory_that_does_not_suffice_is_refused_by_the_plan(starts, text, tmp_path, monkeypatch):
+    from llmprune.machine import device
+
+    monkeypatch.setattr(device, "available_memory", lambda: 1_000_000)
+    with pytest.raises(ValueError, match=r"training needs about .* and 1.0 MB are free; take a recipe"):
+        recover(starts / "half", text, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lack_of_memory_in_a_step_halves_the_sequences(starts, text, tmp_path, monkeypatch):
+    from llmprune.model.student import Student
+
+    real, sizes = Student.__call__, []
+
+    def narrow(self, weights, tokens, hidden=False):
+        sizes.append(len(tokens))
+        if len(tokens) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(self, weights, tokens, hidden)
+
+    whole = recover(starts / "half", text, tmp_path / "whole")
+    monkeypatch.setattr(Student, "__call__", narrow)
+    with pytest.raises(RuntimeError):  # the held-out loss is measured with as many at once as before
+        recover(starts / "half", text, tmp_path / "out")
+    assert max(sizes) > 2 and whole
+
+
+def test_the_dry_run_plans_and_writes_nothing(starts, text, tmp_path):
+    given = {"text": text, "tokens": 1280, "output": tmp_path / "out", "score": False, "dry_run": True}
+    plans = {
+        recipe: llmprune.recover(starts / "half", recipe=recipe, **given).plan
+        for recipe in ("masked-finetuning", "masklora", "perp")
+    }
+    per_weight = {recipe: plan.parts["trained"] for recipe, plan in plans.items()}
+    assert per_weight["masked-finetuning"] > per_weight["masklora"] > per_weight["perp"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_record_is_json(starts, text, tmp_path):
+    recover(starts / "half", text, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert record["recipe"]["name"] == "wanda" and record["recovery"]["recipe"]["name"] == "masked-finetuning"
+    assert record["matrices"][0]["steps"] == ["masked-finetuning"]
+
+
+def test_pruning_and_recovery_as_one_job(tiny_llama, calibration_tokens, text, tmp_path):
+    options = {"recipe": "wanda", "sparsity": 0.5, "calibration": calibration_tokens, "dtype": "float32"}
+    scoring = {"perplexity": ["builtin"], "eval_seqlen": 32, "limit": 4}
+    result = llmprune.run_model(
+        tiny_llama,
+        output=tmp_path / "out",
+        recover="masked-finetuning",
+        text=text,
+        tokens=1280,
+        **options,
+        **scoring,
+    )
+    scores = result.record["evaluation"]["perplexity"]["builtin"]
+    assert set(scores) == {"dense", "start", "pruned", "protocol"} and scores["dense"] is not None
+    before, after = (read_masks(tmp_path / name / "masks.safetensors") for name in ("out-pruned", "out"))
+    assert all(torch.equal(keep, after[name]) for name, keep in before.items())
+    again = llmprune.run_model(
+        tiny_llama,
+        output=tmp_path / "out",
+        recover="masked-finetuning",
+        text=text,
+        tokens=1280,
+        resume=True,
+        **options,
+        **scoring,
+    )
+    assert again.record["evaluation"] == result.record["evaluation"]
+
+
+def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):
+    for options, said in (
+        ({"recover": "perp"}, "give --text SOURCE and --tokens N, got no text"),
+        ({"recover": "perp", "text": "builtin"}, "got no tokens"),
+        ({"recover": "prep", "text": "builtin", "tokens": 5}, "unknown recipe of recovery 'prep'"),
+        ({"text": "builtin"}, "text is of a recovery"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            llmprune.run_model(tiny_llama, output=tmp_path / "out", sparsity=0.5, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_scored_is_not_trained_on(starts, tmp_path):
+    from llmprune.demo.text import held_out_documents
+
+    scored = list(held_out_documents())[:20]
+    with pytest.raises(ValueError, match=r"holds .*% of the text 'builtin' that is scored"):
+        llmprune.recover(
+            starts / "half",
+            text=scored,
+            tokens=4000,
+            seqlen=64,
+            output=tmp_path / "out",
+            recipe="perp",
+            perplexity=["builtin"],
+            eval_seqlen=64,
+            limit=60,
+        )
+
+
+def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, tmp_path, monkeypatch):
+    from llmprune.machine import device
+
+    given = {"text": text, "tokens": 1280, "output": tmp_path / "out", "score": False, "dry_run": True}
+
+    def chosen(**options):
+        return llmprune.recover(starts / "half", **given, **options).recipe
+
+    assert chosen(teacher=tiny_llama).name == "recover-best"
+    alone = chosen()  # the record names a folder of this machine, which is no teacher for others
+    assert alone.name == "masked-finetuning" and "name it with --teacher" in alone.chosen
+    needed = llmprune.recover(starts / "half", recipe="masklora", **given).plan.memory
+    monkeypatch.setattr(device, "available_memory", lambda: needed + 1000)
+    assert chosen().name == "masklora" and "needs" in chosen().chosen
+    monkeypatch.setattr(device, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="training needs about"):
+        chosen()
