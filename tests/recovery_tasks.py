@@ -298,7 +298,9 @@ def moving(trainable: str) -> Method:
 def left(loop: Loop) -> dict[str, Any]:
     """All that a loop has come to, for comparison."""
     tensors, values = loop.saved()
-    return {key: tensor.clone() for key, tensor in tensors.items()} | {"values": json.dumps(values)}
+    return {key: tensor.clone() for key, tensor in tensors.items()} | {
+        "values": json.dumps(values, sort_keys=True)
+    }
 
 
 def assert_left(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llmprune import registry
 from llmprune.recipe import recovery as recipes
+from llmprune.recovery import task as tasks
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.method import Method, RateSpec
 from llmprune.recovery.optimizer import Optimizer, OptimizerSpec
@@ -56,13 +57,16 @@ def weighted(*names: str) -> tuple[Term, ...]:
 # --- objectives
 
 
+@pytest.mark.parametrize("rows", [1000, 2, 1])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_values_and_gradients_are_those_of_the_formulas(name):
+def test_values_and_gradients_are_those_of_the_formulas(name, rows, monkeypatch):
+    """However many tokens' logits are made at once."""
+    monkeypatch.setattr(tasks, "_CHUNK", rows * 8)
     given = toy()
     options = {"tau": 2.0} if name == "kd" else {}
     objective = registry.build("recovery.objectives", name, options)
     y = given.wanted.flip(0) * 0.7
-    student, rows = y.clone().requires_grad_(), array(given.tokens)
+    student, tokens = y.clone().requires_grad_(), array(given.tokens)
     outputs, teacher = (
         Outputs(student, [student, 2 * student]),
         Outputs(given.wanted, [given.wanted, given.wanted]),
@@ -71,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_formulas(name):
     loss.backward()
     own, wanted = array(y), array(given.wanted)
     if name == "next-token":
-        value, slope = losses.next_token(own, losses.next_labels(rows))
+        value, slope = losses.next_token(own, losses.next_labels(tokens))
     elif name == "kd":
         value, slope = losses.kd(own, wanted, 2.0)
     elif name == "block":  # the squared error, relative to the squared targets
@@ -214,6 +218,22 @@ def test_several_processes_move_the_same_masks(name):
     from test_recovery_parts import ruled
 
     check_together(task(toy(), batch=2), dataclasses.replace(ruled(name), batch=5))
+
+
+@pytest.mark.parametrize("batch", [3, 12])
+@pytest.mark.parametrize("name", registry.names("recovery.trainables"))
+def test_tensors_that_move_as_soon_as_they_can_come_to_the_same_bytes(name, batch):
+    """Where nothing needs all gradients at once, each is freed when it has moved its tensor."""
+    from test_recovery_parts import tasks
+
+    found = []
+    for shared in (False, True):
+        given = dataclasses.replace(tasks("2:4", name), batch=batch, shared=shared)
+        loop = Loop(given, moving(name) if name != "rounded" else method(name))
+        while not loop.done:
+            loop.advance()
+        found.append(left(loop))
+    assert_left(*found)
 
 
 def test_a_penalty_counts_once_however_many_processes_there_are():

@@ -424,3 +424,23 @@ def test_every_pair_of_trainable_and_shape_was_met():
         if not fits(name, shape) and name != "rounded":
             with pytest.raises(ValueError, match="2:4"):
                 Loop(tasks(shape), method(name))
+            with pytest.raises(ValueError, match="2:4"):
+                method(name).trainable().sizes((8, 16), SHAPES[shape][2])
+
+
+def test_patterns_of_too_many_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"pattern 8:16 has 12870 patterns of a group, more than 128"):
+        method("patterns").trainable().sizes((8, 16), NM(8, 16))
+
+
+@pytest.mark.parametrize("name", TRAINABLES)
+def test_trainables_know_how_many_numbers_they_train_and_hold(name):
+    """What the plan counts memory by, before there is a matrix."""
+    given, chosen = tasks("2:4", name), method(name)
+    loop = Loop(given, chosen)
+    trained, beside = chosen.trainable().sizes((R, C), NM(2, 4))
+    assert sum(t.numel() for t in loop.trained["a"].tensors.values()) == trained + (
+        8 if name == "rounded" else 0
+    )
+    held = {part: t for part, t in loop.trained["a"].fixed.items() if part not in ("base", "table", "scales")}
+    assert sum(t.numel() for t in held.values()) == beside
