@@ -71,7 +71,8 @@ class Bench:
             return str(self.a.model)
         folder = self.a.folder / f"{kind}-{aim.replace(':', 'to').replace('%', '')}"
         if not folder.is_dir():
-            llmprune.prune(self.a.model, recipe=kind, output=folder, **AIMS[aim])
+            text = {"calibration": self.a.calibration} if self.a.calibration else {}
+            llmprune.prune(self.a.model, recipe=kind, output=folder, **text, **AIMS[aim])
         return str(folder)
 
     def perplexity(self, path: str) -> float:
@@ -99,6 +100,7 @@ class Bench:
             score=False,
             overwrite=True,
             restart=True,
+            dtype=self.a.dtype,
             **aims,
         ).record
         recovery = record["recovery"]
@@ -109,6 +111,7 @@ class Bench:
             "best_step": recovery.get("best_step"),
             "steps": recovery["steps"],
             "sparsity": record["totals"]["sparsity"],
+            "dtype": self.a.dtype,
             "seconds": round(time.monotonic() - started, 1),
             "memory": record["totals"]["peak_private_memory_bytes"],
         }
@@ -159,6 +162,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--score", default="builtin")
+    parser.add_argument("--calibration", default="", help="text of the starts; that of their recipe if not given")
+    parser.add_argument("--dtype", default="float32", help="of the forward and backward passes")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seqlen", type=int, default=256)
