@@ -22,7 +22,7 @@ _COPIES = {
 
 @functools.cache
 def all_figures() -> tuple[Figure, ...]:
-    """Every figure, paper by paper. Raises `ValueError` where a file is malformed or a figure stands twice."""
+    """Every figure, paper by paper. Raises `ValueError` for a malformed file, or the same figure twice."""
     names = shipped_names(*FOLDER)
     found = [figure for name in names for figure in read_figures(shipped(*FOLDER, f"{name}.yaml"))]
     refuse_twice(found)
@@ -39,8 +39,8 @@ def published_for(model: str) -> tuple[Figure, ...]:
     """The published figures of a model; none where there are none.
 
     Args:
-        model: what a record has as the source of its model (a hub id, or the name of a folder), or an alias. A
-            name without owner stands for the model of that name; one with another owner does not, since a
+        model: what a record has as the source of its model (a hub id, or the name of a folder), or an alias.
+            A name without owner stands for the model of that name; one with another owner does not, since a
             fine-tune often keeps the name.
     """
     asked = model.lower()

@@ -55,8 +55,8 @@ def refuse_twice(figures: list[Figure]) -> None:
         if before is not figure:
             raise ValueError(
                 f"{figure.source.paper}: {figure.method} on {figure.model}, {figure.pattern} "
-                f"{figure.sparsity:g}, {figure.metric} {', '.join(figure.on)} stands twice ({before.source.where} "
-                f"and {figure.source.where}); keep one"
+                f"{figure.sparsity:g}, {figure.metric} {', '.join(figure.on)} stands twice "
+                f"({before.source.where} and {figure.source.where}); keep one"
             )
 
 
