@@ -9,10 +9,10 @@ from typing import Any
 UNSTRUCTURED = "unstructured"
 WHOLE = "whole"
 SEEN_IN = {
-    "paper": "the text of the paper",
+    "paper": "a copy of the paper's text",
     "readme": "the README of its official repository",
     "card": "a model card by its authors",
-    "quote": "another public page that quotes it",
+    "quote": "a public text that quotes it",
 }  # where a figure was read
 
 
@@ -48,7 +48,8 @@ class Source:
         paper: the paper's short name.
         title: its title.
         where: the table.
-        url: the page on which the figure was read, or the paper's where it was read in a copy of its text.
+        url: the page on which the figure was read; the paper's, where it was a copy or a quote whose address
+            is not known.
         via: how it was read, a key of `SEEN_IN`.
         seen: the day, as YYYY-MM-DD.
     """

@@ -67,13 +67,13 @@ def chosen(figures: tuple[Figure, ...], metric: str | None) -> tuple[Figure, ...
 
 def no_figures(model: str) -> ValueError:
     """The error for a model without published figures: the nearest and the available names."""
-    names = [alias_of(known) or known for known in models()]
+    names = [name_of(known) for known in models()]
     return nearest("model with published figures", model, {*names, *models()}, ", ".join(names))
 
 
-def alias_of(model: str) -> str | None:
-    """The short name of a hub id, None where it has none."""
-    return next((name for name, alias in ALIASES.items() if alias.repository == model), None)
+def name_of(model: str) -> str:
+    """The short name by which `published_for` knows a hub id: its alias, else the id without its owner."""
+    return next((name for name, alias in ALIASES.items() if alias.repository == model), _bare(model))
 
 
 def _bare(model: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmprune.literature.figure import SEEN_IN, UNSTRUCTURED, Protocol
 from llmprune.literature.protocols import protocol_words
-from llmprune.literature.published import alias_of, models
+from llmprune.literature.published import models, name_of
 from llmprune.terminal.console import Screen
 
 Entry = Mapping[str, Any]
@@ -23,22 +23,19 @@ def models_of(figures: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     for model in models():
         own = [figure["source"]["paper"] for figure in figures if figure["model"] == model]
         if own:
-            found[model] = {"alias": alias_of(model), "figures": len(own), "papers": [*dict.fromkeys(own)]}
+            found[model] = {"name": name_of(model), "figures": len(own), "papers": [*dict.fromkeys(own)]}
     return found
 
 
 def print_models(console: Screen, found: Mapping[str, Entry]) -> None:
     """Print which models have published figures."""
-    rows = [
-        (entry["alias"] or model, str(entry["figures"]), ", ".join(entry["papers"]))
-        for model, entry in found.items()
-    ]
+    rows = [(entry["name"], str(entry["figures"]), ", ".join(entry["papers"])) for entry in found.values()]
     console.table("models with published figures", rows, ("", "figures", "papers"))
 
 
 def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
     """Print the figures of one model: a table for each source, text and protocol."""
-    console.verbatim(f"published figures of {figures[0]['model']}", "bold")
+    console.say(f"published figures of {figures[0]['model']}", "bold")
     for (metric, on, paper, *_), rows in _blocks(figures).items():
         first = rows[0]
         source, told = first["source"], protocol_words(Protocol(**first["protocol"]))
