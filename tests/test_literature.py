@@ -84,7 +84,7 @@ def test_every_file_that_ships_is_read_and_each_paper_is_there():
     for name in names:
         figures = read_figures(shipped("eval", "published", f"{name}.yaml"))
         assert figures and {figure.source.paper.lower() for figure in figures} == {name}
-    assert len(published.all_figures()) == 1090
+    assert len(published.all_figures()) == 1089
     assert '"eval/published" = "llmprune/_data/eval/published"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -124,6 +124,24 @@ def test_figures_that_were_looked_up_by_hand(model, method, pattern, sparsity, p
     assert (found[0].value, found[0].dense) == (value, dense)
 
 
+def test_a_mean_over_tasks_is_that_of_its_parts():
+    figures = [figure for figure in published.all_figures() if figure.metric == "accuracy"]
+    means = [figure for figure in figures if len(figure.on) > 1]
+    assert len(means) == 7
+    for mean in means:
+        parts = [
+            figure
+            for figure in figures
+            if figure.source == mean.source
+            and (figure.model, figure.method) == (mean.model, mean.method)
+            and len(figure.on) == 1
+        ]
+        assert {part.on[0] for part in parts} == set(mean.on)
+        for key in ("value", "dense"):
+            whole = getattr(mean, key)
+            assert sum(getattr(part, key) for part in parts) / len(parts) == pytest.approx(whole, abs=0.006)
+
+
 def test_the_tables_of_the_page_are_those_of_the_data():
     assert table() in PAGE
 
@@ -136,8 +154,7 @@ def table():
         own = [f for f in figures if (f.source.paper, f.source.via) == (paper, via)]
         models = dict.fromkeys(published.name_of(f.model) for f in own)
         link = f"[{paper}]({own[0].source.url})" if via != "quote" else paper
-        kind = "copy" if via == "paper" else via
-        rows.append(f"| {link} | {', '.join(models)} | {kind} | {len(own)} |")
+        rows.append(f"| {link} | {', '.join(models)} | {via} | {len(own)} |")
     return "\n".join(rows)
 
 
@@ -186,7 +203,7 @@ def test_a_file_gives_a_figure_for_each_cell(tmp_path):
         ),
         (changed("source url", "http://a.b/c"), "url must be an address that begins with https://"),
         (changed("source seen", "yesterday"), r"seen must be a day \(YYYY-MM-DD\), got 'yesterday'"),
-        (changed("tables 0 pattern", "4:2"), "pattern 4:2 keeps 4 of 2"),
+        (changed("tables 1 pattern", "4:2"), "pattern 4:2 keeps 4 of 2"),
         (changed("tables 0 pattern", 124), "pattern must be text, got 124"),
         (changed("tables 0 pattern", "half"), "pattern must be unstructured or N:M in quotes, got 'half'"),
         (changed("tables 1 sparsity", 0.5), "pattern 2:4 keeps 2 of 4; leave sparsity out"),
@@ -194,6 +211,7 @@ def test_a_file_gives_a_figure_for_each_cell(tmp_path):
         (changed("tables 0 sparsity", 50), "sparsity must be a share between 0 and 1, got 50"),
         (changed("tables 0 values a/b wanda", [6.0]), r"values: a/b: wanda: needs 2 values, got \[6.0\]"),
         (changed("tables 0 values a/b wanda", [6.0, "1e9"]), "must be a number above 0, got '1e9'"),
+        (changed("tables 0 values a/b wanda", [0, 60.5]), "wanda must be a number above 0, got 0"),
         (changed("tables 0 values a/b wanda", [6.0, float("nan")]), "must be a number above 0, got nan"),
         (changed("tables 0 values a/b wand", [6.0, 1]), "'wand': did you mean 'wanda'"),
         (changed("tables 0 values llama", {"wanda": [1, 1]}), "models by their hub ids .* got 'llama'"),
@@ -403,6 +421,8 @@ def test_the_command_names_value_dense_protocol_and_source(typed):
     ]
     assert lines[-1].split() == ["wanda", "2:4", "11.02", "5.12"]
     assert "Table 11\n" in out and "accuracy on" not in out and out.rstrip().endswith("do not rank.")
+    everything = typed("published", "llama-2-7b")[1]
+    assert everything.rindex(": perplexity on") < everything.index(": accuracy")
     mean = typed("published", "llama-2-7b", "--metric", "accuracy")[1]
     assert "MaskLLM (Table 1): accuracy, mean of hellaswag, race, piqa, " in mean
 
