@@ -296,6 +296,7 @@ def run_model(
     recover: AnyPath | Mapping[str, Any] | None = None,
     text: Source | AnyPath | None = None,
     tokens: int | None = None,
+    epochs: int = 1,
     **options: Any,
 ) -> Any:
     """Prune a model as `prune` does, and score it before and after: the main job.
@@ -316,9 +317,11 @@ def run_model(
         include_tasks: a folder with lm-eval task files of your own.
         task_data: a folder with the files of the tasks `rte_local` and `blimp_local`.
         limit: at most so many windows per text and documents per task; None for all.
-        recover: a recipe of recovery; see `llmprune.recover`, which takes `text` and `tokens` as this does.
+        recover: a recipe of recovery; see `llmprune.recover`, which takes `text`, `tokens` and `epochs` as
+            this does.
         text: what to train on.
-        tokens: to train on.
+        tokens: to train on, all epochs together.
+        epochs: how often the text is read.
         options: all other parameters of `prune`.
 
     Returns:
@@ -329,9 +332,9 @@ def run_model(
     """
     trust = options.get("trust_remote_code", False)
     if recover is None:
-        for name, value in (("text", text), ("tokens", tokens)):
-            if value is not None:
-                raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
+        given = {"text": text is not None, "tokens": tokens is not None, "epochs": epochs != 1}
+        for name in filter(given.get, given):
+            raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
         spec = arguments.evaluation(
             perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
         )
@@ -345,4 +348,4 @@ def run_model(
         "task_data": task_data,
         "limit": limit,
     }
-    return prune_and_recover(model, Training(recover, text, tokens), scoring, options)
+    return prune_and_recover(model, Training(recover, text, tokens, epochs), scoring, options)

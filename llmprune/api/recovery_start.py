@@ -93,10 +93,10 @@ def aim_of(
     name = pattern or "unstructured"
     wanted = resolve_sparsity(name, sparsity)
     if masking is None and wanted == 0:
-        if recipe.moves:
-            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
+        if recipe.prunes:
+            raise ValueError(f"recipe {recipe.name} prunes, and sparsity 0 prunes nothing; take another")
         return None
-    if not recipe.moves:
+    if not recipe.prunes:
         first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
         raise ValueError(
             f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
@@ -125,6 +125,11 @@ def base_of(
     needed = (
         recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
     )
+    if teacher is None and masking is None and recipe.scope == "block":
+        raise ValueError(
+            f"recipe {recipe.name} tunes the blocks of a pruned model towards those of the dense one, and "
+            f"{model.label} is dense itself; first prune it: llmprune prune"
+        )
     if teacher is None and (masking is None or not needed):
         return None
     name = teacher if teacher is not None else _recorded(model)

@@ -112,6 +112,7 @@ TRAINING = (
     _option("recover", str, "Train what was pruned by this recipe of recovery, see llmprune recover."),
     _option("text", str, f"With --recover. {_TEXT}"),
     _option("tokens", int, f"With --recover. {_TOKENS}", parser=count, metavar="N"),
+    _option("epochs", int, "With --recover. How often the text is read.", default=1),
 )
 
 RECOVERING = (
