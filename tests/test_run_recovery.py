@@ -388,6 +388,13 @@ def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, 
     needed = llmprune.recover(starts / "half", recipe="masklora", **given).plan.memory
     monkeypatch.setattr(device, "available_memory", lambda: needed + 1000)
     assert chosen().name == "masklora" and "needs" in chosen().chosen
+    assert chosen(time_limit=60).name == "masklora"
+    with pytest.raises(
+        ValueError, match=r"within time limit 1e-06 here: perp, the quickest, would take about"
+    ):
+        chosen(time_limit=1e-6)
+    with pytest.raises(ValueError, match="minutes from 0, got -1"):
+        chosen(time_limit=-1)
     monkeypatch.setattr(device, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="training needs about"):
         chosen()

@@ -100,7 +100,5 @@ def _check_text(model: Any, training: Training, options: Mapping[str, Any]) -> N
     length = None if is_ready(training.text) else options.get("seqlen")
     team = processes.current()
     opened = team.in_turn(lambda: open_model(model, opening))
-    assert training.tokens is not None
-    team.on_first(
-        lambda: training_rows(opened, recipe, training.text, training.tokens, (training.epochs, length))
-    )
+    tokens, reading = training.tokens or 0, (training.epochs, length)
+    team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))

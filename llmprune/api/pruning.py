@@ -160,7 +160,8 @@ def prune(
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }
     overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
-    limit = _time_limit(time_limit)
+    asked = os.environ.get("LLMPRUNE_TIME_LIMIT") if time_limit is None else time_limit
+    limit = arguments.minutes(asked, choice.TIME_LIMIT)
     named: Any = choice.LIGHT if recipe is None else recipe
     start = None if masks is None else masks_at(Path(masks).expanduser())
     overrides |= {} if start is None else starting.overrides(named, overrides, start)
@@ -249,19 +250,6 @@ def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpe
     parts = mixture.plain_sources(chosen.calibration.source)
     named += [("the calibration file", file_path(part)) for part in parts if mixture.is_file(part)]
     return input_files([*named, *(evaluation.inputs if evaluation else ())])
-
-
-def _time_limit(given: float | None) -> float:
-    """Minutes that `best` may take to be chosen: as given, else from the environment, else the default."""
-    text = os.environ.get("LLMPRUNE_TIME_LIMIT") if given is None else None
-    try:
-        limit = float(text) if text is not None else choice.TIME_LIMIT if given is None else float(given)
-    except (TypeError, ValueError):
-        limit = -1.0
-    if isinstance(given, bool) or not limit >= 0:
-        value = shown(text if given is None else given)
-        raise ValueError(f"the time limit must be a number of minutes from 0, got {value}")
-    return limit
 
 
 def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:

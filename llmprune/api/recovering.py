@@ -19,10 +19,11 @@ from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
 from llmprune.calibration.packing import Shortage
 from llmprune.checkpoint.replacement import MODEL, check_output, input_files
-from llmprune.common.messages import shown
+from llmprune.common.messages import duration, shown
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
 from llmprune.model.opening import Model, OpenOptions, open_model
+from llmprune.planning.training import TrainingPlan
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.run.lesson import Lesson, held_count
@@ -59,6 +60,7 @@ def recover(
     limit: int | None = None,
     score: bool = True,
     format: str = "dense",
+    time_limit: float | None = None,
     dry_run: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -97,6 +99,8 @@ def recover(
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
         format: of the weights in that folder: `dense` or `packed`.
+        time_limit: minutes that training may take, by estimate: without `recipe` one is taken that fits; a
+            recipe that was named runs all the same, after a note. None for no limit.
         dry_run: plan the recovery, and write nothing.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
         dtype: of forward and backward passes: `auto`, `float32`, `bfloat16` or a torch.dtype; what is trained
@@ -120,6 +124,7 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
+    minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
@@ -150,9 +155,10 @@ def recover(
             return Lesson(model, wanted, rows, team, masking, aim, base)
 
         if recipe is None:
-            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens))
+            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens), minutes)
         else:
             lesson = lesson_of(chosen)
+            _note_time(lesson.plan(steps_of(lesson, tokens)), minutes, report)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -188,6 +194,15 @@ def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if format not in ("dense", "packed"):
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
+
+
+def _note_time(plan: TrainingPlan, limit: float, report: RunReporter) -> None:
+    """Say that a recipe that was named will take longer than the limit."""
+    if plan.seconds > 60 * limit:
+        report.note(
+            f"training will take about {duration(plan.seconds)}, more than --time-limit {limit:g}; fewer "
+            "--tokens take less, and without --recipe one that fits is taken"
+        )
 
 
 def is_ready(text: Any) -> bool:

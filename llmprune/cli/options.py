@@ -138,7 +138,12 @@ RECOVERING = (
         flag=" /--no-score",
         show_default=False,
     ),
-    _switch("dry_run", "Print the memory that it will need, by part, then stop."),
+    _option(
+        "time_limit",
+        float,
+        "Minutes that training may take, by estimate: without --recipe one is taken that fits. (no limit)",
+    ),
+    _switch("dry_run", "Print the time and memory that it will need, by part, then stop."),
 )
 
 SCORING = (

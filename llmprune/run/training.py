@@ -19,11 +19,11 @@ from torch import Tensor
 
 from llmprune.checkpoint.contents import BEST_STEP, TRAINING
 from llmprune.checkpoint.files import Made, WeightFile, save_made, save_tensors
+from llmprune.common.messages import duration
 from llmprune.contracts import Reporter
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.record.figures import duration
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.objectives.next_token import NextToken
 from llmprune.recovery.soup import Soup, part_pruned
