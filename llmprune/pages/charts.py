@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from llmprune.pages.document import Markup, element, joined
+from llmprune.pages.document import Markup, element, escaped, joined
 
 COLOURS = 6  # of series; style.css has as many
 _WIDTH, _HEIGHT = 460, 280
@@ -169,7 +168,7 @@ def _grid(x: Axis, y: Axis, names: tuple[str, str]) -> Markup:
         parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - _RIGHT}"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    across, up = (html.escape(name) for name in names)
+    across, up = (escaped(name) for name in names)
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{across}</text>')
     turned = f"translate(13 {(_TOP + bottom) / 2:.0f}) rotate(-90)"
     parts.append(f'<text transform="{turned}" text-anchor="middle">{up}</text>')
@@ -190,21 +189,17 @@ def _marks(
     order: int, name: str, points: Sequence[Point], axes: tuple[Axis, Axis], names: tuple[str, str]
 ) -> Markup:
     """The points of a series, each with its error bar and, for hover and keyboard, its values in words."""
-    x, y = axes
+    (x, y), colour = axes, f"s{order % COLOURS}"
     made = []
     for p in points:
         across, up = x.at(p.x), y.at(p.y)
         if p.error:
-            low = max(p.y - p.error, y.low)
-            made.append(
-                f'<path class="error s{order % COLOURS}" d="M{across:.1f} {y.at(low):.1f}V{y.at(p.y + p.error):.1f}"/>'
-            )
+            ends = f"{y.at(max(p.y - p.error, y.low)):.1f}V{y.at(p.y + p.error):.1f}"
+            made.append(f'<path class="error {colour}" d="M{across:.1f} {ends}"/>')
         values = f"{names[0]} {p.x:,.6g}, {names[1]} {p.y:,.6g}" + (f" ± {p.error:.3g}" if p.error else "")
-        said = html.escape(f"{name}: {values}" + (f"; {p.note}" if p.note else ""))
-        shape = _shape(order, across, up)
-        made.append(
-            f'<g class="point s{order % COLOURS}" role="img" aria-label="{said}">{shape}<title>{said}</title></g>'
-        )
+        said = escaped(f"{name}: {values}" + (f"; {p.note}" if p.note else ""))
+        mark = f"{_shape(order, across, up)}<title>{said}</title>"
+        made.append(f'<g class="point {colour}" role="img" aria-label="{said}">{mark}</g>')
     return Markup("".join(made))
 
 

@@ -27,6 +27,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # HTML has no place for them
+
 
 class Markup(str):
     """HTML that is ready: nothing in it is escaped any more."""
@@ -51,7 +53,7 @@ class Section:
 
 def escaped(value: object) -> Markup:
     """A value as HTML; `Markup` as it is."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+    return value if isinstance(value, Markup) else Markup(html.escape(_CONTROLS.sub("\ufffd", str(value))))
 
 
 def joined(parts: Iterable[object]) -> Markup:
@@ -60,9 +62,9 @@ def joined(parts: Iterable[object]) -> Markup:
 
 
 def element(name: str, content: object = "", **attributes: object) -> Markup:
-    """An element with attributes; those of value None are left out, `class_` is `class`, `data_x` `data-x`."""
+    """An element with its attributes, but those of value None; `class_` is `class`, `data_x` `data-x`."""
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -92,7 +94,7 @@ def code(text: str, name: str | None = None) -> Markup:
     return element("div", block + button, class_="code")
 
 
-def page(title: str, sections: Sequence[Section], lead: Markup = Markup(""), about: str = "") -> str:
+def page(title: str, sections: Sequence[Section], lead: str = "", about: str = "") -> str:
     """A whole page.
 
     Args:
@@ -101,6 +103,7 @@ def page(title: str, sections: Sequence[Section], lead: Markup = Markup(""), abo
         lead: what stands on the first screen, under the heading.
         about: a line on the page for the foot, such as what made it.
     """
+    top = escaped(lead)
     names = {section.title: _anchor(section.title) for section in sections}
     links = joined(element("a", title, href=f"#{name}") for title, name in names.items())
     nav = element("nav", links, aria_label="Parts of this page") if sections else Markup("")
@@ -114,18 +117,18 @@ def page(title: str, sections: Sequence[Section], lead: Markup = Markup(""), abo
 <meta http-equiv="Content-Security-Policy" content="{_policy(script)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(title)}</title>
+<title>{escaped(title)}</title>
 <style>
 {style}</style></head><body>
 <main>
 <header>
-<h1>{html.escape(title)}</h1>
-{lead}
+<h1>{escaped(title)}</h1>
+{top}
 </header>
 {nav}
 {body}
 </main>
-<footer>{html.escape(about)}</footer>
+<footer>{escaped(about)}</footer>
 <script>{script}</script>
 </body></html>
 """
@@ -136,7 +139,7 @@ def _anchor(title: str) -> str:
 
 
 def _policy(script: str) -> str:
-    """What a browser lets the page do: show itself and run its own script. It asks no network for anything."""
+    """What a browser lets the page do: show itself and run its own script; nothing comes from the network."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
 

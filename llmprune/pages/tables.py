@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -131,9 +130,7 @@ def heat(
     scale = Scale.of([value for row in values for value in row if value is not None])
     head = element("th", corner, scope="col") + Markup(
         "".join(
-            element(
-                "th", Markup(html.escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")), scope="col"
-            )
+            element("th", Markup(escaped(name).replace("_", "_<wbr>").replace(".", ".<wbr>")), scope="col")
             for name in columns
         )
     )
