@@ -13,11 +13,14 @@ from llmprune.recipe import recovery as recipes
 
 
 class Training(NamedTuple):
-    """What a recovery as a part of a run is asked for: a recipe, text, and how many tokens of it."""
+    """What a recovery as a part of a run is asked for: a recipe, text, how many tokens of it, and how many
+    texts for its report.
+    """
 
     recipe: Any
     text: Any
     tokens: int | None
+    samples_text: int | None
 
 
 # Options of pruning that a recovery has too, with the same meaning.
@@ -77,6 +80,7 @@ def prune_and_recover(
         tokens=training.tokens,
         teacher=model,
         output=output,
+        samples_text=training.samples_text,
         **scoring,
         **shared,
     )

@@ -57,6 +57,7 @@ def recover(
     task_data: AnyPath | None = None,
     limit: int | None = None,
     score: bool = True,
+    samples_text: int | None = None,
     format: str = "dense",
     dry_run: bool = False,
     device: str | torch.device = "auto",
@@ -95,6 +96,8 @@ def recover(
         perplexity: texts to score, as for `run_model`. tasks, suite, eval_seqlen, include_tasks, task_data,
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
+        samples_text: how many texts the dense model (where it is at hand), the start and the result write
+            for the report, as for `run_model`.
         format: of the weights in that folder: `dense` or `packed`.
         dry_run: plan the recovery, and write nothing.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
@@ -120,6 +123,7 @@ def recover(
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
     _check_numbers(text, tokens, (epochs, seqlen), format)
+    texts = arguments.texts(samples_text)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -160,6 +164,7 @@ def recover(
             resume=resume,
             restart=restart,
             packed=format == "packed",
+            samples=texts,
             trust_remote_code=trust_remote_code,
         )
         if dry_run:

@@ -89,9 +89,13 @@ def folded(title: str, body: Markup) -> Markup:
 def code(text: str, name: str | None = None) -> Markup:
     """Text to be copied, such as a command. `name`: what it is, for the button; None for no button."""
     button = element("button", f"Copy {name}", type="button", class_="copy", hidden="") if name else ""
-    # Long lines are scrolled, for which the keyboard has to come there.
-    block = element("pre", element("code", text), tabindex=0, role="region", aria_label=name or "text")
-    return element("div", block + button, class_="code")
+    return element("div", element("pre", element("code", text)) + button, class_="code")
+
+
+def listed(items: Iterable[object]) -> Markup:
+    """A list; empty without items."""
+    made = joined(element("li", item) for item in items)
+    return element("ul", made) if made else made
 
 
 def page(title: str, sections: Sequence[Section], lead: str = "", about: str = "") -> str:

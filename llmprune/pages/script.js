@@ -51,6 +51,14 @@
   document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
+  // What scrolls by itself is a stop of the Tab key; what fits is none.
+  const stops = () => all(".wide").forEach((part) => {
+    const scrolls = part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight;
+    part.setAttribute("tabindex", scrolls ? 0 : -1);
+  });
+  addEventListener("resize", stops);
+  stops();
+
   // Maps and charts: one stop of the Tab key each; the arrow keys go from value to value.
   const walk = (cells, width) => {
     cells.forEach((cell, place) => {

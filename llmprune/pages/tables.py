@@ -32,8 +32,8 @@ def table(
     column sorts by it.
     """
     body = joined(element("tr", _row(row)) for row in rows)
-    titles = element("tr", Markup("".join(element("th", name, scope="col") for name in head)))
-    top = element("thead", titles) if any(map(str, head)) else Markup("")
+    titles = (element("th", name, scope="col") if str(name) else element("td") for name in head)
+    top = element("thead", element("tr", Markup("".join(titles)))) if any(map(str, head)) else Markup("")
     inner = element("caption", caption) + top + element("tbody", body)
     kind = "sortable" if sortable else None
     # A table wider than the screen scrolls by itself, also by keyboard.
@@ -65,7 +65,7 @@ def _cell(value: object, name: str) -> Markup:
 
 def facts(rows: Iterable[tuple[object, object]], caption: str) -> Markup:
     """A table of names and what they are."""
-    return table((), list(rows), caption)
+    return element("div", table((), list(rows), caption), class_="facts")
 
 
 class Tile(NamedTuple):
@@ -152,10 +152,14 @@ def _said(place: tuple[str, str, str], note: str | None) -> str:
     return f"{corner} {row}, {column}".strip() + (f": {note}" if note else "")
 
 
+def _written(value: float, form: str) -> str:
+    return format(value, form).rstrip(".")  # `#` in a form keeps zeros at the end, and a bare point
+
+
 def _heat_cell(value: float | None, scale: Scale, form: str, said: str) -> Markup:
     if value is None:
         return element("td", "-", class_="none", title=f"{said}: none")
-    return element("td", format(value, form), class_=f"h{scale.step(value)}", title=said)
+    return element("td", _written(value, form), class_=f"h{scale.step(value)}", title=said)
 
 
 class Scale(NamedTuple):
@@ -192,12 +196,12 @@ class Scale(NamedTuple):
 
     def legend(self, form: str) -> Markup:
         """Every colour with the least value that has it."""
-        low, high = format(self.low, form), format(self.high, form)
+        low, high = _written(self.low, form), _written(self.high, form)
         if low == high:
             return element("p", f"every value is {low}", class_="scale")
         a, b = self._place(self.low), self._place(self.high)
         bounds = [a + (b - a) * n / STEPS for n in range(STEPS)]
-        texts = [format(math.exp(at) if self.log else at, form) for at in bounds]
+        texts = [_written(math.exp(at) if self.log else at, form) for at in bounds]
         swatches = Markup("".join(element("span", text, class_=f"h{n}") for n, text in enumerate(texts)))
         steps = " (steps are ratios)" if self.log else ""
         return element("p", escaped("from") + swatches + f"to {high}{steps}", class_="scale")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.pages.charts import Point, lines
-from llmprune.pages.document import Markup, Section, abreast, code, folded, joined, paragraph
+from llmprune.pages.document import Markup, Section, abreast, code, folded, joined, listed, paragraph
 from llmprune.pages.tables import facts
 from llmprune.recipe.summary import summary
 from llmprune.record.card import as_yaml
@@ -32,7 +32,7 @@ def sections(record: Record) -> list[Section]:
         folded("The recipe of the training with every default", code(as_yaml(recovery["recipe"]), "recipe")),
         paragraph("To train it again:"),
         code("\n".join(again.commands), "commands") if again.commands else "",
-        *map(paragraph, again.needed),
+        listed(again.needed),
     ]
     return [Section("Training", joined(part for part in parts if part))]
 

@@ -33,7 +33,7 @@ def _matrices(record: Record, grid: Grid) -> Markup:
     measured = any(group.errors for group in grid.groups.values())
     maps = [_map(grid, "sparsity", "Sparsity", ".4f")] if _differ(grid) else []
     if measured:
-        maps.append(_map(grid, "error", "Relative error of the outputs", ".2g"))
+        maps.append(_map(grid, "error", "Relative error of the outputs", "#.2g"))
     notes = [] if _differ(grid) else [f"Every matrix has a sparsity of {_first(grid).sparsity:.4f}."]
     notes += [_ERROR] if measured else []
     notes += [_TUNED] if any("tune" in row for row in record["matrices"]) else []

@@ -25,7 +25,7 @@ SCORED_AFTER = ("evaluate dense", "evaluate start", "evaluate pruned")  # phases
 def outcome(record: Record) -> Markup:
     """The lead of the report."""
     about = f"{method_of(dict(record))}. {record['model']['parameters']:,} parameters."
-    return paragraph(about, "soft") + _scores(record) + tiles(_tiles(record))
+    return paragraph(about, "soft") + element("div", _scores(record) + tiles(_tiles(record)), class_="first")
 
 
 def _scores(record: Record) -> Markup:

@@ -8,7 +8,7 @@ from pathlib import Path
 from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import size_text
-from llmprune.pages.document import Markup, Section, code, escaped, folded, joined, page, paragraph
+from llmprune.pages.document import Markup, Section, code, escaped, folded, joined, listed, page, paragraph
 from llmprune.pages.tables import Bar, bars, facts
 from llmprune.record import courses, maps, texts
 from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines
@@ -88,8 +88,8 @@ def _time(record: Record) -> Markup:
 
 def _protocol(record: Record) -> Markup:
     """How the scores were measured, and what a user must know of size and speed."""
-    lines = [*protocol_lines(record), size_remark(record), *_speed(record)]
-    return joined(paragraph(f"{line[0].upper()}{line[1:]}") for line in lines)
+    measured = listed(line.replace("+-", "±") for line in protocol_lines(record))
+    return measured + joined(map(paragraph, [size_remark(record), *_speed(record)]))
 
 
 def _speed(record: Record) -> list[str]:
@@ -105,7 +105,7 @@ def _again(record: Record, name: str) -> Markup:
         again = rerun(record)
         parts += [paragraph("To make it again:")] if again.commands else []
         parts += [code("\n".join(again.commands), "command")] if again.commands else []
-        parts += map(paragraph, again.needed)
+        parts.append(listed(again.needed))
     if "recovery" not in record or pruned_here(record):
         title = "The recipe of the pruning" if "recovery" in record else "The recipe"
         parts.append(folded(f"{title} with every default", code(as_yaml(record["recipe"]), "recipe")))
