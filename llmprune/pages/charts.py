@@ -100,7 +100,7 @@ def _chart(series: Series, names: tuple[str, str], caption: str, style: Style) -
     picture = element(
         "svg", joined(drawn), viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="group", aria_label=caption
     )
-    legend = [_key(number, name, style) for number, (name, _) in numbered] if len(known) > 1 else []
+    legend = [_key(n, name, len(points), style) for n, (name, points) in numbered] if len(known) > 1 else []
     key = element("ul", joined(legend), class_="key") if legend else Markup("")
     return element("figure", element("figcaption", caption) + picture + key, class_="chart")
 
@@ -148,24 +148,27 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return _ticks(low, high)
 
 
-def number(value: float) -> str:
-    """A number on an axis: short, without an exponent where that is short."""
-    text = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    return text
+def numbers(values: Sequence[float]) -> list[str]:
+    """Numbers along an axis: short, with as many decimals each where that is short."""
+    texts = [f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value:.6g}" for value in values]
+    if any("e" in text or "M" in text for text in texts):
+        return texts
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    if len({len(text.lstrip("-").partition(".")[0]) for text in texts}) > 2:  # over decades each its own
+        return [f"{float(text):,}".removesuffix(".0") for text in texts]
+    return [f"{value:,.{decimals}f}" for value in values]
 
 
 def _grid(x: Axis, y: Axis, names: tuple[str, str]) -> Markup:
     bottom, parts = _HEIGHT - _BOTTOM, []
-    for tick in y.ticks():
+    for tick, text in zip(y.ticks(), numbers(y.ticks()), strict=True):
         at = f"{y.at(tick):.1f}"
         parts.append(f'<path class="grid" d="M{_LEFT} {at}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at}" dy=".35em" text-anchor="end">{number(tick)}</text>')
-    for tick in x.ticks():
+        parts.append(f'<text x="{_LEFT - 6}" y="{at}" dy=".35em" text-anchor="end">{text}</text>')
+    for tick, text in zip(x.ticks(), numbers(x.ticks()), strict=True):
         at = f"{x.at(tick):.1f}"
         parts.append(f'<path class="grid" d="M{at} {bottom}v4"/>')
-        parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{_WIDTH - _RIGHT}"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     across, up = (escaped(name) for name in names)
@@ -189,7 +192,7 @@ def _marks(
     order: int, name: str, points: Sequence[Point], axes: tuple[Axis, Axis], names: tuple[str, str]
 ) -> Markup:
     """The points of a series, each with its error bar and, for hover and keyboard, its values in words."""
-    (x, y), colour = axes, f"s{order % COLOURS}"
+    (x, y), colour, single = axes, f"s{order % COLOURS}", len(points) == 1
     made = []
     for p in points:
         across, up = x.at(p.x), y.at(p.y)
@@ -198,9 +201,15 @@ def _marks(
             made.append(f'<path class="error {colour}" d="M{across:.1f} {ends}"/>')
         values = f"{names[0]} {p.x:,.6g}, {names[1]} {p.y:,.6g}" + (f" ± {p.error:.3g}" if p.error else "")
         said = escaped(f"{name}: {values}" + (f"; {p.note}" if p.note else ""))
-        mark = f"{_shape(order, across, up)}<title>{said}</title>"
-        made.append(f'<g class="point {colour}" role="img" aria-label="{said}">{mark}</g>')
+        mark = f"{_ring(across, up) if single else _shape(order, across, up)}<title>{said}</title>"
+        kind = f"point ring {colour}" if single else f"point {colour}"
+        made.append(f'<g class="{kind}" role="img" aria-label="{said}">{mark}</g>')
     return Markup("".join(made))
+
+
+def _ring(x: float, y: float) -> str:
+    """The mark of a series with one point, which may lie on a point of another."""
+    return f'<path d="M{x - 6:.1f} {y:.1f}a6 6 0 1 0 12 0a6 6 0 1 0 -12 0z"/>'
 
 
 def _shape(order: int, x: float, y: float) -> str:
@@ -216,13 +225,10 @@ def _shape(order: int, x: float, y: float) -> str:
     return f'<path d="{paths[order % len(paths)]}"/>'
 
 
-def _key(order: int, name: str, style: Style) -> Markup:
-    dash = _DASHES[order % len(_DASHES)]
-    line = (
-        f'<path class="line s{order % COLOURS}" d="M0 7H30" stroke-dasharray="{dash}"/>'
-        if style.joined
-        else ""
-    )
-    mark = f'<g class="point s{order % COLOURS}">{_shape(order, 15, 7)}</g>'
-    sample = Markup(f'<svg viewBox="0 0 30 14" aria-hidden="true">{line}{mark}</svg>')
-    return element("li", sample + name)
+def _key(order: int, name: str, points: int, style: Style) -> Markup:
+    """The entry of a series in the legend."""
+    colour, dash = f"s{order % COLOURS}", _DASHES[order % len(_DASHES)]
+    line = f'<path class="line {colour}" d="M0 8H30" stroke-dasharray="{dash}"/>'
+    kind, mark = ("point ring", _ring(15, 8)) if points == 1 else ("point", _shape(order, 15, 8))
+    drawn = f'{line if style.joined and points > 1 else ""}<g class="{kind} {colour}">{mark}</g>'
+    return element("li", Markup(f'<svg viewBox="0 0 30 16" aria-hidden="true">{drawn}</svg>') + name)

@@ -86,8 +86,18 @@ def folded(title: str, body: Markup) -> Markup:
     return element("details", element("summary", title) + body)
 
 
+def commands(lines: Iterable[str]) -> Markup:
+    """Command lines, which break between their options only."""
+
+    def shown(line: str) -> Markup:
+        first, *options = line.split(" --")
+        return Markup(" ".join([escaped(first), *(element("span", f"--{one}") for one in options)]))
+
+    return joined(map(shown, lines))
+
+
 def code(text: str, name: str | None = None) -> Markup:
-    """Text to be copied, such as a command. `name`: what it is, for the button; None for no button."""
+    """Text to be copied, such as a recipe. `name`: what it is, for the button; None for no button."""
     button = element("button", f"Copy {name}", type="button", class_="copy", hidden="") if name else ""
     return element("div", element("pre", element("code", text)) + button, class_="code")
 

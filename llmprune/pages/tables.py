@@ -31,10 +31,11 @@ def table(
     Numbers, and cells sorted by numbers, stand right. With `sortable`, a click or Enter on the head of a
     column sorts by it.
     """
-    body = joined(element("tr", _row(row)) for row in rows)
-    titles = (element("th", name, scope="col") if str(name) else element("td") for name in head)
+    listed = list(rows)
+    titles = (_title(name, [row[place] for row in listed]) for place, name in enumerate(head))
     top = element("thead", element("tr", Markup("".join(titles)))) if any(map(str, head)) else Markup("")
-    inner = element("caption", caption) + top + element("tbody", body)
+    body = element("tbody", joined(element("tr", _row(row)) for row in listed))
+    inner = element("caption", caption) + top + body
     kind = "sortable" if sortable else None
     # A table wider than the screen scrolls by itself, also by keyboard.
     return element(
@@ -47,6 +48,17 @@ def table(
     )
 
 
+def _title(name: object, column: Sequence[object]) -> Markup:
+    """The head of a column: over numbers it stands right, as they do."""
+    if not str(name):
+        return element("td")  # nobody reads out a heading without words
+    return element("th", name, scope="col", class_="n" if any(map(_is_number, column)) else None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value.key if isinstance(value, Cell) else value, (int, float))
+
+
 def _row(row: Sequence[object]) -> Markup:
     return Markup("".join(_cell(value, "td" if place else "th") for place, value in enumerate(row)))
 
@@ -54,9 +66,8 @@ def _row(row: Sequence[object]) -> Markup:
 def _cell(value: object, name: str) -> Markup:
     scope = "row" if name == "th" else None
     if isinstance(value, Cell):
-        number = isinstance(value.key, (int, float))
-        key = "" if value.key is None else value.key
-        return element(name, value.text, class_="n" if number else None, data_sort=key, scope=scope)
+        key, kind = "" if value.key is None else value.key, "n" if _is_number(value) else None
+        return element(name, value.text, class_=kind, data_sort=key, scope=scope)
     if isinstance(value, (int, float)):
         text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
         return element(name, text, class_="n", data_sort=value, scope=scope)
@@ -129,10 +140,7 @@ def heat(
     """
     scale = Scale.of([value for row in values for value in row if value is not None])
     head = element("th", corner, scope="col") + Markup(
-        "".join(
-            element("th", Markup(escaped(name).replace("_", "_<wbr>").replace(".", ".<wbr>")), scope="col")
-            for name in columns
-        )
+        "".join(element("th", breakable(name), scope="col") for name in columns)
     )
     body = []
     for y, (name, found) in enumerate(zip(rows, values, strict=True)):
@@ -145,6 +153,11 @@ def heat(
         element("caption", caption) + element("thead", element("tr", head)) + element("tbody", joined(body))
     )
     return element("div", element("table", inner, class_="heat") + scale.legend(form), class_="map")
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line after its dots and underscores."""
+    return Markup(escaped(name).replace("_", "_<wbr>").replace(".", ".<wbr>"))
 
 
 def _said(place: tuple[str, str, str], note: str | None) -> str:
@@ -168,7 +181,7 @@ class Scale(NamedTuple):
     Attributes:
         low: the least.
         high: the greatest.
-        log: whether steps are ratios; so where values differ by more than a factor of 20.
+        log: whether steps are ratios; so where half the values lie in the lowest tenth.
     """
 
     low: float
@@ -178,9 +191,9 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> Scale:
         """The scale of some values."""
-        finite = [value for value in values if math.isfinite(value)]
-        low, high = min(finite, default=0.0), max(finite, default=0.0)
-        return cls(low, high, low > 0 and high > 20 * low)
+        finite = sorted(value for value in values if math.isfinite(value)) or [0.0]
+        low, middle, high = finite[0], finite[len(finite) // 2], finite[-1]
+        return cls(low, high, low > 0 and middle - low < (high - low) / 10)
 
     def step(self, value: float) -> int:
         """The step of a value, from 0 to `STEPS` - 1."""

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.pages.charts import Point, lines
-from llmprune.pages.document import Markup, Section, abreast, code, folded, joined, listed, paragraph
+from llmprune.pages.document import (
+    Markup,
+    Section,
+    abreast,
+    code,
+    commands,
+    folded,
+    joined,
+    listed,
+    paragraph,
+)
 from llmprune.pages.tables import facts
 from llmprune.recipe.summary import summary
 from llmprune.record.card import as_yaml
@@ -31,7 +41,7 @@ def sections(record: Record) -> list[Section]:
         paragraph(digests, "soft"),
         folded("The recipe of the training with every default", code(as_yaml(recovery["recipe"]), "recipe")),
         paragraph("To train it again:"),
-        code("\n".join(again.commands), "commands") if again.commands else "",
+        code(commands(again.commands), "command") if again.commands else "",
         listed(again.needed),
     ]
     return [Section("Training", joined(part for part in parts if part))]

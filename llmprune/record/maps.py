@@ -7,7 +7,7 @@ from typing import Any
 
 from llmprune.pages.charts import Point, lines
 from llmprune.pages.document import Markup, Section, abreast, element, paragraph
-from llmprune.pages.tables import Bar, Cell, bars, heat, table
+from llmprune.pages.tables import Bar, Cell, bars, breakable, heat, table
 from llmprune.record.grouping import Grid, Group, grid_of
 
 Record = Mapping[str, Any]
@@ -81,7 +81,7 @@ def _table(grid: Grid, measured: bool) -> Markup:
     """All groups, a row each; columns that say the same of every matrix are told in the caption."""
     groups = list(grid.groups.values())
     columns: dict[str, list[object]] = {
-        "matrix": [group.name for group in groups],
+        "matrix": [breakable(group.name) for group in groups],
         "shape": [_shape(group) for group in groups],
     }
     if grid.largest > 1:

@@ -42,7 +42,7 @@ def _scores(record: Record) -> Markup:
         "; start: the model that was trained" if begun else ""
     )
     shown = table(head, [_score(row, begun, gaps) for row in rows], caption)
-    return element("div", shown, class_="scores")
+    return element("div", shown, class_="scores", style=f"--figures: {len(head) - 1}")
 
 
 def _score(row: ScoreRow, begun: bool, gaps: bool) -> list[object]:
@@ -86,13 +86,14 @@ def _speed(record: Record) -> Tile:
     """How fast packed weights are, where that was measured; else why it was not."""
     tokens = record.get("speed", {}).get("tokens")
     if not tokens:
-        return Tile("Speed", "not measured", speed_measured(record).removeprefix("not measured: "))
+        why = speed_measured(record).removeprefix("not measured: ")
+        return Tile("Speed", "not measured", why or "llmprune bench measures it")
     (first, *others) = tokens.items()
     rest = "".join(f", {entry['faster_by']:.2f} x at {n}" for n, entry in others)
     return Tile(
         "Speed, packed",
-        f"{first[1]['faster_by']:.2f} x dense",
-        f"products of the largest matrices at {first[0]} token{rest}",
+        f"{first[1]['faster_by']:.2f} x",
+        f"the speed of dense at {first[0]} token{rest}: products of the largest matrices",
     )
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 from llmprune.checkpoint.contents import CARD, RECORD, REPORT
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import size_text
-from llmprune.pages.document import Markup, Section, code, escaped, folded, joined, listed, page, paragraph
+from llmprune.pages.document import (
+    Markup,
+    Section,
+    code,
+    commands,
+    escaped,
+    folded,
+    joined,
+    listed,
+    page,
+    paragraph,
+)
 from llmprune.pages.tables import Bar, bars, facts
 from llmprune.record import courses, maps, texts
 from llmprune.record.card import as_yaml, load_snippet, model_card, protocol_lines
@@ -104,7 +115,7 @@ def _again(record: Record, name: str) -> Markup:
     if "recovery" not in record:
         again = rerun(record)
         parts += [paragraph("To make it again:")] if again.commands else []
-        parts += [code("\n".join(again.commands), "command")] if again.commands else []
+        parts += [code(commands(again.commands), "command")] if again.commands else []
         parts.append(listed(again.needed))
     if "recovery" not in record or pruned_here(record):
         title = "The recipe of the pruning" if "recovery" in record else "The recipe"
