@@ -138,7 +138,7 @@ def _needed(record: Record, model: str, own_recipe: bool) -> list[str]:
     if "masks" in record:
         found.append(f"{_MASKS} are the masks that were given: {record['masks']['digest']}.")
     if own_recipe:
-        found.append(f"{RECIPE_FILE} is the recipe below, saved under that name.")
+        found.append(f"{RECIPE_FILE} is the recipe on this page, saved under that name.")
     if any(map(is_file, plain_sources(source))):
         digest = record["calibration"]["digest"]
         found.append(f"The calibration text is a file of that name; its tokens have the digest {digest}.")
