@@ -235,6 +235,17 @@ def _reporter(name: str, value: Any) -> Any:
     return value
 
 
+def minutes(given: Any, otherwise: float) -> float:
+    """A time limit in minutes, a number or the text of one; `otherwise` where none is given."""
+    try:
+        limit = otherwise if given is None else float(given)
+    except (TypeError, ValueError):
+        limit = -1.0
+    if isinstance(given, bool) or not limit >= 0:
+        raise ValueError(f"the time limit must be a number of minutes from 0, got {shown(given)}")
+    return limit
+
+
 CHECKS: Mapping[str, Check] = {
     "model": any_model,
     "path": _stored_model,

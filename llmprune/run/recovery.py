@@ -70,8 +70,19 @@ class Trained:
 
 
 def steps_of(lesson: Lesson, tokens: int) -> int:
-    """How many steps so many tokens are."""
-    return max(1, tokens // (lesson.rows.tokens.shape[1] * lesson.recipe.batch))
+    """How many steps so many tokens are.
+
+    Raises:
+        ValueError: fewer than the recipe has trainings, each of which takes one at least.
+    """
+    each, soup = lesson.rows.tokens.shape[1] * lesson.recipe.batch, lesson.recipe.soup
+    steps, trainings = max(1, tokens // each), soup.phases * soup.copies
+    if steps < trainings:
+        raise ValueError(
+            f"recipe {lesson.recipe.name} trains {soup.copies} copies in each of {soup.phases} phases, and "
+            f"{tokens:,} tokens are {steps} steps of {each:,}; give at least tokens {trainings * each}"
+        )
+    return steps
 
 
 @dataclass(frozen=True)
