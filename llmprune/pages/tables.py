@@ -145,7 +145,7 @@ def heat(
     body = []
     for y, (row, found) in enumerate(zip(rows, values, strict=True)):
         cells = "".join(
-            _heat_cell(value, scale, form, _said((corner, row, names[x]), notes and notes[y][x]))
+            _heat_cell(value, scale, form, _said((corner, row, names[x]), notes[y][x] if notes else None))
             for x, value in enumerate(found)
         )
         body.append(element("tr", element("th", row, scope="row") + Markup(cells)))
