@@ -15,8 +15,8 @@ from llmprune.recipe import recovery as recipes
 
 
 class Training(NamedTuple):
-    """What a recovery as a part of a run is asked for: a recipe, text, how many tokens, how often read, and how
-    many texts for its report.
+    """What a recovery as a part of a run is asked for: a recipe, text, how many tokens, how often it is read,
+    and how many texts for its report.
     """
 
     recipe: Any

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmprune.common.messages import size_text
+from llmprune.common.messages import duration, size_text
 from llmprune.pages.document import Markup, element, escaped, paragraph
 from llmprune.pages.tables import Tile, table, tiles
 from llmprune.record.figures import (
     ScoreRow,
-    duration,
     from_dense,
     method_of,
     score_rows,

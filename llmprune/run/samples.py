@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from llmprune.common.messages import first_line
+from llmprune.common.messages import duration, first_line
 from llmprune.machine import device as devices
 from llmprune.machine.state import libraries
 from llmprune.model.opening import Model, whole
-from llmprune.record.figures import Record, duration
+from llmprune.record.figures import Record
 from llmprune.run.reporter import RunReporter
 from llmprune.runtime.generation import Sampling, generate
 from llmprune.text.prompts import prompts
