@@ -54,24 +54,28 @@ def opened(path, width=1280, height=900, dark=False):
     return done.stdout
 
 
-def asked(page, script, folder, **options):
+def asked(page, script, folder, width=1280, height=900, dark=False):
     """What a script returns in a page, given as HTML; it runs when the page is there, and may be async.
 
-    The page's policy, which forbids scripts of others, is left out for it.
+    The page's policy, which forbids scripts of others, is left out for it. The page is shown in a frame:
+    windows of a browser have a least width, which is more than that of a phone.
     """
     ask = f"""<script>addEventListener("load", async () => {{
         const answer = await (async () => {{ {script} }})();
-        const out = document.createElement("output");
-        out.id = "answer";
-        out.textContent = JSON.stringify({{ answer, failed }});
-        document.body.append(out);
+        parent.postMessage({{ answer, failed }}, "*");
     }})</script>"""
     changed, count = _POLICY.subn(lambda _: _WATCH, page)
     assert count == 1, "a page has a policy"
     path = Path(folder) / "asked.html"
     path.write_text(changed.replace("</body>", ask + "</body>"), encoding="utf-8")
-    shown = opened(path, **options)
-    found = re.search(r'<output id="answer">(.*?)</output>', shown, re.DOTALL)
+    frame = path.with_name("frame.html")
+    frame.write_text(f"""<!doctype html><output id="answer"></output><script>
+        addEventListener("message", (event) => {{
+            document.getElementById("answer").textContent = JSON.stringify(event.data);
+        }})</script>
+        <iframe src="asked.html" width="{width}" height="{height}" style="border: 0"></iframe>""")
+    shown = opened(frame, width + 40, height + 60, dark)
+    found = re.search(r'<output id="answer">(.+?)</output>', shown, re.DOTALL)
     assert found, "the script gave no answer"
     result = json.loads(html.unescape(found[1]))
     assert result["failed"] == [], "no error of a script"

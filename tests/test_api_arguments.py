@@ -237,6 +237,7 @@ WRONG = {
     "epochs": [None, "2", 1.5, True, 0],
     "overlap": [None, 1, "yes"],
     "score": [None, 1, "yes"],
+    "samples_text": [-1, 9, "2", 1.5, True],
     "rows": [0, [], [1.5], "16", [True], None],
     "report": [5, "print"],
     "overwrite": [1, "yes", None],

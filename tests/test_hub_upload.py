@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from hub_server import READER, TOKEN, Fault
-from outputs import FILES as PUBLISHED
+from outputs import FILES
 
 import llmprune
 from llmprune.hub.download import locate
 
+PUBLISHED = FILES | {"report-matrices.png"}
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
 
 
@@ -421,7 +422,7 @@ def test_the_command_says_where_it_lies_and_what_to_do_next(own_hub, out, typed)
     for said in (
         "me/pruned (new, private)",
         f"{own_hub.url}/me/pruned/tree/seventy",
-        "12, ",
+        "13, ",
         "llmprune inspect me/pruned --revision seventy",
     ):
         assert said in shown, shown

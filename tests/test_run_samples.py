@@ -183,6 +183,10 @@ def test_a_number_out_of_range_is_refused(given, tiny_llama, work):
         with pytest.raises(ValueError) as caught:
             call(tiny_llama, output="out", samples_text=given, **QUICK)
         assert one_line(caught.value).startswith("samples_text must be a whole number")
+    if type(given) is int:
+        training = {"recover": "perp", "text": "builtin", "tokens": 100}
+        with pytest.raises(ValueError, match="samples_text must be"):
+            llmprune.run_model(tiny_llama, output="out", samples_text=given, **training, **QUICK)
     with pytest.raises(ValueError) as caught:
         llmprune.recover(tiny_llama, text="builtin", tokens=100, output="out", samples_text=given)
     assert one_line(caught.value).startswith("samples_text must be a whole number")

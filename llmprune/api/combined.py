@@ -15,8 +15,14 @@ from llmprune.recipe import recovery as recipes
 
 
 class Training(NamedTuple):
-    """What a recovery as a part of a run is asked for: a recipe, text, how many tokens, how often it is read,
-    and how many texts for its report.
+    """What a recovery as a part of a run is asked for.
+
+    Attributes:
+        recipe: how to train.
+        text: on what.
+        tokens: how many of it, all epochs together.
+        epochs: how often it is read.
+        samples_text: how many texts the models write for the report.
     """
 
     recipe: Any

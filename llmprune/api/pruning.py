@@ -163,8 +163,7 @@ def prune(
     }
     overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
     asked = os.environ.get("LLMPRUNE_TIME_LIMIT") if time_limit is None else time_limit
-    limit = arguments.minutes(asked, choice.TIME_LIMIT)
-    texts = arguments.texts(samples_text)
+    limit, texts = arguments.minutes(asked, choice.TIME_LIMIT), arguments.texts(samples_text)
     named: Any = choice.LIGHT if recipe is None else recipe
     start = None if masks is None else masks_at(Path(masks).expanduser())
     overrides |= {} if start is None else starting.overrides(named, overrides, start)
@@ -344,4 +343,6 @@ def run_model(
         "task_data": task_data,
         "limit": limit,
     }
-    return prune_and_recover(model, Training(recover, text, tokens, epochs, samples_text), scoring, options)
+    arguments.texts(samples_text)  # refused before anything is pruned
+    training = Training(recover, text, tokens, epochs, samples_text)
+    return prune_and_recover(model, training, scoring, options)
