@@ -116,7 +116,7 @@ def test_published_figures_stand_beside_ours():
     found = compared([entry], False)["published"]
     wanda = next(row for row in found if row["method"] == "wanda" and "wikitext2" in row["figure"])
     assert wanda["ours"] == 7.0 and wanda["published"] > 7 and wanda["url"].startswith("https://")
-    page = comparison_page("x", compared([entry], False), "0")
+    page = comparison_page(compared([entry], False), "0")
     assert "Published figures" in page and wanda["url"] in page
 
 
@@ -144,26 +144,26 @@ def test_curves_are_drawn_where_runs_lie_apart():
     near, far = ([run("a", 0.5), run("b", other)] for other in (0.501, 0.7))
     assert plot(compared(near, False), "sparsity") is None
     assert plot(compared(far, False), "sparsity")[:4] == b"\x89PNG"
-    page = comparison_page("x", compared(far, False), "0")
+    page = comparison_page(compared(far, False), "0")
     assert "perplexity wikitext2 by sparsity" in page
-    assert "by sparsity" not in comparison_page("x", compared(near, False), "0")
+    assert "by sparsity" not in comparison_page(compared(near, False), "0")
 
 
 def test_runs_without_scores_are_compared_in_what_they_have():
     record = page_records.record(page_records.dense_matrices(2), scored=False)
     found = compared([Entry("a", record), Entry("b", record)], False)
-    assert not found["scores"] and "None of these runs was scored" in comparison_page("x", found, "0")
+    assert not found["scores"] and "None of these runs was scored" in comparison_page(found, "0")
 
 
 def test_text_of_records_is_escaped():
-    page = comparison_page("<x>", compared([run("<i>a</i>", recipe__pruner__name="<b>")], False), "0")
+    page = comparison_page(compared([run("<i>a</i>", recipe__pruner__name="<b>")], False), "0")
     assert "<i>a" not in page and "<b>&lt;" not in page and "&lt;i&gt;" in page
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(width, tmp_path):
     entries = [run(f"a-run-with-a-long-name-{n}", 0.5 + n / 10, 7 + n, recipe="wanda") for n in range(5)]
-    page = comparison_page("Five runs", compared(entries, False), "0")
+    page = comparison_page(compared(entries, False), "0")
     script = "return [document.documentElement.scrollWidth, document.querySelectorAll('svg').length]"
     wide, charts = browser.asked(page, script, tmp_path, width=width)
     assert wide <= width and charts >= 2
@@ -214,7 +214,7 @@ def test_the_command_writes_page_tables_and_plots(runs, typed, tmp_path, monkeyp
     code, out, err = typed("compare", runs / "wanda", runs / "magnitude")
     assert code == 1 and "is not empty" in err and "--overwrite" in err
     code, out, err = typed("compare", runs / "wanda", "--overwrite")
-    assert code == 0 and "1 runs" not in out
+    assert code == 0 and "1 run of tiny-llama" in out
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):
@@ -238,3 +238,15 @@ def test_a_comparison_shows_itself(runs, monkeypatch):
     assert "| wanda |" in repr(found) and "<td>magnitude</td>" in found._repr_html_()
     frame = pytest.importorskip("pandas") and found.to_pandas()
     assert list(frame["name"]) == ["wanda", "magnitude"] and torch.tensor(frame["sparsity"]).max() <= 0.5
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_screen_fits_its_width(width, runs, capsys, monkeypatch):
+    from llmprune.terminal.comparison import print_comparison
+    from llmprune.terminal.console import Screen
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    found = llmprune.compare([runs / "wanda", runs / "magnitude"]).record
+    print_comparison(Screen(), found, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and any("magnitude" in line for line in lines)

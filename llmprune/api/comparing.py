@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune import __version__
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import read_record
 from llmprune.common.messages import shown
+from llmprune.common.version import __version__
 from llmprune.comparison import tables, writing
 from llmprune.comparison.comparing import compared
 from llmprune.comparison.entries import Entry, names_of
@@ -90,7 +90,7 @@ def compare(
         writing.check_folder(target, overwrite)
     found = compared(entries_at(named, revision), overlap)
     if target is not None:
-        writing.write(target, found, _title(found), __version__)
+        writing.write(target, found, __version__)
     return Comparison(found, target)
 
 
@@ -124,8 +124,3 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     raise ValueError(
         f"{shown(str(folder))} holds no {RECORD}, so it is no finished run of llmprune; name another folder"
     )
-
-
-def _title(found: dict[str, Any]) -> str:
-    models = dict.fromkeys(run["model"] for run in found["runs"])
-    return f"{len(found['runs'])} runs of {', '.join(models)}"

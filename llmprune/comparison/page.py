@@ -29,13 +29,15 @@ _OVERLAP = (
 )
 
 
-def comparison_page(title: str, comparison: Comparison, version: str, more: Sequence[Section] = ()) -> str:
+def comparison_page(
+    comparison: Comparison, version: str, title: str = "", more: Sequence[Section] = ()
+) -> str:
     """The page.
 
     Args:
-        title: its heading.
         comparison: what `compared` returns.
         version: of llmprune, for the foot.
+        title: its heading; by default how many runs of which models it has.
         more: further sections, at the end.
     """
     sections = [
@@ -45,7 +47,9 @@ def comparison_page(title: str, comparison: Comparison, version: str, more: Sequ
         *_published(comparison),
         *more,
     ]
-    return page(title, sections, _lead(comparison), f"Made by llmprune {version}.")
+    return page(
+        title or tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}."
+    )
 
 
 def _lead(comparison: Comparison) -> Markup:
@@ -60,7 +64,7 @@ def _lead(comparison: Comparison) -> Markup:
     notes += comparison["unranked"]
     if not names:
         notes.append("None of these runs was scored.")
-    return table(head, rows, f"{len(runs)} runs", sortable=True) + listed(notes)
+    return table(head, rows, tables.title(comparison), sortable=True) + listed(notes)
 
 
 def _dense(model: str, own: Sequence[str], speeds: bool) -> list[object]:

@@ -45,6 +45,13 @@ class Score(NamedTuple):
         return " ".join(filter(None, (self.number, self.error, self.mark)))
 
 
+def title(comparison: Comparison) -> str:
+    """How many runs of which models."""
+    runs = comparison["runs"]
+    models = ", ".join(dict.fromkeys(run["model"] for run in runs))
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''} of {models}"
+
+
 def figure_names(comparison: Comparison) -> list[str]:
     """The names of all figures."""
     return list(dict.fromkeys(group["name"] for group in comparison["scores"]))

@@ -36,7 +36,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def write(folder: Path, comparison: Comparison, title: str, version: str) -> None:
+def write(folder: Path, comparison: Comparison, version: str) -> None:
     """Write a comparison into a folder that `check_folder` accepted; each file is written completely or not
     at all.
     """
@@ -50,7 +50,7 @@ def write(folder: Path, comparison: Comparison, title: str, version: str) -> Non
     texts = {
         TABLE: tables.markdown(comparison),
         SHEET: tables.as_csv(comparison),
-        REPORT: comparison_page(title, comparison, version),
+        REPORT: comparison_page(comparison, version),
         COMPARISON: json.dumps(comparison, indent=1) + "\n",
     }
     for name, text in texts.items():

@@ -15,7 +15,7 @@ def print_comparison(console: Screen, found: Comparison, output: Any) -> None:
     """Print a comparison, and where its page is."""
     head, rows = tables.cells(found)
     console.verbatim()
-    console.table(f"{len(found['runs'])} runs", rows, head)
+    console.table(tables.title(found), rows, head)
     if any(group["best"] for group in found["scores"]):
         console.say(tables.LEGEND)
     for line in found["unranked"]:
