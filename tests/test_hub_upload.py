@@ -2,17 +2,19 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
 import torch
 import yaml
 from hub_server import READER, TOKEN, Fault
-from outputs import FILES as PUBLISHED
+from outputs import FILES
 
 import llmprune
 from llmprune.hub.download import locate
 
+PUBLISHED = FILES | {"report-matrices.png"}
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
 
 
@@ -114,26 +116,22 @@ def test_the_card_says_what_it_is_and_how_to_load_it(own_hub, out):
     assert yaml.safe_load(recipe) == record["recipe"]
 
 
-def test_the_recipe_of_a_card_makes_the_same_model_again(own_hub, make_llama, tmp_path):
+def test_the_command_of_a_card_makes_the_same_model_again(own_hub, make_llama, tmp_path, typed):
     own_hub.add("owner/tiny", make_llama())
     llmprune.prune("owner/tiny", output=tmp_path / "first", sparsity=0.6, **PRUNING)
     card = (tmp_path / "first" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/tiny"
-    source, revision = re.search(
-        r"`llmprune prune (\S+) --revision (\S+) --recipe recipe.yaml`", card
-    ).groups()
-    (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
-    llmprune.prune(
-        source, revision=revision, recipe=str(tmp_path / "recipe.yaml"), output=tmp_path / "second"
-    )
-    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    command = re.search(r"```\n(llmprune prune owner/tiny --revision .*)\n```", card)[1]
+    assert typed(*shlex.split(command)[1:])[0] == 0
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "again")
     assert all(first[name] == second[name] for name in first if name.endswith(".safetensors"))
 
 
 def test_what_was_pushed_can_be_used_by_its_id(own_hub, out):
     llmprune.push(out, "me/pruned")
     located = locate("me/pruned")
-    assert contents(located.folder) == {n: c for n, c in remote(own_hub).items() if n != "report.html"}
+    pages = {"report.html", "report-matrices.png"}
+    assert contents(located.folder) == {n: c for n, c in remote(own_hub).items() if n not in pages}
     assert llmprune.inspect("me/pruned")["record_agrees"] is True
     mine, theirs = (llmprune.load(path).state_dict() for path in (out, "me/pruned"))
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
@@ -222,7 +220,8 @@ def test_a_later_push_replaces_an_earlier_one_whole(own_hub, out, make_llama, tm
     llmprune.push(out, "me/pruned")
     deeper = llmprune.prune(make_llama(layers=3), output=tmp_path / "deeper", **PRUNING).output
     pushed = llmprune.push(deeper, "me/pruned")
-    assert pushed["removed"] == sorted(n for n in PUBLISHED if n.endswith("of-00003.safetensors"))
+    shards = sorted(n for n in PUBLISHED if n.endswith("of-00003.safetensors"))
+    assert pushed["removed"] == [*shards, "report-matrices.png"], "of which the second has none"
     assert set(remote(own_hub)) == set(contents(deeper))
 
 
@@ -425,7 +424,7 @@ def test_the_command_says_where_it_lies_and_what_to_do_next(own_hub, out, typed)
     for said in (
         "me/pruned (new, private)",
         f"{own_hub.url}/me/pruned/tree/seventy",
-        "12, ",
+        "13, ",
         "llmprune inspect me/pruned --revision seventy",
     ):
         assert said in shown, shown
@@ -443,7 +442,7 @@ def test_a_packed_folder_is_pushed_and_loaded_from_there(own_hub, out, tmp_path)
     llmprune.convert(out, to="packed", output=tmp_path / "packed")
     llmprune.push(tmp_path / "packed", "me/packed")
     there = remote(own_hub, "me/packed")
-    assert set(there) == PUBLISHED - {"masks.safetensors"}
+    assert set(there) == FILES - {"masks.safetensors"}, "runs of tests draw no plots"
     card = there["README.md"].decode()
     assert "import llmprune  # which knows packed weights\nfrom transformers import" in card
     assert 'from_pretrained("me/packed", dtype="auto")' in card

@@ -15,12 +15,21 @@ from llmprune.recipe import recovery as recipes
 
 
 class Training(NamedTuple):
-    """What a recovery as a part of a run is asked for: a recipe, text, how many tokens, how often read."""
+    """What a recovery as a part of a run is asked for.
+
+    Attributes:
+        recipe: how to train.
+        text: on what.
+        tokens: how many of it, all epochs together.
+        epochs: how often it is read.
+        samples_text: how many texts the models write for the report.
+    """
 
     recipe: Any
     text: Any
     tokens: int | None
     epochs: int
+    samples_text: int | None
 
 
 # Options of pruning that a recovery has too, with the same meaning.
@@ -83,6 +92,7 @@ def prune_and_recover(
         epochs=training.epochs,
         teacher=model,
         output=output,
+        samples_text=training.samples_text,
         **scoring,
         **shared,
     )

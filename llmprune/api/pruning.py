@@ -72,6 +72,7 @@ def prune(
     time_limit: float | None = None,
     dry_run: bool = False,
     evaluation: EvaluationSpec | None = None,
+    samples_text: int | None = 0,
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> Any:
@@ -129,6 +130,7 @@ def prune(
             `LLMPRUNE_TIME_LIMIT`, else 60.
         dry_run: plan the run, and write nothing.
         evaluation: what to score, dense and pruned; `run_model` makes it. None for nothing.
+        samples_text: texts that the dense and the pruned model write for the report, as for `run_model`.
         reporter: an object with `plan`, `stage`, `step` and `note` that is told the plan and the progress.
         progress: draw plan and progress on stderr or in the notebook's cell; None: only in a notebook.
 
@@ -161,7 +163,7 @@ def prune(
     }
     overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
     asked = os.environ.get("LLMPRUNE_TIME_LIMIT") if time_limit is None else time_limit
-    limit = arguments.minutes(asked, choice.TIME_LIMIT)
+    limit, texts = arguments.minutes(asked, choice.TIME_LIMIT), arguments.texts(samples_text)
     named: Any = choice.LIGHT if recipe is None else recipe
     start = None if masks is None else masks_at(Path(masks).expanduser())
     overrides |= {} if start is None else starting.overrides(named, overrides, start)
@@ -210,6 +212,7 @@ def prune(
             offload=offload,
             packed=format == "packed",
             trust_remote_code=trust_remote_code,
+            samples=texts,
             time_limit=(limit * 60 or None) if limited else None,
             remarks=choice.inherited(overrides, chosen) if recipe is None else (),
         )
@@ -285,6 +288,7 @@ def run_model(
     text: Source | AnyPath | None = None,
     tokens: int | None = None,
     epochs: int = 1,
+    samples_text: int | None = None,
     **options: Any,
 ) -> Any:
     """Prune a model as `prune` does, and score it before and after: the main job.
@@ -310,6 +314,9 @@ def run_model(
         text: what to train on.
         tokens: to train on, all epochs together.
         epochs: how often the text is read.
+        samples_text: how many texts both models write for the report, from built-in prompts, the likeliest
+            token each time; at most 8, and 0 for none. None for 2, unless that takes more than 20 seconds
+            and more than a tenth of the run. The record says in `samples` why there are none.
         options: all other parameters of `prune`.
 
     Returns:
@@ -326,7 +333,7 @@ def run_model(
         spec = arguments.evaluation(
             perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
         )
-        return prune(model, evaluation=spec, **options)
+        return prune(model, evaluation=spec, samples_text=samples_text, **options)
     scoring = {
         "perplexity": perplexity,
         "tasks": tasks,
@@ -336,4 +343,6 @@ def run_model(
         "task_data": task_data,
         "limit": limit,
     }
-    return prune_and_recover(model, Training(recover, text, tokens, epochs), scoring, options)
+    arguments.texts(samples_text)  # refused before anything is pruned
+    training = Training(recover, text, tokens, epochs, samples_text)
+    return prune_and_recover(model, training, scoring, options)

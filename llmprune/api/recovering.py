@@ -59,6 +59,7 @@ def recover(
     task_data: AnyPath | None = None,
     limit: int | None = None,
     score: bool = True,
+    samples_text: int | None = None,
     format: str = "dense",
     time_limit: float | None = None,
     dry_run: bool = False,
@@ -98,6 +99,8 @@ def recover(
         perplexity: texts to score, as for `run_model`. tasks, suite, eval_seqlen, include_tasks, task_data,
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
+        samples_text: how many texts the dense model (where it is at hand), the start and the result write
+            for the report, as for `run_model`.
         format: of the weights in that folder: `dense` or `packed`.
         time_limit: minutes that training may take, by estimate: without `recipe` one is taken that fits; a
             recipe that was named runs all the same, after a note. None for no limit.
@@ -126,6 +129,7 @@ def recover(
     chosen = recipes.load(named, overrides)
     minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
+    texts = arguments.texts(samples_text)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -167,6 +171,7 @@ def recover(
             resume=resume,
             restart=restart,
             packed=format == "packed",
+            samples=texts,
             trust_remote_code=trust_remote_code,
         )
         if dry_run:

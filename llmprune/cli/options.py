@@ -146,6 +146,10 @@ RECOVERING = (
     _switch("dry_run", "Print the time and memory that it will need, by part, then stop."),
 )
 
+TEXTS = (
+    _option("samples_text", int, "Texts that the models write for the report, 0 to 8 (2 where it is quick)."),
+)
+
 SCORING = (
     _option(
         "perplexity",

@@ -30,6 +30,7 @@ from llmprune.planning.plan import Findings, Plan, Resources, make_plan, with_sc
 from llmprune.recipe.types import CalibrationSpec, Recipe
 from llmprune.run.measures import measure
 from llmprune.run.reporter import RunReporter
+from llmprune.run.samples import NONE, Wish
 from llmprune.run.shared import Run
 from llmprune.run.trials import search
 from llmprune.text.mixture import plain_sources
@@ -70,6 +71,7 @@ class Options:
     offload: str = "auto"
     packed: bool = False  # whether the weights are stored packed
     trust_remote_code: bool = False
+    samples: Wish = NONE  # texts for the report
     time_limit: float | None = None  # seconds the run should not take, where the user knows of such a limit
     remarks: tuple[str, ...] = ()  # on how the recipe came about
 
