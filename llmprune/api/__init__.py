@@ -3,6 +3,7 @@
 from llmprune.api.acceleration import accelerate
 from llmprune.api.benching import bench
 from llmprune.api.checkpoints import evaluate, inspect, load, push
+from llmprune.api.comparing import Comparison, compare
 from llmprune.api.conversion import convert
 from llmprune.api.generation import generate
 from llmprune.api.literature import published
@@ -13,12 +14,14 @@ from llmprune.api.result import DryRun, RecoveryDryRun, Result, plan_summary
 from llmprune.api.training import MaskKeeper, merge_adapter
 
 __all__ = [
+    "Comparison",
     "DryRun",
     "MaskKeeper",
     "RecoveryDryRun",
     "Result",
     "accelerate",
     "bench",
+    "compare",
     "convert",
     "evaluate",
     "generate",
