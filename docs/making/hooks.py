@@ -1,7 +1,8 @@
 """What makes a site of pages that are written for the folder: links that leave `docs/`.
 
-README, CONTRIBUTING and CHANGELOG become pages, pictures from elsewhere are copied. Whatever else lies outside
-`docs/` becomes a link into the repository where `mkdocs.yml` names one (`repo_url`), and plain text where not.
+README, CONTRIBUTING and CHANGELOG become pages, pictures from elsewhere are copied. Whatever else lies
+outside `docs/` becomes a link into the repository where `mkdocs.yml` names one (`repo_url`), and plain text
+where not.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links of one page, as the site needs them; blocks of code stay as they are."""
     folder = PurePosixPath("docs", page.file.src_uri).parent
-    source = PurePosixPath(SOURCES.get(page.file.src_uri, "docs/x")).parent if folder.name == "docs" else folder
+    source = (
+        PurePosixPath(SOURCES.get(page.file.src_uri, "docs/x")).parent if folder.name == "docs" else folder
+    )
     parts = FENCES.split(markdown)
     parts[::2] = [LINK.sub(lambda found: _link(found, source, config, files), part) for part in parts[::2]]
     return "".join(parts)
