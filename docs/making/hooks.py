@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TOP = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 SOURCES = {page: source for source, page in TOP.items()}
 FENCES = re.compile(r"(^```.*?^```$)", re.M | re.S)
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
+# A link or picture; a span of code is passed over, unless it stands in the text of a link.
+LINK = re.compile(r"`[^`\n]*`|(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
@@ -49,7 +50,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def _link(found: re.Match[str], source: PurePosixPath, config: Any, files: Files) -> str:
     """The link of a page in the folder `source` of the repository, for a page at the top of the site."""
     picture, text, target, anchor = found.groups()
-    if "://" in target or target.startswith("mailto:"):
+    if target is None or "://" in target or target.startswith("mailto:"):
         return found[0]
     place = normpath(str(source / target))
     if place.startswith("docs/"):
@@ -65,7 +66,7 @@ def _link(found: re.Match[str], source: PurePosixPath, config: Any, files: Files
 
 def _copied(place: str, config: Any, files: Files) -> str:
     """Where the site holds a copy of a picture of the repository."""
-    name = f"pictures/{Path(place).name}"
+    name = f"copied/{place}"
     if files.get_file_from_path(name) is None:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / place)))
     return name
