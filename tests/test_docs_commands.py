@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +61,9 @@ NOT_RUN = {
     ("large-models.md", "accelerate launch"): SEVERAL,
     ("large-models.md", "torchrun --nnodes"): SEVERAL,
     ("models.md", "llmprune run gpt-oss-20b"): HUB,
+    ("pictures.md", "python eval/bench/make_model.py"): "a model of 0.1 B parameters",
+    ("pictures.md", "llmprune prune big"): "a model of 0.1 B parameters",
+    ("pictures.md", "llmprune bench big"): "a model of 0.1 B parameters",
     ("published.md", "import llmprune"): f"{OWN_TEST} test_literature.py",
     ("push.md", "llmprune push demo-0.7"): f"{HUB}; test_hub_upload.py has one of its own",
     ("recover.md", "torchrun --nproc"): SEVERAL,
@@ -77,6 +79,14 @@ SLOW = {
     ("README.md", "llmprune bench OUTPUT_FOLDER"),
     ("bench.md", "llmprune bench out-0.7;"),
     ("bench.md", "llmprune bench out-0.7 --values"),
+    ("pictures.md", "llmprune run demo --recipe sparsegpt --sparsity 0.7 --samples 32"),
+    ("pictures.md", "llmprune recover demo-0.7"),
+    ("pictures.md", "llmprune run demo --recipe wanda --sparsity 0.6"),
+    ("pictures.md", "llmprune run demo --recipe wanda --sparsity 0.7"),
+    ("pictures.md", "llmprune run demo --recipe sparsegpt --sparsity 0.5"),
+    ("pictures.md", "llmprune run demo --recipe sparsegpt --sparsity 0.6"),
+    ("pictures.md", "llmprune run demo --recipe sparsegpt --sparsity 0.7 --samples 16"),
+    ("pictures.md", "llmprune compare"),
 }
 ENDS_WITH = {("mask.md", "llmprune mask check tuned"): 1}  # it finds what the fine-tune has filled
 
@@ -166,13 +176,13 @@ def questions(place):
         file.write(8 * (json.dumps(pair) + "\n"))
 
 
-def pruned(place, source="demo"):
+def pruned(place, source):
     llmprune.prune(source, output=place, recipe="wanda", samples=4, seqlen=32, calibration="builtin")
 
 
 def tuned(place):
     """The demo, pruned, and then trained by someone who knew nothing of masks."""
-    pruned(place)
+    pruned(place, "demo")
     shard = next(place.glob("model-00001*.safetensors"))
     weights = {name: torch.where(weight == 0, 0.01, weight) for name, weight in load_file(shard).items()}
     save_file({name: weight.to(torch.bfloat16) for name, weight in weights.items()}, shard)
@@ -191,10 +201,10 @@ STAND_INS = {
     "docs.jsonl": rows,
     "docs.parquet": rows,
     "runs/demo-0.7": demo_of_make,
-    "OUTPUT_FOLDER": pruned,
-    "OTHER_FOLDER": pruned,
+    "OUTPUT_FOLDER": lambda place: pruned(place, "path/to/model"),
+    "OTHER_FOLDER": lambda place: pruned(place, "path/to/model"),
     "tuned": tuned,
-    "out-0.5/masks": lambda place: pruned(place.parent),
+    "out-0.5/masks": lambda place: pruned(place.parent, "path/to/model"),
 }
 
 
@@ -225,9 +235,7 @@ def reader(tmp_path, monkeypatch, make_llama, cli):
                 make(tmp_path / name)
         names = {"__name__": "page", **(kernels() if wanted[0].page == "kernels.md" else {})}
         for step in wanted:
-            begun = time.perf_counter()
             do(step, names, cli)
-            print(f"{time.perf_counter() - begun:6.1f} s  {step.page}  {step.text.splitlines()[0][:90]}")
 
     return call
 
