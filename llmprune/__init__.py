@@ -36,6 +36,7 @@ __all__ = [
     "push",
     "recover",
     "run_model",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         push,
         recover,
         run_model,
+        sweep,
     )
 
 
