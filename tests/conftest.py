@@ -118,16 +118,18 @@ def own_log():
 
 @pytest.fixture(autouse=True)
 def no_plot():
-    """Runs of tests draw no plot: it takes longer than all the rest of a run this small.
+    """Runs of tests draw no plot and write no texts unless they ask for them: both take longer than all the
+    rest of a run this small.
 
-    Models that several tests read have one.
+    Models that several tests read have them.
     """
     from llmprune.record import report
+    from llmprune.run import samples
 
-    real = report._plot, report._curves
-    report._plot, report._curves = lambda matrices: "", lambda recovery: None
+    real = report.draw, samples.DEFAULT
+    report.draw, samples.DEFAULT = lambda folder, record: None, 0
     yield
-    report._plot, report._curves = real
+    report.draw, samples.DEFAULT = real
 
 
 @pytest.fixture(scope="session")

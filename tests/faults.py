@@ -31,9 +31,15 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import llmprune  # noqa: E402
 from llmprune.record import report  # noqa: E402
+from llmprune.run import samples  # noqa: E402
 
 REPORT = report.html_report
 OLD_CARD = b"years of work"  # of `old_output`
+
+
+def _plain():
+    """Without plots and texts, which are most of the time of a run this small, and the same every time."""
+    report.draw, samples.DEFAULT = lambda folder, record: None, 0
 
 
 class Faulty:
@@ -128,9 +134,7 @@ def child(job, output, resume=False, faulty=None, quiet=True):
     try:
         if quiet:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        report._plot = lambda matrices: (
-            ""
-        )  # the plot is most of the time of a run this small, and the same every time
+        _plain()
         if faulty:
             faulty.install()
         job(output, resume)
@@ -201,7 +205,7 @@ class Campaign:
         reading, writing = os.pipe()
         faulty = Faulty(-1, kill)
         if not os.fork():
-            report._plot = lambda matrices: ""
+            _plain()
             faulty.install()
             job(self.root / "counted")
             os.write(writing, str(faulty.count).encode())

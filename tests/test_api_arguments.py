@@ -233,6 +233,7 @@ WRONG = {
     "recover": [5, b"perp", "", ["perp"]],
     "epochs": [None, "2", 1.5, True, 0],
     "score": [None, 1, "yes"],
+    "samples_text": [-1, 9, "2", 1.5, True],
     "rows": [0, [], [1.5], "16", [True], None],
     "report": [5, "print"],
     "overwrite": [1, "yes", None],

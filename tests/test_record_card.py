@@ -18,7 +18,7 @@ def test_card_and_report_are_filled_in(finished):
         and 'AutoTokenizer.from_pretrained("my-model")' in text
     )
     assert "PATH_OR_ID" not in text and share in text and share in page
-    assert "| | dense | pruned | change | |" in text and "<th>change</th>" in page
+    assert "| | dense | pruned | change | |" in text and '<th scope="col">change</th>' in page
     folded = re.search(r"<details><summary>.*?</summary>\n\n```yaml\n(.*?)```\n\n</details>", text, re.DOTALL)
     assert yaml.safe_load(folded[1]) == record["recipe"]
     assert "from_pretrained(&quot;my-model&quot;" in page and "<details>" in page

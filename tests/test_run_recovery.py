@@ -38,8 +38,7 @@ def recover(start, text, output, recipe="masked-finetuning", steps=10, settings=
         recipe=recipe,
         settings=given,
         score=False,
-        dtype="float32",
-        **options,
+        **{"dtype": "float32", "epochs": 3, **options},
     ).record
 
 
@@ -75,8 +74,10 @@ def test_a_fixed_mask_stays_and_the_kept_weights_move(starts, text, tmp_path, st
     assert counted["record_agrees"] and counted["sparsity"] == pytest.approx(record["totals"]["sparsity"])
 
 
-def test_the_start_is_saved_where_no_step_is_better(starts, text, tmp_path):
-    record = recover(starts / "half", text, tmp_path / "out", settings={"rate.rate": 5.0, "clip": 0.0})
+def test_the_start_is_saved_where_no_step_is_better(starts, text, tmp_path, monkeypatch):
+    losses = iter(range(5, 100))  # whatever a processor makes of a rate that is too high
+    monkeypatch.setattr(training.Loop, "error", lambda loop, terms: float(next(losses)))
+    record = recover(starts / "half", text, tmp_path / "out")
     assert record["recovery"]["best_step"] == 0
     assert weights(tmp_path / "out").keys() == weights(starts / "half").keys()
     for name, tensor in weights(tmp_path / "out").items():
@@ -183,6 +184,16 @@ def test_a_dense_model_is_pruned_as_it_trains(tiny_llama, text, tmp_path, recipe
     assert record["recovery"]["best_step"] > 0
 
 
+def test_a_soup_prunes_a_dense_model_in_phases(tiny_llama, text, tmp_path):
+    settings = {"soup.copies": 2, "soup.phases": 2, "rates": [1e-3, 1e-4]}
+    record = recover(tiny_llama, text, tmp_path / "out", "soup", 12, settings, sparsity=0.75)
+    for keep in read_masks(tmp_path / "out" / "masks.safetensors").values():
+        assert bool(((~keep).sum(1) == int(0.75 * keep.shape[1])).all())
+    curve = record["recovery"]["curve"]
+    assert {round(row["sparsity"], 1) for row in curve[:6]} == {0.5}
+    assert {round(row["sparsity"], 2) for row in curve[6:]} == {0.75} and record["recovery"]["best_step"] > 6
+
+
 def test_a_dense_control_trains_without_masks(tiny_llama, text, tmp_path):
     record = recover(tiny_llama, text, tmp_path / "out", sparsity=0)
     assert record["totals"]["sparsity"] < 0.01 and record["recovery"]["best_step"] > 0
@@ -203,9 +214,14 @@ def test_mixed_formats_and_wrong_starts_are_refused(starts, tiny_llama, text, tm
     refused("name it with --teacher", recipe="squarehead")
     refused("one is held out; give more", given=text[:1])
     refused("no such folder", start=tmp_path / "nothing")
+    refused("dense itself; first prune it", tiny_llama, recipe="ebft", sparsity=0)
+    refused("prunes, and sparsity 0 prunes nothing", tiny_llama, recipe="gmp", sparsity=0)
+    refused("text is sequences of 32 tokens, got seqlen 16; leave it out", seqlen=16)
     refused(
-        "loss became|held-out loss became", settings={"rate.rate": 10.0, "optimizer.name": "sgd"}
-    ) if 0 else None
+        r"19 sequences of 32 tokens, in epochs 2, are 1,216 tokens, got tokens 1,280; .* epochs 3", epochs=2
+    )
+    soup = {"soup.copies": 3, "soup.phases": 2}
+    refused("are 5 steps of 128; give at least tokens 768", recipe="soup", settings=soup, steps=5)
 
 
 def test_another_teacher_is_refused(starts, make_llama, text, tmp_path):
@@ -271,7 +287,7 @@ def test_a_lack_of_memory_in_a_step_halves_the_sequences(starts, text, tmp_path,
 
 
 def test_the_dry_run_plans_and_writes_nothing(starts, text, tmp_path):
-    given = {"text": text, "tokens": 1280, "output": tmp_path / "out", "score": False, "dry_run": True}
+    given = {"text": text, "tokens": 700, "output": tmp_path / "out", "score": False, "dry_run": True}
     plans = {
         recipe: llmprune.recover(starts / "half", recipe=recipe, **given).plan
         for recipe in ("masked-finetuning", "masklora", "perp")
@@ -297,6 +313,7 @@ def test_pruning_and_recovery_as_one_job(tiny_llama, calibration_tokens, text, t
         recover="masked-finetuning",
         text=text,
         tokens=1280,
+        epochs=2,
         **options,
         **scoring,
     )
@@ -310,6 +327,7 @@ def test_pruning_and_recovery_as_one_job(tiny_llama, calibration_tokens, text, t
         recover="masked-finetuning",
         text=text,
         tokens=1280,
+        epochs=2,
         resume=True,
         **options,
         **scoring,
@@ -323,6 +341,15 @@ def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):
         ({"recover": "perp", "text": "builtin"}, "got no tokens"),
         ({"recover": "prep", "text": "builtin", "tokens": 5}, "unknown recipe of recovery 'prep'"),
         ({"text": "builtin"}, "text is of a recovery"),
+        ({"epochs": 2}, "epochs is of a recovery"),
+        (
+            {"recover": "perp", "text": ["short"], "tokens": 5000},
+            "in memory holds .* tokens, and .* more --epochs",
+        ),
+        (
+            {"recover": "perp", "text": torch.zeros(9, 8).long(), "tokens": 100},
+            "give fewer tokens, or epochs 2",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             llmprune.run_model(tiny_llama, output=tmp_path / "out", sparsity=0.5, **options)
@@ -350,7 +377,7 @@ def test_text_that_is_scored_is_not_trained_on(starts, tmp_path):
 def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, tmp_path, monkeypatch):
     from llmprune.machine import device
 
-    given = {"text": text, "tokens": 1280, "output": tmp_path / "out", "score": False, "dry_run": True}
+    given = {"text": text, "tokens": 700, "output": tmp_path / "out", "score": False, "dry_run": True}
 
     def chosen(**options):
         return llmprune.recover(starts / "half", **given, **options).recipe
@@ -361,6 +388,13 @@ def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, 
     needed = llmprune.recover(starts / "half", recipe="masklora", **given).plan.memory
     monkeypatch.setattr(device, "available_memory", lambda: needed + 1000)
     assert chosen().name == "masklora" and "needs" in chosen().chosen
+    assert chosen(time_limit=60).name == "masklora"
+    with pytest.raises(
+        ValueError, match=r"within time limit 1e-06 here: perp, the quickest, would take about"
+    ):
+        chosen(time_limit=1e-6)
+    with pytest.raises(ValueError, match="minutes from 0, got -1"):
+        chosen(time_limit=-1)
     monkeypatch.setattr(device, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="training needs about"):
         chosen()

@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--score", default="builtin")
-    parser.add_argument("--calibration", default="", help="text of the starts; that of their recipe if not given")
+    parser.add_argument(
+        "--calibration", default="", help="text of the starts; that of their recipe if not given"
+    )
     parser.add_argument("--dtype", default="float32", help="of the forward and backward passes")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--epochs", type=int, default=1)

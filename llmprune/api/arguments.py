@@ -20,6 +20,8 @@ import torch
 from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec, TaskFiles, evaluation_spec
 from llmprune.recipe.types import Recipe
+from llmprune.run.samples import Wish
+from llmprune.text.prompts import MOST
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -233,6 +235,17 @@ def _reporter(name: str, value: Any) -> Any:
     return value
 
 
+def minutes(given: Any, otherwise: float) -> float:
+    """A time limit in minutes, a number or the text of one; `otherwise` where none is given."""
+    try:
+        limit = otherwise if given is None else float(given)
+    except (TypeError, ValueError):
+        limit = -1.0
+    if isinstance(given, bool) or not limit >= 0:
+        raise ValueError(f"the time limit must be a number of minutes from 0, got {shown(given)}")
+    return limit
+
+
 CHECKS: Mapping[str, Check] = {
     "model": any_model,
     "path": _stored_model,
@@ -247,6 +260,7 @@ CHECKS: Mapping[str, Check] = {
     "text": _calibration,
     "tokens": _whole,
     "epochs": _some,
+    "samples_text": _whole,
     "recover": _recipe,
     "score": _flag,
     "sparsity": _number,
@@ -336,6 +350,13 @@ def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def texts(samples_text: int | None) -> Wish:
+    """How many texts a report shall have. Raises `ValueError` for a number out of range."""
+    if samples_text is not None and not 0 <= samples_text <= MOST:
+        raise ValueError(f"samples_text must be a whole number from 0 to {MOST}, got {samples_text}")
+    return Wish.of(samples_text)
 
 
 def evaluation(

@@ -7,17 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmprune.api.recovering import recover
+from llmprune.api.recovering import is_ready, recover, training_rows
 from llmprune.api.result import DryRun
+from llmprune.machine import processes
+from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe import recovery as recipes
 
 
 class Training(NamedTuple):
-    """What a recovery as a part of a run is asked for: a recipe, text, and how many tokens of it."""
+    """What a recovery as a part of a run is asked for.
+
+    Attributes:
+        recipe: how to train.
+        text: on what.
+        tokens: how many of it, all epochs together.
+        epochs: how often it is read.
+        samples_text: how many texts the models write for the report.
+    """
 
     recipe: Any
     text: Any
     tokens: int | None
+    epochs: int
+    samples_text: int | None
 
 
 # Options of pruning that a recovery has too, with the same meaning.
@@ -43,7 +55,7 @@ def prune_and_recover(
 
     Args:
         model: by name or folder; the teacher, where the recipe needs one.
-        training: recipe, text and tokens.
+        training: recipe, text, tokens and epochs.
         scoring: what is scored, by the parameters of `recover`.
         options: of `prune`.
 
@@ -63,20 +75,40 @@ def prune_and_recover(
         raise ValueError(
             "--recover trains values as they are; round them afterwards: llmprune convert --values"
         )
-    recipes.load(training.recipe)
+    _check_text(model, training, options)
     output = Path(os.fspath(options["output"])).expanduser()
     start = output.with_name(f"{output.name}-pruned")
     pruned = prune(model, **{**options, "output": start, "format": "dense"})
     if isinstance(pruned, DryRun):
         return pruned
     shared = {key: options[key] for key in _SHARED if options.get(key) is not None}
+    if is_ready(training.text):  # then `seqlen` is of the calibration text alone
+        shared.pop("seqlen", None)
     return recover(
         start,
         recipe=training.recipe,
         text=training.text,
         tokens=training.tokens,
+        epochs=training.epochs,
         teacher=model,
         output=output,
+        samples_text=training.samples_text,
         **scoring,
         **shared,
     )
+
+
+def _check_text(model: Any, training: Training, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where recipe or text will not do, which is known before anything is pruned."""
+    recipe = recipes.load(training.recipe)
+    opening = OpenOptions(
+        revision=options.get("revision"),
+        device="cpu",
+        trust_remote_code=options.get("trust_remote_code", False),
+        blocks=options.get("blocks"),
+    )
+    length = None if is_ready(training.text) else options.get("seqlen")
+    team = processes.current()
+    opened = team.in_turn(lambda: open_model(model, opening))
+    tokens, reading = training.tokens or 0, (training.epochs, length)
+    team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))

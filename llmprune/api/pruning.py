@@ -72,6 +72,7 @@ def prune(
     time_limit: float | None = None,
     dry_run: bool = False,
     evaluation: EvaluationSpec | None = None,
+    samples_text: int | None = 0,
     reporter: RunReporter | None = None,
     progress: bool | None = None,
 ) -> Any:
@@ -129,6 +130,7 @@ def prune(
             `LLMPRUNE_TIME_LIMIT`, else 60.
         dry_run: plan the run, and write nothing.
         evaluation: what to score, dense and pruned; `run_model` makes it. None for nothing.
+        samples_text: texts that the dense and the pruned model write for the report, as for `run_model`.
         reporter: an object with `plan`, `stage`, `step` and `note` that is told the plan and the progress.
         progress: draw plan and progress on stderr or in the notebook's cell; None: only in a notebook.
 
@@ -160,7 +162,8 @@ def prune(
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }
     overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
-    limit = _time_limit(time_limit)
+    asked = os.environ.get("LLMPRUNE_TIME_LIMIT") if time_limit is None else time_limit
+    limit, texts = arguments.minutes(asked, choice.TIME_LIMIT), arguments.texts(samples_text)
     named: Any = choice.LIGHT if recipe is None else recipe
     start = None if masks is None else masks_at(Path(masks).expanduser())
     overrides |= {} if start is None else starting.overrides(named, overrides, start)
@@ -209,6 +212,7 @@ def prune(
             offload=offload,
             packed=format == "packed",
             trust_remote_code=trust_remote_code,
+            samples=texts,
             time_limit=(limit * 60 or None) if limited else None,
             remarks=choice.inherited(overrides, chosen) if recipe is None else (),
         )
@@ -251,19 +255,6 @@ def run_inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: Evaluation
     return input_files([*named, *(evaluation.inputs if evaluation else ())])
 
 
-def _time_limit(given: float | None) -> float:
-    """Minutes that `best` may take to be chosen: as given, else from the environment, else the default."""
-    text = os.environ.get("LLMPRUNE_TIME_LIMIT") if given is None else None
-    try:
-        limit = float(text) if text is not None else choice.TIME_LIMIT if given is None else float(given)
-    except (TypeError, ValueError):
-        limit = -1.0
-    if isinstance(given, bool) or not limit >= 0:
-        value = shown(text if given is None else given)
-        raise ValueError(f"the time limit must be a number of minutes from 0, got {value}")
-    return limit
-
-
 def default_output(model: Model, recipe: Recipe, own: Recipe) -> Path:
     """The folder of a run that names none: MODEL-RECIPE-SPARSITY, with the methods exchanged in the recipe.
 
@@ -296,6 +287,8 @@ def run_model(
     recover: AnyPath | Mapping[str, Any] | None = None,
     text: Source | AnyPath | None = None,
     tokens: int | None = None,
+    epochs: int = 1,
+    samples_text: int | None = None,
     **options: Any,
 ) -> Any:
     """Prune a model as `prune` does, and score it before and after: the main job.
@@ -316,9 +309,14 @@ def run_model(
         include_tasks: a folder with lm-eval task files of your own.
         task_data: a folder with the files of the tasks `rte_local` and `blimp_local`.
         limit: at most so many windows per text and documents per task; None for all.
-        recover: a recipe of recovery; see `llmprune.recover`, which takes `text` and `tokens` as this does.
+        recover: a recipe of recovery; see `llmprune.recover`, which takes `text`, `tokens` and `epochs` as
+            this does.
         text: what to train on.
-        tokens: to train on.
+        tokens: to train on, all epochs together.
+        epochs: how often the text is read.
+        samples_text: how many texts both models write for the report, from built-in prompts, the likeliest
+            token each time; at most 8, and 0 for none. None for 2, unless that takes more than 20 seconds
+            and more than a tenth of the run. The record says in `samples` why there are none.
         options: all other parameters of `prune`.
 
     Returns:
@@ -329,13 +327,13 @@ def run_model(
     """
     trust = options.get("trust_remote_code", False)
     if recover is None:
-        for name, value in (("text", text), ("tokens", tokens)):
-            if value is not None:
-                raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
+        given = {"text": text is not None, "tokens": tokens is not None, "epochs": epochs != 1}
+        for name in filter(given.get, given):
+            raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
         spec = arguments.evaluation(
             perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
         )
-        return prune(model, evaluation=spec, **options)
+        return prune(model, evaluation=spec, samples_text=samples_text, **options)
     scoring = {
         "perplexity": perplexity,
         "tasks": tasks,
@@ -345,4 +343,6 @@ def run_model(
         "task_data": task_data,
         "limit": limit,
     }
-    return prune_and_recover(model, Training(recover, text, tokens), scoring, options)
+    arguments.texts(samples_text)  # refused before anything is pruned
+    training = Training(recover, text, tokens, epochs, samples_text)
+    return prune_and_recover(model, training, scoring, options)

@@ -17,14 +17,16 @@ from llmprune.api.recovery_start import aim_of, base_of, chosen_lesson, masking_
 from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
+from llmprune.calibration.packing import Shortage
 from llmprune.checkpoint.replacement import MODEL, check_output, input_files
-from llmprune.common.messages import shown
+from llmprune.common.messages import duration, shown
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
 from llmprune.model.opening import Model, OpenOptions, open_model
+from llmprune.planning.training import TrainingPlan
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.run.lesson import Lesson
+from llmprune.run.lesson import Lesson, held_count
 from llmprune.run.preparation import Options, Source
 from llmprune.run.recovery import Recovery, steps_of
 from llmprune.run.reporter import RunReporter
@@ -57,7 +59,9 @@ def recover(
     task_data: AnyPath | None = None,
     limit: int | None = None,
     score: bool = True,
+    samples_text: int | None = None,
     format: str = "dense",
+    time_limit: float | None = None,
     dry_run: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -95,7 +99,11 @@ def recover(
         perplexity: texts to score, as for `run_model`. tasks, suite, eval_seqlen, include_tasks, task_data,
             limit: likewise.
         score: whether the dense model, the start and the result are scored.
+        samples_text: how many texts the dense model (where it is at hand), the start and the result write
+            for the report, as for `run_model`.
         format: of the weights in that folder: `dense` or `packed`.
+        time_limit: minutes that training may take, by estimate: without `recipe` one is taken that fits; a
+            recipe that was named runs all the same, after a note. None for no limit.
         dry_run: plan the recovery, and write nothing.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or a torch.device.
         dtype: of forward and backward passes: `auto`, `float32`, `bfloat16` or a torch.dtype; what is trained
@@ -119,7 +127,9 @@ def recover(
     named: Any = recipes.DEFAULT if recipe is None else recipe
     overrides = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     chosen = recipes.load(named, overrides)
+    minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
+    texts = arguments.texts(samples_text)
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -139,7 +149,7 @@ def recover(
         model = team.in_turn(lambda: opened_at(path, revision))
         masking = masking_of(model, masks)
         aim = aim_of(chosen, masking, sparsity, pattern, path)
-        rows = team.on_first(lambda: _rows(model, chosen, text, tokens, (epochs, seqlen)))
+        rows = team.on_first(lambda: training_rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
         if prepared is not None:
             check_apart(rows.tokens, prepared.rows)
@@ -149,9 +159,10 @@ def recover(
             return Lesson(model, wanted, rows, team, masking, aim, base)
 
         if recipe is None:
-            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens))
+            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens), minutes)
         else:
             lesson = lesson_of(chosen)
+            _note_time(lesson.plan(steps_of(lesson, tokens)), minutes, report)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -160,6 +171,7 @@ def recover(
             resume=resume,
             restart=restart,
             packed=format == "packed",
+            samples=texts,
             trust_remote_code=trust_remote_code,
         )
         if dry_run:
@@ -189,12 +201,39 @@ def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str
         raise ValueError(f"format must be dense or packed, got {shown(format)}")
 
 
-def _rows(
+def _note_time(plan: TrainingPlan, limit: float, report: RunReporter) -> None:
+    """Say that a recipe that was named will take longer than the limit."""
+    if plan.seconds > 60 * limit:
+        report.note(
+            f"training will take about {duration(plan.seconds)}, more than --time-limit {limit:g}; fewer "
+            "--tokens take less, and without --recipe one that fits is taken"
+        )
+
+
+def is_ready(text: Any) -> bool:
+    """Whether a text is sequences of tokens already, which are used as they are."""
+    return isinstance(text, torch.Tensor) or (
+        isinstance(text, (str, os.PathLike)) and os.fspath(text).endswith(".safetensors")
+    )
+
+
+def training_rows(
     model: Model, recipe: RecoveryRecipe, text: Any, tokens: int, reading: tuple[int, int | None]
 ) -> CalibrationSet:
-    """The sequences to train on, and those held out beside them."""
+    """The sequences to train on, and those held out beside them.
+
+    Args:
+        model: with tokenizer.
+        recipe: says how much is held out, and the seed.
+        text: a source, strings or tokens.
+        tokens: to train on.
+        reading: how often the text is read, and the tokens per sequence (None for the usual number).
+
+    Raises:
+        ValueError: text that is too short, or sequences of another length.
+    """
     epochs, length = reading
-    ready = isinstance(text, torch.Tensor) or (isinstance(text, str) and text.endswith(".safetensors"))
+    ready = is_ready(text)
     length = length or default_length(model.limit)
     samples = math.ceil(tokens / (length * epochs))
     if samples < 2 and not ready:
@@ -210,10 +249,35 @@ def _rows(
         vocabulary=model.skeleton.vocabulary,
         seed=recipe.seed,
     )
-    rows = calibrations.build(text, model.tokenizer, request)
-    if len(rows.tokens) < 2:
-        raise ValueError(f"the text has {len(rows.tokens)} sequence, and one is held out; give more")
+    try:
+        rows = calibrations.build(text, model.tokenizer, request)
+    except ValueError as error:
+        if not isinstance(error.__cause__, Shortage):
+            raise
+        name = shown(text) if isinstance(text, (str, os.PathLike)) else "in memory"
+        raise ValueError(
+            f"the text {name} holds {error.__cause__.tokens:,} tokens, and {(samples + held) * length:,} are "
+            f"needed for tokens {tokens:,} in epochs {epochs} and what is held out; give more text, fewer "
+            "--tokens or more --epochs"
+        ) from None
+    if ready:
+        _check_ready(rows.tokens, recipe.held_out, tokens, reading)
     return rows
+
+
+def _check_ready(rows: torch.Tensor, held_out: float, tokens: int, reading: tuple[int, int | None]) -> None:
+    """Raise `ValueError` where sequences that are used as they are have another length, or are too few."""
+    (count, own), (epochs, length) = rows.shape, reading
+    if length not in (None, own):
+        raise ValueError(f"the text is sequences of {own} tokens, got seqlen {length}; leave it out")
+    if count < 2:
+        raise ValueError(f"the text has {count} sequence, and one is held out; give more")
+    left = count - held_count(count, own, held_out)
+    if left * own * epochs < tokens:
+        raise ValueError(
+            f"{left} sequences of {own} tokens, in epochs {epochs}, are {left * own * epochs:,} tokens, got "
+            f"tokens {tokens:,}; give fewer tokens, or epochs {math.ceil(tokens / (left * own))}"
+        )
 
 
 def _read(text: Any, masks: Any, teacher: Any) -> list[tuple[str, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.stored_masks import holds_masks, masks_at
-from llmprune.common.messages import shown, size_text
+from llmprune.common.messages import duration, shown, size_text
 from llmprune.contracts import Pattern
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
@@ -31,6 +32,7 @@ def chosen_lesson(
     lesson_of: Callable[[RecoveryRecipe], Lesson],
     overrides: Mapping[str, Any],
     steps: Callable[[Lesson], int],
+    limit: float,
 ) -> Lesson:
     """The lesson with the first recipe of `CHOICES` that can be followed here.
 
@@ -38,11 +40,13 @@ def chosen_lesson(
         lesson_of: raises `ValueError` where a recipe needs a dense model that is not at hand.
         overrides: fields of the recipe by dotted key.
         steps: how many it would take.
+        limit: minutes that it may take, by estimate.
 
     Raises:
-        ValueError: none fits; the message is that of the last.
+        ValueError: none fits; the message is that of the last, or names the quickest.
     """
     reasons: list[str] = []
+    quickest: tuple[float, str] = (math.inf, "")
     for name in CHOICES:
         recipe = recipes.load(name, overrides)
         try:
@@ -53,12 +57,20 @@ def chosen_lesson(
             reasons.append(str(error))
             continue
         plan = lesson.plan(steps(lesson))
-        if plan.memory <= plan.available:
+        if plan.memory > plan.available:
+            reasons.append(f"{name} needs {size_text(plan.memory)}, {size_text(plan.available)} are free")
+        elif plan.seconds > 60 * limit:
+            reasons.append(f"{name} would take about {duration(plan.seconds)} (--time-limit {limit:g})")
+            quickest = min(quickest, (plan.seconds, name))
+        else:
             why = f"the best that fits here: {reasons[0]}" if reasons else "the usual one, and it fits"
             return dataclasses.replace(lesson, recipe=dataclasses.replace(recipe, chosen=why))
-        reasons.append(f"{name} needs {size_text(plan.memory)}, {size_text(plan.available)} are free")
-    plan.check()
-    raise AssertionError("a plan that fits was refused")
+    if not quickest[1]:
+        plan.check()
+    raise ValueError(
+        f"no recipe trains {plan.tokens:,} tokens within time limit {limit:g} here: {quickest[1]}, the "
+        f"quickest, would take about {duration(quickest[0])}; give fewer --tokens, or a higher --time-limit"
+    )
 
 
 def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
@@ -93,10 +105,10 @@ def aim_of(
     name = pattern or "unstructured"
     wanted = resolve_sparsity(name, sparsity)
     if masking is None and wanted == 0:
-        if recipe.moves:
-            raise ValueError(f"recipe {recipe.name} moves masks, which sparsity 0 has none of; take another")
+        if recipe.prunes:
+            raise ValueError(f"recipe {recipe.name} prunes, and sparsity 0 prunes nothing; take another")
         return None
-    if not recipe.moves:
+    if not recipe.prunes:
         first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
         raise ValueError(
             f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
@@ -125,6 +137,11 @@ def base_of(
     needed = (
         recipe.teaches or recipe.trainable_class().revives or recipe.trainable.options.get("grown") == "dense"
     )
+    if teacher is None and masking is None and recipe.scope == "block":
+        raise ValueError(
+            f"recipe {recipe.name} tunes the blocks of a pruned model towards those of the dense one, and "
+            f"{model.label} is dense itself; first prune it: llmprune prune"
+        )
     if teacher is None and (masking is None or not needed):
         return None
     name = teacher if teacher is not None else _recorded(model)

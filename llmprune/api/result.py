@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.api.notebook import data_frame, html_table
-from llmprune.common.messages import size_text
+from llmprune.common.messages import duration, size_text
 from llmprune.planning.plan import Plan
 from llmprune.planning.training import TrainingPlan
 from llmprune.recipe.recovery import RecoveryRecipe
@@ -128,7 +128,7 @@ class RecoveryDryRun:
         return [
             ("recipe", f"{self.recipe.name}: {self.recipe.description}"),
             ("trained", f"{plan.trained:,} numbers for {plan.weights:,} weights of matrices"),
-            ("steps", f"{plan.steps:,}, {plan.tokens:,} tokens"),
+            ("steps", f"{plan.steps:,}, {plan.tokens:,} tokens: about {duration(plan.seconds)}"),
             (
                 "memory",
                 f"about {size_text(plan.memory)} of {size_text(plan.available)} free, "
@@ -158,6 +158,7 @@ def _training_summary(dry: RecoveryDryRun) -> dict[str, Any]:
         "trained": plan.trained,
         "steps": plan.steps,
         "tokens": plan.tokens,
+        "seconds": round(plan.seconds, 1),
         "memory_bytes": plan.memory,
         "memory_bytes_by_part": plan.parts,
         "memory_bytes_per_weight": plan.per_weight,

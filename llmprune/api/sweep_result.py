@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.api.notebook import data_frame, html_table
-from llmprune.common.messages import size_text
+from llmprune.common.messages import duration, size_text
 from llmprune.planning.cells import SweepPlan
 from llmprune.planning.grid import Cell
-from llmprune.record.figures import duration
 from llmprune.record.sweep_table import figures_of, markdown, tables_of
 from llmprune.record.sweeps import FAILED
 

@@ -1,4 +1,4 @@
-"""The Python function `sweep`: a grid of recipes, pruned and scored into one record, one table and one plot."""
+"""The Python function `sweep`: a grid of recipes, pruned and scored; one record, one table, one plot."""
 
 from __future__ import annotations
 

@@ -17,6 +17,14 @@ _BATCH = 64  # documents tokenised together
 _SPREAD = 8  # from a finite source, rows are drawn out of up to this many times as many
 
 
+class Shortage(Exception):
+    """The cause of a `ValueError` for a text that is too short: `tokens` are what it holds."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
+
+
 def _batches(documents: Iterable[Document]) -> Iterator[list[str] | Document]:
     """Short documents in batches that are tokenised together, long ones alone; empty ones are left out.
 
@@ -68,13 +76,14 @@ def pack(
             read. None for a stream that is shuffled already: the first N rows are taken.
 
     Raises:
-        ValueError: there is too little text; the message says how much there is.
+        ValueError: there is too little text; the message says how much there is, as does its cause, a
+            `Shortage`.
     """
     name = f"calibration source {source!r}"
     wanted = samples * length * (1 if seed is None else _SPREAD)
     tokens = first_tokens(_token_stream(documents, tokenizer, name), wanted)
     if tokens is None:
-        raise ValueError(f"{name} holds no text; name another with --calibration")
+        raise ValueError(f"{name} holds no text; name another with --calibration") from Shortage(0)
     check_made(tokens, tokenizer, name)
     available = min(len(tokens), wanted) // length
     if available < samples:
@@ -82,7 +91,7 @@ def pack(
         raise ValueError(
             f"{name} holds {len(tokens)} tokens, {available} rows of {length}, and {samples} are wanted; "
             f"give more text{fewer} or shorter rows (--seqlen)"
-        )
+        ) from Shortage(len(tokens))
     rows = tokens[: available * length].view(available, length)
     return rows if seed is None else drawn_rows(rows, samples, seed)
 

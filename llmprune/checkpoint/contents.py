@@ -14,11 +14,13 @@ SINGLE = "model.safetensors"
 MASKS = "masks.safetensors"
 CARD = "README.md"
 REPORT = "report.html"
-MADE = (RECORD, JOURNAL, INDEX, MASKS, CARD, REPORT)  # what a run writes besides weights and companions
+MATRIX_PLOT, TRAINING_PLOT = "report-matrices.png", "report-training.png"
+PAGES = (RECORD, CARD, REPORT, MATRIX_PLOT, TRAINING_PLOT)
+MADE = (*PAGES, JOURNAL, INDEX, MASKS)  # what a run writes besides weights and companions
 SWEEP = "sweep.json"  # the record of a sweep
 SWEEP_MADE = (SWEEP, "table.md", "table.csv", "sweep.png", REPORT)  # what a sweep writes beside its cells
 TRAINING, BEST_STEP = "training.safetensors", "best-step.safetensors"  # only of an unfinished recovery
-WRITTEN_LAST = (RECORD, JOURNAL, CARD, REPORT)  # those of them that may be written again later
+WRITTEN_LAST = (*PAGES, JOURNAL)  # those of them that may be written again later
 # Files copied from the source folder ("companions"): what is needed to load the model, and its licence. Other
 # files of the folder are not ours to publish.
 COMPANIONS = (

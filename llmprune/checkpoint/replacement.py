@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llmprune.checkpoint.contents import (
+    CARD,
     INDEX,
     JOURNAL,
     MADE,
     MASKS,
+    PAGES,
     RECORD,
-    REPORT,
     WRITTEN_LAST,
     is_companion,
     is_exact,
@@ -293,7 +294,8 @@ def strip(folder: Path) -> None:
     Foreign files stay, too.
     """
     foreign = foreign_entries(folder)
-    names = {entry.name for entry in os.scandir(folder)} - {*foreign, RECORD, REPORT}
+    left = {*PAGES, *foreign} - {CARD}
+    names = {entry.name for entry in os.scandir(folder)} - left
     for name in sorted(names, key=lambda name: (name != INDEX, name)):  # without an index it is no checkpoint
         (folder / name).unlink(missing_ok=True)
 

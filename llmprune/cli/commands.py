@@ -24,6 +24,7 @@ from llmprune.cli.options import (
     SAMPLING,
     SCORING,
     SWEEPING,
+    TEXTS,
     TRAINING,
     WRITING,
 )
@@ -74,7 +75,7 @@ _Repository = Annotated[
 ]
 
 
-@_command(PRUNING, SCORING, TRAINING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
+@_command(PRUNING, SCORING, TEXTS, TRAINING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def run(model: _Model, **options: Any) -> None:
     """Prune, save, evaluate dense and pruned, write the report: the main job. With --recover also train."""
     from llmprune import api
@@ -93,7 +94,7 @@ def prune(model: _Model, **options: Any) -> None:
     produce(api.prune, model, **options)
 
 
-@_command(RECOVERING, SCORING, COMPUTING, ORIGIN, BLOCKS, OUTPUT)
+@_command(RECOVERING, SCORING, TEXTS, COMPUTING, ORIGIN, BLOCKS, OUTPUT)
 def recover(path: _Model, **options: Any) -> None:
     """Train a pruned model with its sparsity kept or evolved, or prune one while it is trained."""
     from llmprune import api

@@ -128,6 +128,7 @@ TRAINING = (
     _option("recover", str, "Train what was pruned by this recipe of recovery, see llmprune recover."),
     _option("text", str, f"With --recover. {_TEXT}"),
     _option("tokens", int, f"With --recover. {_TOKENS}", parser=count, metavar="N"),
+    _option("epochs", int, "With --recover. How often the text is read.", default=1),
 )
 
 RECOVERING = (
@@ -153,7 +154,16 @@ RECOVERING = (
         flag=" /--no-score",
         show_default=False,
     ),
-    _switch("dry_run", "Print the memory that it will need, by part, then stop."),
+    _option(
+        "time_limit",
+        float,
+        "Minutes that training may take, by estimate: without --recipe one is taken that fits. (no limit)",
+    ),
+    _switch("dry_run", "Print the time and memory that it will need, by part, then stop."),
+)
+
+TEXTS = (
+    _option("samples_text", int, "Texts that the models write for the report, 0 to 8 (2 where it is quick)."),
 )
 
 SCORING = (

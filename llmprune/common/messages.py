@@ -44,3 +44,13 @@ def nearest(kind: str, name: str, available: Iterable[str], told: str = "") -> V
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {told or ', '.join(names)}")
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as "2 min 5 s"; at least a second."""
+    seconds = max(1.0, seconds)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -70,7 +70,7 @@ def choose_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.
 def has_bfloat16_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware, faster than float32: AMX, or AVX-512 BF16.
 
-    Intel's AVX-512 BF16 without AMX (a virtual machine may hide it) has half of float32's rate: 84 against 150
+    Intel's AVX-512 BF16 without AMX (a virtual machine may hide it) has half of float32's rate: 84 and 150
     GFLOP/s were measured on a core.
     """
     units = torch.cpu.get_capabilities()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmprune.evaluation.scores import EvaluationSpec
     from llmprune.model.opening import Model
     from llmprune.planning.plan import Plan
+    from llmprune.recipe.recovery import RecoveryRecipe
 
 _EFFICIENCY = 0.5  # of a bare matrix product, reached by a block's forward pass
 _STORAGE = 5e8  # bytes per second of reading, checking, writing and syncing a checkpoint
@@ -149,6 +150,34 @@ def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) ->
         operations += 2 * skeleton.width * vocabulary
         total += count * length * (operations / rates.forward + 10 * vocabulary * rates.visit)
     return total
+
+
+def training_seconds(
+    skeleton: Skeleton, recipe: RecoveryRecipe, tokens: tuple[int, int, int], trained: int, taught: bool
+) -> float:
+    """Estimated seconds of training a model on this machine, alone; saving and scoring come on top.
+
+    Args:
+        skeleton: of the model.
+        recipe: of recovery.
+        tokens: that are trained on, in steps of so many, in sequences of so many.
+        trained: numbers that the optimizer moves.
+        taught: whether a teacher runs beside it.
+    """
+    count, step, length = tokens
+    rates = rates_of(skeleton.device, skeleton.dtype)
+    blocks = [targets_of(skeleton, name) for name in skeleton.blocks]
+    forward = sum(_per_token(skeleton, targets, length) for targets in blocks)
+    forward += 2 * skeleton.width * skeleton.vocabulary * (recipe.scope == "model")
+    # A backward pass gives the gradients of inputs and of weights, each at the cost of a forward pass.
+    whole = recipe.trainable.name != "norms"
+    passes = 2 + whole + taught + (recipe.recompute == "on")
+    seconds = passes * forward / rates.forward * count
+    entries = sum(_size(target) for targets in blocks for target in targets)
+    # Every step makes the masked weight and its gradient, and the optimizer visits numbers and moments.
+    visits = count / step * (8 * entries * whole + 16 * trained) * rates.visit
+    tried = 1 + recipe.trial * len(recipe.rates)
+    return (seconds + visits) * tried
 
 
 def with_times(

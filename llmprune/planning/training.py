@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from llmprune.common.messages import size_text
+from llmprune.common.messages import duration, size_text
 from llmprune.contracts import Pattern
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target
+from llmprune.planning.estimate import training_seconds
 from llmprune.recipe.recovery import RecoveryRecipe
 
 _PROCESS = 700_000_000  # Python, torch and transformers, and what their backward passes allocate once
@@ -52,6 +53,7 @@ class TrainingPlan:
         trained: how many numbers are trained.
         steps: of the optimizer. tokens: in all.
         available: bytes that are free.
+        seconds: that training is estimated to take on this machine, within a factor of about two.
     """
 
     parts: dict[str, int]
@@ -60,6 +62,7 @@ class TrainingPlan:
     steps: int
     tokens: int
     available: int
+    seconds: float
 
     @property
     def memory(self) -> int:
@@ -77,7 +80,8 @@ class TrainingPlan:
         listed = ", ".join(f"{name} {size_text(count)}" for name, count in self.parts.items() if count)
         return [
             f"{self.trained:,} numbers are trained, for {self.weights:,} weights of matrices, "
-            f"in {self.steps:,} steps of {self.tokens // max(1, self.steps):,} tokens",
+            f"in {self.steps:,} steps of {self.tokens // max(1, self.steps):,} tokens: about "
+            f"{duration(self.seconds)} here",
             f"memory: about {size_text(self.memory)} of {size_text(self.available)} free "
             f"({self.per_weight:.1f} bytes per weight): {listed}",
         ]
@@ -130,7 +134,11 @@ def training_plan(
     if one:
         parts["block inputs"] = 2 * extent.sequences * extent.length * skeleton.width * item
     count = steps * recipe.batch * extent.length
-    return TrainingPlan(parts, weights, trained, steps, count, available)
+    # Block by block every block is trained on so many tokens, in steps over its own numbers.
+    moved = round(numbers) if one else trained
+    step = recipe.batch * extent.length
+    seconds = training_seconds(skeleton, recipe, (count, step, extent.length), moved, extent.taught)
+    return TrainingPlan(parts, weights, trained, steps, count, available, seconds)
 
 
 def activations(targets: Sequence[Target], tokens: int, dtype: torch.dtype) -> int:

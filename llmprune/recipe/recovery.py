@@ -111,6 +111,11 @@ class RecoveryRecipe:
         return bool(self.schedule.options["moves"])
 
     @property
+    def prunes(self) -> bool:
+        """Whether it can end sparser than it began: masks move, or phases of a soup prune."""
+        return self.moves or self.soup.phases > 1
+
+    @property
     def teaches(self) -> bool:
         """Whether a teacher is needed."""
         return any(term.objective.teaches for term in self.terms())

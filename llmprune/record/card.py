@@ -25,7 +25,7 @@ from llmprune.record.history import pruned_here
 from llmprune.record.record import calibrated_on
 from llmprune.record.recovered import training_rows
 from llmprune.record.repeating import repetition
-from llmprune.text.mixture import is_file, plain_sources
+from llmprune.record.rerunning import rerun
 
 
 def protocol_lines(record: Record) -> list[str]:
@@ -194,15 +194,11 @@ def published(card: str, repository: str, revision: str | None) -> str:
 
 
 def _again(record: Record) -> str:
-    """The command that repeats the run; empty where it needs local files or data in memory."""
-    model, source = record["model"], record["calibration"]["source"]
-    local_model = "/" not in model["source"] and model["source"] != "demo"
-    local_text = source.endswith("in memory") or any(map(is_file, plain_sources(source)))
-    if local_model or local_text or "masks" in record:  # a file that a recipe cannot name
-        return ""
-    revision = f" --revision {model['revision']}" if model["revision"] else ""
-    command = f"llmprune prune {model['source']}{revision} --recipe recipe.yaml"
-    return f"\nSaved as `recipe.yaml`, it does the same again: `{command}`.\n"
+    """How the run is repeated: the commands, and what they need."""
+    again = rerun(record)
+    commands = "\n".join(again.commands)
+    block = f"\nTo make it again:\n\n```\n{commands}\n```\n" if commands else ""
+    return block + "".join(f"\n- {line}" for line in again.needed) + ("\n" if again.needed else "")
 
 
 def as_yaml(value: Any) -> str:

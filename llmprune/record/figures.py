@@ -13,16 +13,6 @@ from llmprune.record.history import with_training
 Record = dict[str, Any]
 
 
-def duration(seconds: float) -> str:
-    """A time in words, such as "2 min 5 s"; at least a second."""
-    seconds = max(1.0, seconds)
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 class ScoreRow(NamedTuple):
     """A row of the table of scores. `error` is the standard error of the pruned model's score.
 

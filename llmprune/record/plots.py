@@ -1,44 +1,59 @@
-"""Draws the plots of the report: matrices by block, and a training by step. PNGs, encoded in base64."""
+"""Draws the plots beside the report, for papers and cards: matrices by block, a training by step. PNGs."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.contents import MATRIX_PLOT, TRAINING_PLOT
+from llmprune.checkpoint.files import write_durably
 from llmprune.recipe.summary import summary
+from llmprune.record.grouping import grid_of
 
 Rows = Sequence[Mapping[str, Any]]
 _SIZE = (9, 3.4)
 
 
-def encoded_matrices(matrices: Rows, errors: bool) -> str:
-    """Relative error (where there are `errors`) and sparsity by block, a line per kind of matrix."""
+def draw(folder: Path, record: Mapping[str, Any]) -> None:
+    """Draw the plots of a record into a folder, where they are not there yet: scores change none of them."""
+    for name, plot in ((MATRIX_PLOT, _matrices), (TRAINING_PLOT, _training)):
+        if not (folder / name).is_file() and (found := plot(record)) is not None:
+            write_durably(folder / name, [found])
+
+
+def _matrices(record: Mapping[str, Any]) -> bytes | None:
+    return matrix_plot(record["matrices"]) if record["matrices"] else None
+
+
+def _training(record: Mapping[str, Any]) -> bytes | None:
+    """Plots of a training by step or by block; None where there is nothing to draw."""
+    recovery = record.get("recovery", {})
+    if recovery.get("curve"):
+        return curve_plot(recovery)
+    return block_plot(recovery["blocks"]) if recovery.get("blocks") else None
+
+
+def matrix_plot(matrices: Rows) -> bytes:
+    """Relative error (where it is known) and sparsity by block, a line per kind of matrix."""
+    grid = grid_of(matrices)
+    errors = any(group.errors for group in grid.groups.values())
     figure, axes = _figure(2 if errors else 1)
-    kinds: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
-    for matrix in matrices:
-        parts = matrix["name"].removesuffix(".weight").split(".")
-        kind = next((part for part in reversed(parts) if not part.isdigit()), "")
-        block = next((int(part) for part in parts if part.isdigit()), 0)
-        kinds.setdefault(kind, {}).setdefault(block, []).append(matrix)
-    for kind, blocks in kinds.items():  # of experts the mean
+    for kind in grid.kinds:  # of experts the mean
+        found = {n: grid.groups[b, kind] for n, b in enumerate(grid.blocks) if (b, kind) in grid.groups}
+        known = {n: error for n, group in found.items() if (error := group.error) is not None}
         if errors:
-            known = {
-                b: [e for m in rows if (e := m["relative_error"]) is not None] for b, rows in blocks.items()
-            }
-            means = {b: sum(found) / len(found) for b, found in known.items() if found}
-            axes[0].plot(list(means), list(means.values()), marker=".", label=kind)
-        zeros = [sum(m["sparsity"] for m in rows) / len(rows) for rows in blocks.values()]
-        axes[-1].plot(list(blocks), zeros, marker=".", label=kind)
+            axes[0].plot(list(known), list(known.values()), marker=".", label=kind)
+        axes[-1].plot(list(found), [group.sparsity for group in found.values()], marker=".", label=kind)
     if errors:
         axes[0].set(title="relative output error", xlabel="block", ylim=(0, None))
     axes[-1].set(title="sparsity", xlabel="block", ylim=(0, 1))
     axes[-1].legend(fontsize=7, ncols=2)
-    return _encoded(figure, axes)
+    return _png(figure, axes)
 
 
-def encoded_curves(recovery: Mapping[str, Any]) -> str:
+def curve_plot(recovery: Mapping[str, Any]) -> bytes:
     """Loss on the batches and on held-out text by step; of masks that move, their flips and the sparsity."""
     curve, start = recovery["curve"], recovery["held_out"]["start"]
     moves = bool(recovery["recipe"].get("rule"))
@@ -71,10 +86,10 @@ def encoded_curves(recovery: Mapping[str, Any]) -> str:
         )
         axes[1].set(title="masks, share of all entries", xlabel="step", ylim=(0, None))
         axes[1].legend(fontsize=8)
-    return _encoded(figure, axes)
+    return _png(figure, axes)
 
 
-def encoded_blocks(blocks: Rows) -> str:
+def block_plot(blocks: Rows) -> bytes:
     """The held-out error of every block that was trained by itself, at its start and of its best step."""
     figure, axes = _figure(1)
     numbers = range(len(blocks))
@@ -82,7 +97,7 @@ def encoded_blocks(blocks: Rows) -> str:
     axes[0].plot(numbers, [block["best"] for block in blocks], marker=".", color="#1f77b4", label="trained")
     axes[0].set(title="held-out error of the block's outputs", xlabel="block", ylim=(0, None))
     axes[0].legend(fontsize=8)
-    return _encoded(figure, axes)
+    return _png(figure, axes)
 
 
 def _loss(recovery: Mapping[str, Any]) -> str:
@@ -102,9 +117,9 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _encoded(figure: Any, axes: Sequence[Any]) -> str:
+def _png(figure: Any, axes: Sequence[Any]) -> bytes:
     for one in axes:
         one.grid(alpha=0.3)
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    return base64.b64encode(out.getvalue()).decode()
+    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
+    return out.getvalue()

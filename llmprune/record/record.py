@@ -216,9 +216,11 @@ def converted(
     elif known is not None and "packed" in known["totals"]["bytes"]:
         sizes["packed"] = known["totals"]["bytes"]["packed"]
     if known is not None:
-        # A speed was measured with other values than these where they are rounded now.
+        # A speed was measured, and texts written, with other values than these where they are rounded now.
         old = known.get("speed", {}).get("values") != values_of(form) if form else False
-        kept = {k: v for k, v in known.items() if k != "format" and not (old and k == "speed")}
+        left = {"format"} | ({"speed"} if old else set())
+        left |= {"samples"} if form and values_of(form) != values_of(known) else set()
+        kept = {key: value for key, value in known.items() if key not in left}
         totals = {**known["totals"], "bytes": sizes, "files": writer.files}
         return kept | form | {"totals": totals}
     skeleton = model.skeleton

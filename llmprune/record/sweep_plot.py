@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.record.figures import Record
+from llmprune.record.sweep_table import far_apart
 from llmprune.record.sweeps import DONE
-
-_FAR = 8.0  # times the lowest perplexity, from which the axis is logarithmic
 
 
 def plot(record: Record) -> bytes | None:
@@ -30,7 +29,7 @@ def plot(record: Record) -> bytes | None:
     dense = record["dense"]["perplexity"][name]["value"]
     axes.axhline(dense, color="#606060", linewidth=1, linestyle="--", label="dense")
     values = [cell["perplexity"][name] for cell in cells]
-    if max(values) > _FAR * min(dense, *values):
+    if far_apart(dense, values):
         axes.set_yscale("log")
     axes.set(
         title=f"{record['model']['source']}: perplexity {name}", xlabel="sparsity", ylabel="lower is better"

@@ -75,6 +75,11 @@ def perplexity_text(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
 
 
+def far_apart(dense: float, values: Sequence[float]) -> bool:
+    """Whether perplexities need a logarithmic axis."""
+    return max(values) > 8.0 * min(dense, *values)
+
+
 def _task_text(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry.get("value") is None:
         return "none"

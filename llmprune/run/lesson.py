@@ -62,7 +62,7 @@ class Lesson:
     def split(self) -> tuple[list[int], list[int]]:
         """The numbers of the sequences to train on, and of those held out."""
         count, length = self.rows.tokens.shape
-        held = min(max(1, round(self.recipe.held_out * count)), max(1, _MOST_HELD // length), count - 1)
+        held = held_count(count, length, self.recipe.held_out)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed)).tolist()
         return sorted(order[held:]), sorted(order[:held])
 
@@ -153,6 +153,11 @@ class Lesson:
             return target.oriented(target.part(source.load(target.tensor))).to(device, torch.float32)
 
         return load
+
+
+def held_count(count: int, length: int, share: float) -> int:
+    """How many of so many sequences of `length` tokens are held out: about a share, not too many tokens."""
+    return min(max(1, round(share * count)), max(1, _MOST_HELD // length), count - 1)
 
 
 class Matrices(Mapping[str, Matrix]):

@@ -30,6 +30,7 @@ from llmprune.planning.plan import Findings, Plan, Resources, make_plan, with_sc
 from llmprune.recipe.types import CalibrationSpec, Recipe
 from llmprune.run.measures import measure
 from llmprune.run.reporter import RunReporter
+from llmprune.run.samples import NONE, Wish
 from llmprune.run.shared import Run
 from llmprune.run.sharing import Shared
 from llmprune.run.trials import search
@@ -75,6 +76,7 @@ class Options:
     offload: str = "auto"
     packed: bool = False  # whether the weights are stored packed
     trust_remote_code: bool = False
+    samples: Wish = NONE  # texts for the report
     time_limit: float | None = None  # seconds the run should not take, where the user knows of such a limit
     remarks: tuple[str, ...] = ()  # on how the recipe came about
 

@@ -30,6 +30,7 @@ from llmprune.run.clock import Clock
 from llmprune.run.preparation import Options, Request, planned
 from llmprune.run.progress import Progress
 from llmprune.run.reporter import RunReporter
+from llmprune.run.samples import Writers, with_samples
 from llmprune.run.shared import Run
 
 
@@ -72,6 +73,9 @@ class Production:
             pruned = score(reopen(self.options.output.resolve()), evaluation, "pruned", reporter, team)
             unscored, record = record, records.add_scores(record, dense, pruned)
             team.on_first(functools.partial(self._write_pages, record, unscored))
+        record = self._with_samples(
+            record, {"dense": lambda: model, "pruned": lambda: reopen(self.options.output.resolve())}
+        )
         self._left = "finished"
         team.on_first(self._complete)
         return record
@@ -220,6 +224,16 @@ class Production:
         report.write(writer.folder, record, writer.output.name)
         writer.finish()
         return record
+
+    def _with_samples(self, record: Record, writers: Writers) -> Record:
+        """The record with the texts that were wished for, and pages that show them."""
+        wish = self.options.samples
+        if wish.met(record):
+            return record
+        self._left = "complete but for the texts of its report"
+        found = self.team.on_first(lambda: with_samples(record, writers, wish, self.reporter))
+        self.team.on_first(lambda: self._write_pages(found, record))
+        return found
 
     def _write_pages(self, record: Record, before: Record) -> None:
         """Record, card and report anew, now with scores; a card that was edited by hand stays."""

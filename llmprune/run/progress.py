@@ -9,8 +9,8 @@ import statistics
 import time
 from collections import deque
 
+from llmprune.common.messages import duration
 from llmprune.contracts import Reporter
-from llmprune.record.figures import duration
 
 _CHANGED = 1.5  # times as long as was told last, or as short,
 _NOTEWORTHY = 5.0  # and by so many seconds at least

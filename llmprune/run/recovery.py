@@ -23,6 +23,7 @@ from llmprune.contracts import Pattern
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.model.activations import in_memory, on_disk
+from llmprune.model.opening import Model
 from llmprune.model.target import Target
 from llmprune.model.targets import packed_layouts
 from llmprune.numerics.counts import all_finite, zeros_of
@@ -39,6 +40,7 @@ from llmprune.run.lesson import Lesson, plain_tensors, whole_model
 from llmprune.run.preparation import Options
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
+from llmprune.run.samples import Writers
 from llmprune.run.training import Keeping, Training
 
 
@@ -68,8 +70,19 @@ class Trained:
 
 
 def steps_of(lesson: Lesson, tokens: int) -> int:
-    """How many steps so many tokens are."""
-    return max(1, tokens // (lesson.rows.tokens.shape[1] * lesson.recipe.batch))
+    """How many steps so many tokens are.
+
+    Raises:
+        ValueError: fewer than the recipe has trainings, each of which takes one at least.
+    """
+    each, soup = lesson.rows.tokens.shape[1] * lesson.recipe.batch, lesson.recipe.soup
+    steps, trainings = max(1, tokens // each), soup.phases * soup.copies
+    if steps < trainings:
+        raise ValueError(
+            f"recipe {lesson.recipe.name} trains {soup.copies} copies in each of {soup.phases} phases, and "
+            f"{tokens:,} tokens are {steps} steps of {each:,}; give at least tokens {trainings * each}"
+        )
+    return steps
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,22 @@ class Recovery(Production):
             result = score(reopen(self.options.output.resolve()), evaluation, "recovered", reporter, team)
             unscored, record = record, records.add_scores(record, scored.dense, scored.start, result)
             team.on_first(lambda: self._write_pages(record, unscored))
+        record = self._with_samples(record, self._writers(reopen))
         self._left = "finished"
         team.on_first(self._complete)
         return record
+
+    def _writers(self, reopen: Any) -> Writers:
+        """What opens the models whose texts are compared: dense where it is at hand, start, and result."""
+        lesson, base = self.lesson, self.lesson.base
+        dense: dict[str, Callable[[], Model]] = {}
+        if lesson.masking is None:
+            dense = {"dense": lambda: lesson.model}
+        elif base is not None:
+            dense = {"dense": lambda: base, "start": lambda: lesson.model}
+        else:
+            dense = {"start": lambda: lesson.model}
+        return {**dense, "pruned": lambda: reopen(self.options.output.resolve())}
 
     def _disk(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Bytes of the result, of its best step in float32 and of a state with two moments."""

@@ -290,7 +290,7 @@ class Sweep:
         self.record["finished"] = not sweeps.names_of(self.record["cells"], sweeps.FAILED)
         drawn = plot(self.record)
         files = {} if drawn is None else {"sweep.png": drawn}
-        self._folder.write({**files, REPORT: html_page(self.record, drawn).encode()})
+        self._folder.write({**files, REPORT: html_page(self.record).encode()})
         self._settle()
 
     def close(self, error: BaseException | None) -> None:

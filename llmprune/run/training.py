@@ -19,11 +19,11 @@ from torch import Tensor
 
 from llmprune.checkpoint.contents import BEST_STEP, TRAINING
 from llmprune.checkpoint.files import Made, WeightFile, save_made, save_tensors
+from llmprune.common.messages import duration
 from llmprune.contracts import Reporter
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.record.figures import duration
 from llmprune.recovery.loop import Diverged, Loop
 from llmprune.recovery.objectives.next_token import NextToken
 from llmprune.recovery.soup import Soup, part_pruned
@@ -253,9 +253,11 @@ class Training:
         """Train a little at each rate, and take the one with the lowest held-out loss."""
         # In fewer steps a high rate has no time to be the better one.
         steps = min(self._each, max(_TRIED, round(self.recipe.trial * self._each)))
+        phases = self.recipe.soup.phases
+        task = part_pruned(self.task, 0, phases) if phases > 1 else self.task
         self._reporter.stage("trying learning rates", steps * len(self.recipe.rates))
         for rate in self.recipe.rates:
-            loop = Loop(self.task, self.recipe.method(steps, rate))
+            loop = Loop(task, self.recipe.method(steps, rate))
             try:
                 while not loop.done:
                     self._tried(loop)

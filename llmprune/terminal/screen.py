@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.common.messages import size_text
+from llmprune.common.messages import duration, size_text
 from llmprune.machine.interrupts import INTERRUPTS
 from llmprune.model.classes import CAUSAL
 from llmprune.record.figures import (
     direction,
-    duration,
     score_rows,
     score_table,
     seconds_by_phase,

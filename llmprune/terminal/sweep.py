@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.record.figures import duration
+from llmprune.common.messages import duration
 from llmprune.record.sweep_table import tables_of
 from llmprune.record.sweeps import DONE, FAILED, best_of
 from llmprune.terminal.console import Screen
