@@ -79,15 +79,15 @@ def _table(shown: Table) -> Markup:
         [element("strong", text) if (r, c - 1) in shown.best else text for c, text in enumerate(row)]
         for r, row in enumerate(shown.rows)
     ]
-    note = f"{shown.title}: {shown.note}" + ("; bold is the best of its row" if shown.best else "")
-    return table(("", *shown.methods), rows, note)
+    note = shown.note + ("; bold is the best of its row" if shown.best else "")
+    return table(("", *shown.methods), rows, shown.title) + paragraph(note, "soft")
 
 
 def _cells(record: Record) -> Markup:
     """Every cell with its scores, size and time; to be sorted."""
     texts = list(record["protocol"]["perplexity"])
     head = ("cell", "sparsity", *(f"perplexity {text}" for text in texts), "weights", "seconds", "state")
-    return table(head, [_row(cell, texts) for cell in record["cells"]], "All cells", sortable=True)
+    return table(head, [_row(cell, texts) for cell in record["cells"]], "To be sorted by any column", sortable=True)
 
 
 def _row(cell: Mapping[str, Any], texts: Sequence[str]) -> list[object]:
