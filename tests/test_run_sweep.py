@@ -18,7 +18,7 @@ from llmprune.run import measures as measuring
 from llmprune.run import sweep as sweeps
 
 # `best` with few steps of tuning: it needs the dense model beside, for its blocks and for their matrices.
-LIGHT_BEST = {"name": "best", "pruner": {"name": "alps", "correction": 0.25, "iterations": 5}, "order": "group"}
+LIGHT_BEST = {"name": "best", "pruner": {"name": "alps", "correction": 0.25, "max_iterations": 5}, "order": "group"}
 LIGHT_BEST |= {"update": {"name": "block-tune", "steps": 2}}
 WEIGHTS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "masks.safetensors")
 TABLES = ("table.md", "table.csv")
@@ -87,14 +87,12 @@ def stopping(monkeypatch, after, error=KeyboardInterrupt, when=lambda target: Tr
     [
         "wanda",
         LIGHT_BEST,
-        {"name": "two", "pruner": {"name": "sparsegpt", "correction": 0.5}} | {"order": "block"},
+        {"name": "two", "pruner": {"name": "alps", "correction": 0.5, "max_iterations": 5}},
         {"name": "owl", "pruner": "wanda", "allocator": "owl"},
     ],
     ids=["wanda", "best", "block", "owl"],
 )
 def test_masks_weights_and_scores_of_a_cell_are_those_of_a_run_by_itself(recipe, start, single, tmp_path):
-    if isinstance(recipe, dict) and recipe["name"] == "two":
-        recipe = {"name": "two", "pruner": {"name": "alps", "correction": 0.5, "iterations": 5}}
     swept = start(recipe=recipe, sparsity=[0.5, 0.6])
     assert [cell["status"] for cell in swept.cells] == ["done", "done"]
     for cell in swept.cells:
@@ -105,7 +103,8 @@ def test_masks_weights_and_scores_of_a_cell_are_those_of_a_run_by_itself(recipe,
         assert set(contents(folder)) == set(contents(alone.output))
         record = json.loads((folder / "llmprune.json").read_text())
         assert record["evaluation"] == alone.record["evaluation"]
-        assert record["recipe"] == alone.record["recipe"] and record["model"] == alone.record["model"]
+        assert record["model"] == alone.record["model"]
+        assert record["recipe"] == json.loads(json.dumps(alone.record["recipe"]))
         assert cell["perplexity"]["builtin"] == record["evaluation"]["perplexity"]["builtin"]["pruned"]
 
 
@@ -237,7 +236,7 @@ def test_a_kill_between_a_cell_and_its_entry_repeats_nothing(start, tmp_path, mo
             start(keep="best")
     pruned = stopping(monkeypatch, after=10**6)
     resumed = start(keep="best", resume=True)
-    assert len(pruned) == 14 * (2 if moment == "strip" else 3)
+    assert len(pruned) == 14 * (1 if moment == "strip" else 3)
     for table in TABLES:
         assert (resumed.output / table).read_bytes() == (whole.output / table).read_bytes()
     assert contents_of_cells(resumed) == contents_of_cells(whole)
@@ -306,7 +305,7 @@ def test_a_grid_may_grow(start, tmp_path):
     ("change", "said"),
     [
         ({"limit": 3}, "is another one: evaluation"),
-        ({"keep": "none"}, "is another one: keep all .* none"),
+        ({"keep": "none"}, "is another one: keep was all and is none"),
         ({"samples": None, "calibration": "builtin", "seqlen": 32}, "its cell wanda-0.5 is not among these"),
     ],
 )
@@ -330,8 +329,9 @@ def test_a_cell_whose_weights_were_removed_is_made_again(start, tmp_path):
 def test_scores_alone_may_be_kept(start):
     result = start(keep="none")
     for cell in result.cells:
-        files = set(contents(result.output / cell["folder"]))
-        assert {"llmprune.json", "report.html"} <= files <= {"llmprune.json", "report.html", "report-matrices.png"}
+        files = {path.name for path in (result.output / cell["folder"]).iterdir()}
+        assert {"llmprune.json", "report.html"} <= files
+        assert files <= {"llmprune.json", "report.html", "report-matrices.png"}
         assert cell["weights_kept"] is False
     assert start(keep="none", resume=True).cells == result.cells  # nothing is run for want of weights
 
