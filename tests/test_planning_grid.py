@@ -89,7 +89,10 @@ def test_values_that_are_none_are_refused(text):
         ({"recipes": ["wanda"], "sparsities": [0.5, 1.5]}, r"sparsity must be in \[0, 1\)"),
         ({"recipes": ["wanda"], "patterns": ["2:4", "5:4"]}, "5:4"),
         ({"recipes": ["wanda"], "settings": {"pruner.dam": [1]}}, "dam"),
-        ({"recipes": ["wanda", {"name": "wanda", "pruner": "ria"}]}, "two cells would be called wanda at 0.5"),
+        (
+            {"recipes": ["wanda", {"name": "wanda", "pruner": "ria"}]},
+            "two cells would be called wanda at 0.5",
+        ),
     ],
 )
 def test_what_is_no_recipe_is_refused(axes, said):

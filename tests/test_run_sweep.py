@@ -18,7 +18,11 @@ from llmprune.run import measures as measuring
 from llmprune.run import sweep as sweeps
 
 # `best` with few steps of tuning: it needs the dense model beside, for its blocks and for their matrices.
-LIGHT_BEST = {"name": "best", "pruner": {"name": "alps", "correction": 0.25, "max_iterations": 5}, "order": "group"}
+LIGHT_BEST = {
+    "name": "best",
+    "pruner": {"name": "alps", "correction": 0.25, "max_iterations": 5},
+    "order": "group",
+}
 LIGHT_BEST |= {"update": {"name": "block-tune", "steps": 2}}
 WEIGHTS = ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "masks.safetensors")
 TABLES = ("table.md", "table.csv")
@@ -407,7 +411,10 @@ def test_what_is_wrong_is_refused_before_anything_is_written(start, tmp_path, mo
         ({"recipe": None}, "nothing to compare"),
         ({"output": tiny_llama}, "model"),
         ({"resume": True, "restart": True}, "give one of the two"),
-        ({"recipe": "wanda", "settings": {"precision": ["float32"]}, "dtype": "bfloat16"}, "computes in float32"),
+        (
+            {"recipe": "wanda", "settings": {"precision": ["float32"]}, "dtype": "bfloat16"},
+            "computes in float32",
+        ),
         (
             {"recipe": "wanda", "settings": {"precision": ["float32", "stored"]}, "dtype": "bfloat16"},
             "computes in float32",
@@ -432,7 +439,9 @@ def test_a_folder_that_holds_no_sweep_is_refused(start, tmp_path):
 
 def test_a_dry_run_writes_nothing_and_counts_what_is_left(start, tmp_path, monkeypatch):
     dry = start(dry_run=True)
-    assert dry.left == [cell.name for cell in dry.cells] and dry.seconds > 0 and not (tmp_path / "out").exists()
+    assert (
+        dry.left == [cell.name for cell in dry.cells] and dry.seconds > 0 and not (tmp_path / "out").exists()
+    )
     assert dry.plan.disk == sum(plan.disk for plan in dry.plan.plans.values())
     assert start(dry_run=True, keep="none").plan.disk < dry.plan.disk / 2
     assert dry.plan.disk / 2 < start(dry_run=True, keep="best").plan.disk < dry.plan.disk
@@ -443,7 +452,11 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(start, tmp_path, monke
 
 def test_seeds_and_samples_may_be_varied(start, tmp_path):
     result = start(
-        recipe="wanda", sparsity=0.5, calibration="builtin", seqlen=32, settings={"calibration.samples": [4, 8]}
+        recipe="wanda",
+        sparsity=0.5,
+        calibration="builtin",
+        seqlen=32,
+        settings={"calibration.samples": [4, 8]},
     )
     assert len({cell["calibration"] for cell in result.cells}) == 2
     assert [cell["recipe"]["calibration"]["samples"] for cell in result.cells] == [4, 8]

@@ -87,7 +87,9 @@ def _cells(record: Record) -> Markup:
     """Every cell with its scores, size and time; to be sorted."""
     texts = list(record["protocol"]["perplexity"])
     head = ("cell", "sparsity", *(f"perplexity {text}" for text in texts), "weights", "seconds", "state")
-    return table(head, [_row(cell, texts) for cell in record["cells"]], "To be sorted by any column", sortable=True)
+    return table(
+        head, [_row(cell, texts) for cell in record["cells"]], "To be sorted by any column", sortable=True
+    )
 
 
 def _row(cell: Mapping[str, Any], texts: Sequence[str]) -> list[object]:
