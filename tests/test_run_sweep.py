@@ -301,7 +301,7 @@ def test_a_grid_may_grow(start, tmp_path):
     grown = start(sparsity=[0.5, 0.6], resume=True)
     whole = start(output=tmp_path / "whole")
     assert (grown.output / "table.csv").read_bytes() == (whole.output / "table.csv").read_bytes()
-    with pytest.raises(ValueError, match="is another one: its cell wanda-0.6 is not among these; .*--overwr"):
+    with pytest.raises(ValueError, match=r"is another one: its cell wanda-0.6 is not among these; .*--overwr"):
         start(sparsity=[0.5], resume=True)
 
 
@@ -423,7 +423,7 @@ def test_what_is_wrong_is_refused_before_anything_is_written(start, tmp_path, mo
         with pytest.raises(ValueError, match=said):
             start(**options)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match="the output needs .* make room"):
+    with pytest.raises(ValueError, match=r"the output needs .* make room"):
         start()
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
