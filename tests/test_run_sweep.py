@@ -301,7 +301,7 @@ def test_a_grid_may_grow(start, tmp_path):
     grown = start(sparsity=[0.5, 0.6], resume=True)
     whole = start(output=tmp_path / "whole")
     assert (grown.output / "table.csv").read_bytes() == (whole.output / "table.csv").read_bytes()
-    with pytest.raises(ValueError, match=r"is another one: its cell wanda-0.6 is not among these; .*--overwr"):
+    with pytest.raises(ValueError, match=r"is another one: its cell wanda-0.6 is not among these; .*--over"):
         start(sparsity=[0.5], resume=True)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from typing import Any
 
 
 def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
@@ -22,7 +19,7 @@ def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = 
     return f"<table><caption>{html.escape(title)}</caption>{top}{body}</table>"
 
 
-def data_frame(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
+def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
     """Rows as a data frame of pandas.
 
     Raises:

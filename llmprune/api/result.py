@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmprune.api.notebook import data_frame, html_table
 from llmprune.common.messages import duration, size_text
@@ -14,9 +14,6 @@ from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recipe.types import Recipe
 from llmprune.record.figures import ScoreRow, from_dense, method_of, score_rows, share_of_all, sizes_on_disk
 from llmprune.record.recovered import training_rows
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +35,7 @@ class Result:
         """The same as a table, in a notebook."""
         return html_table("Result", self._summary())
 
-    def to_pandas(self) -> DataFrame:
+    def to_pandas(self) -> Any:
         """A row for every matrix, as a `pandas.DataFrame`.
 
         Raises:

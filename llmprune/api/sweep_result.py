@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmprune.api.notebook import data_frame, html_table
 from llmprune.common.messages import duration, size_text
@@ -13,9 +13,6 @@ from llmprune.planning.cells import SweepPlan
 from llmprune.planning.grid import Cell
 from llmprune.record.sweep_table import figures_of, markdown, tables_of
 from llmprune.record.sweeps import FAILED
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +47,7 @@ class SweepResult:
             for table in tables_of(self.record)
         )
 
-    def to_pandas(self) -> DataFrame:
+    def to_pandas(self) -> Any:
         """A row for the dense model and for every cell, a column per figure, as a `pandas.DataFrame`.
 
         Raises:

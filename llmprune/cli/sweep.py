@@ -42,7 +42,7 @@ def sweep(
     from llmprune.recipe.loading import parse_choices
     from llmprune.terminal.sweep import print_plan, print_sweep
 
-    grid = {
+    grid: dict[str, Any] = {
         "recipe": _parts(recipe),
         "sparsity": _numbers(sparsity),
         "pattern": _parts(pattern),

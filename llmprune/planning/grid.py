@@ -110,13 +110,14 @@ def key_of(recipe: Recipe) -> str:
 
 
 def _combinations(grid: Grid) -> Any:
+    not_given: list[Any] = [None]
     settings = [[(key, value) for value in values] for key, values in grid.settings.items()]
     return itertools.product(
-        grid.recipes or [None],
-        grid.pruners or [None],
+        grid.recipes or not_given,
+        grid.pruners or not_given,
         [dict(pairs) for pairs in itertools.product(*settings)],
-        grid.patterns or [None],
-        grid.sparsities or [None],
+        grid.patterns or not_given,
+        grid.sparsities or not_given,
     )
 
 

@@ -128,9 +128,9 @@ def scores_of(record: Record) -> Scores | None:
     return Scores(dense["perplexity"], dense["tasks"], dense["seconds"]) if dense else None
 
 
-def best_of(cells: Iterable[Record], ranked_by: str | None) -> dict[str, str]:
+def best_of(cells: Iterable[Mapping[str, Any]], ranked_by: str | None) -> dict[str, str]:
     """The cell with the lowest perplexity of every amount, amount -> name; the first of equal ones."""
-    best: dict[str, Record] = {}
+    best: dict[str, Mapping[str, Any]] = {}
     for cell in cells:
         value = (cell.get("perplexity") or {}).get(ranked_by)
         if cell["status"] != DONE or value is None:
