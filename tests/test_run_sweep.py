@@ -114,12 +114,17 @@ def test_masks_weights_and_scores_of_a_cell_are_those_of_a_run_by_itself(recipe,
 
 def test_a_permuted_cell_shares_no_dense_inputs(start, single, tmp_path):
     """A permuted block sums in another order: its dense outputs differ in the last digits."""
-    recipe = LIGHT_BEST | {"permute": True, "pattern": "2:4"}
-    swept = start(recipe=[LIGHT_BEST | {"name": "plain"}, recipe], sparsity=[0.5, 0.6])
-    assert [cell["name"] for cell in swept.cells] == ["plain-0.5", "plain-0.6", "best-2to4"]
-    alone = single(recipe=recipe)
-    for name in WEIGHTS:
-        assert (tmp_path / "out/cells/best-2to4" / name).read_bytes() == (alone.output / name).read_bytes()
+    permuted, plain = LIGHT_BEST | {"permute": True, "pattern": "2:4"}, LIGHT_BEST | {"name": "plain"}
+    swept = start(recipe=[permuted, plain], sparsity=[0.5, 0.6])
+    assert [cell["name"] for cell in swept.cells] == ["best-2to4", "plain-0.5", "plain-0.6"]
+    for folder, options in [
+        ("best-2to4", {"recipe": permuted}),
+        ("plain-0.6", {"recipe": plain, "sparsity": 0.6}),
+    ]:
+        alone = single(**options)
+        for name in WEIGHTS:
+            made = tmp_path / "out/cells" / folder / name
+            assert made.read_bytes() == (alone.output / name).read_bytes(), name
 
 
 # What is shared
