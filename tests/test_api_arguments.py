@@ -28,6 +28,7 @@ FUNCTIONS = (
     "convert",
     "generate",
     "bench",
+    "published",
     "push",
     "load",
     "mask_diff",
@@ -220,6 +221,7 @@ WRONG = {
     "repository": [None, 5, b"me/x"],
     "perplexity": [5, b"builtin", [5], {"builtin": 1}, True, [["builtin"]]],
     "tasks": [5, b"boolq", [5], {"boolq": 1}, True],
+    "metric": [5, True, ["wikitext2"], b"piqa", "speed"],
     "suite": [5, ["demo"], b"demo", ""],
     "include_tasks": [5, ["dir"], b"dir"],
     "task_data": [5, ["dir"], b"dir"],
@@ -268,6 +270,7 @@ def calls():
             yield from (
                 pytest.param(function, name, value, id=f"{function}-{name}-{number}")
                 for number, value in enumerate(WRONG[name])
+                if (function, name, value) != ("published", "model", None)  # None: of all models
                 if not (function == "sweep" and name in SEVERAL and isinstance(value, (list, np.ndarray)))
             )
 
@@ -289,6 +292,7 @@ def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, 
         },
         "run_model": {"model": tiny_llama},
         "sweep": {"model": tiny_llama, "recipe": "wanda", "perplexity": "builtin"},
+        "published": {"model": "llama-7b"},
         "mask_diff": {"a": tiny_llama, "b": tiny_llama},
         "mask_apply": {"path": tiny_llama, "masks": "masks.safetensors", "output": "out"},
     }

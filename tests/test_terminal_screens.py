@@ -65,6 +65,8 @@ def test_every_screen_fits_its_width(width, typed, finished, monkeypatch, tiny_l
         ("recipes",),
         ("methods",),
         ("models",),
+        ("published",),
+        ("published", "llama-2-7b"),
         ("prune", tiny_llama, *SMALL, "--dry-run"),
     ]
     for command in commands:

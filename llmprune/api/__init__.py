@@ -5,6 +5,7 @@ from llmprune.api.benching import bench
 from llmprune.api.checkpoints import evaluate, inspect, load, push
 from llmprune.api.conversion import convert
 from llmprune.api.generation import generate
+from llmprune.api.literature import published
 from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.recovering import recover
@@ -33,6 +34,7 @@ __all__ = [
     "merge_adapter",
     "plan_summary",
     "prune",
+    "published",
     "push",
     "recover",
     "run_model",

@@ -298,6 +298,7 @@ CHECKS: Mapping[str, Check] = {
     "repository": _text,
     "perplexity": _texts,
     "tasks": _tasks,
+    "metric": _maybe_text,
     "suite": _maybe_path,
     "include_tasks": _maybe_path,
     "task_data": _maybe_path,

@@ -26,7 +26,7 @@ from llmprune.model.opening import Model, OpenOptions, open_model
 from llmprune.planning.training import TrainingPlan
 from llmprune.recipe import recovery as recipes
 from llmprune.recipe.recovery import RecoveryRecipe
-from llmprune.run.lesson import Lesson, held_count
+from llmprune.run.lesson import Asked, Lesson, held_count
 from llmprune.run.preparation import Options, Source
 from llmprune.run.recovery import Recovery, steps_of
 from llmprune.run.reporter import RunReporter
@@ -156,13 +156,13 @@ def recover(
 
         def lesson_of(wanted: RecoveryRecipe) -> Lesson:
             base = team.in_turn(lambda: base_of(model, wanted, masking, teacher, opened_at))
-            return Lesson(model, wanted, rows, team, masking, aim, base)
+            return Lesson(model, wanted, rows, Asked(tokens, epochs), team, masking, aim, base)
 
         if recipe is None:
-            lesson = chosen_lesson(lesson_of, overrides, lambda lesson: steps_of(lesson, tokens), minutes)
+            lesson = chosen_lesson(lesson_of, overrides, steps_of, minutes)
         else:
             lesson = lesson_of(chosen)
-            _note_time(lesson.plan(steps_of(lesson, tokens)), minutes, report)
+            _note_time(lesson.plan(steps_of(lesson)), minutes, report)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -176,8 +176,8 @@ def recover(
         )
         if dry_run:
             check_output(target, overwrite or resume, options.inputs)
-            return RecoveryDryRun(lesson.plan(steps_of(lesson, tokens)), lesson.recipe, target)
-        recovery = Recovery(lesson, tokens, options, report)
+            return RecoveryDryRun(lesson.plan(steps_of(lesson)), lesson.recipe, target)
+        recovery = Recovery(lesson, options, report)
         try:
             record = recovery.recover(prepared, opened_at)
         except BaseException as error:

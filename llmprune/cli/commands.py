@@ -233,6 +233,33 @@ def push(
 
 
 @_command(OUTPUT)
+def published(
+    as_json: bool,
+    quiet: bool,
+    model: Annotated[
+        str | None, typer.Argument(help="An alias or a hub id; without it, which models there are.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="perplexity, accuracy, a text (wikitext2) or a task (piqa).")
+    ] = None,
+) -> None:
+    """List the figures that papers published of a model, with protocol and source."""
+    from llmprune import api
+    from llmprune.terminal import literature
+
+    figures, console = api.published(model, metric=metric), frame.console(as_json, quiet)
+    if model is None:
+        models = literature.models_of(figures)
+        literature.print_models(console, models)
+        found: dict[str, Any] = {"models": models}
+    else:
+        literature.print_figures(console, figures)
+        found = {"model": figures[0]["model"], "figures": figures}
+    if as_json:
+        frame.emit(found)
+
+
+@_command(OUTPUT)
 def methods(as_json: bool, quiet: bool) -> None:
     """List pruners, refiners, updates, allocators and the parts of recoveries: options, costs, effects."""
     from llmprune.cli import lists

@@ -59,14 +59,18 @@ def windows(
     return tokens[: count * length].view(count, length)[:limit]
 
 
-def protocol(name: str, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """How a perplexity was measured; stored with its value."""
+def protocol(name: str, rows: Tensor, dtype: torch.dtype, limit: int | None) -> dict[str, Any]:
+    """How a perplexity was measured; stored with its value.
+
+    With a limit that left windows out, or may have, it is named: the figure is not one of the whole text.
+    """
     return {
         "text": name,
         "window": rows.shape[1],
         "windows": len(rows),
         "mean": "exp of the mean over non-overlapping windows of the mean loss over window - 1 targets",
         "dtype": str(dtype).removeprefix("torch."),
+        **({"limit": limit} if limit == len(rows) else {}),
     }
 
 

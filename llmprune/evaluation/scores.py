@@ -239,7 +239,8 @@ def score(model: Model, spec: EvaluationSpec, label: str, reporter: Any, team: T
     for name, rows in spec.rows.items():
         reporter.stage(f"{label}: perplexity on {name}", len(model.skeleton.blocks))
         value = perplexity(model.skeleton, rows, reporter.step, reporter.note, team)
-        values[name] = {"value": value, "protocol": protocol(name, rows, model.skeleton.dtype)}
+        measured = protocol(name, rows, model.skeleton.dtype, spec.limit)
+        values[name] = {"value": value, "protocol": measured}
     tasks: dict[str, dict[str, Any]] = {}
     if spec.tasks:
         reporter.stage(f"{label}: {', '.join(spec.tasks)}", 1)

@@ -14,7 +14,6 @@ from llmprune.text.mixture import is_file, plain_sources
 Record = dict[str, Any]
 RECIPE_FILE, PRUNING_FILE = "recovery.yaml", "pruning.yaml"
 _START = "START"
-_MOST_EPOCHS = 1000
 
 
 class Repetition(NamedTuple):
@@ -86,45 +85,10 @@ def _plain(recipe: Record) -> Any:
 
 
 def _text(recovery: Record) -> list[str]:
-    text = recovery["text"]
-    tokens, epochs = _asked(recovery)
-    several = ["--epochs", str(epochs)] if epochs > 1 else []
-    length = str(text["sequence_length"])
-    return ["--text", text["source"], "--tokens", str(tokens), *several, "--seqlen", length]
-
-
-def _asked(recovery: Record) -> tuple[int, int]:
-    """Tokens and epochs that lead to as many sequences and steps as there were; the roundest such number.
-
-    The record has what came of them: n sequences without those held out, and so many steps.
-    """
-    text, recipe = recovery["text"], recovery["recipe"]
-    length, held_out = text["sequence_length"], recipe["held_out"]
-    step = length * recipe["batch"]
-    most = (recovery["steps"] + 1) * step - 1
-    least = most - step + 1 if recovery["steps"] > 1 else 1
-    if text["source"].endswith(".safetensors"):  # all its sequences are used
-        return most - step + 1, 1
-    n = next((n for n in range(text["sequences"], 0, -1) if n + _held(n, held_out) <= text["sequences"]), 1)
-    for epochs in range(1, _MOST_EPOCHS):
-        low = max((n - 1) * length * epochs + 1, least)
-        high = min(n * length * epochs, most)
-        if low <= high:
-            return _roundest(low, high), epochs
-    return least, 1
-
-
-def _held(sequences: int, share: float) -> int:
-    """How many sequences are held out beside so many."""
-    return max(1, round(sequences * share / (1 - share)))
-
-
-def _roundest(low: int, high: int) -> int:
-    """The number from `low` to `high` with the most zeros at its end."""
-    unit = 1
-    while -(-low // (10 * unit)) * 10 * unit <= high:
-        unit *= 10
-    return -(-low // unit) * unit
+    text, asked = recovery["text"], recovery["asked"]
+    several = ["--epochs", str(asked["epochs"])] if asked["epochs"] > 1 else []
+    length = ["--seqlen", str(text["sequence_length"])]
+    return ["--text", text["source"], "--tokens", str(asked["tokens"]), *several, *length]
 
 
 def _aim(record: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ _MOST_HELD = 1 << 14  # tokens that are held out at most
 _ROOM = 0.125  # of the free memory may be taken by activations that are kept instead of computed twice
 
 
+class Asked(NamedTuple):
+    """How much is trained on: so many tokens, in so many epochs together."""
+
+    tokens: int
+    epochs: int
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a recovery is given.
@@ -39,6 +47,7 @@ class Lesson:
         model: the start: pruned, with `masking`, or dense.
         recipe: how it is trained.
         rows: the text, [N, T].
+        asked: how much of it is trained on.
         team: the processes.
         masking: the masks of a pruned start; None for a dense one.
         aim: the pattern and sparsity that a dense start, or one that is pruned further, ends with.
@@ -48,6 +57,7 @@ class Lesson:
     model: Model
     recipe: RecoveryRecipe
     rows: CalibrationSet
+    asked: Asked
     team: Team
     masking: Masking | None
     aim: tuple[Pattern, float] | None

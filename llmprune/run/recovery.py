@@ -69,12 +69,13 @@ class Trained:
         self._source.check()
 
 
-def steps_of(lesson: Lesson, tokens: int) -> int:
-    """How many steps so many tokens are.
+def steps_of(lesson: Lesson) -> int:
+    """How many steps the tokens are that were asked for.
 
     Raises:
         ValueError: fewer than the recipe has trainings, each of which takes one at least.
     """
+    tokens = lesson.asked.tokens
     each, soup = lesson.rows.tokens.shape[1] * lesson.recipe.batch, lesson.recipe.soup
     steps, trainings = max(1, tokens // each), soup.phases * soup.copies
     if steps < trainings:
@@ -100,14 +101,13 @@ class Recovery(Production):
 
     Args:
         lesson: model, recipe, text and teacher.
-        tokens: to train on, all epochs together.
         options: where the folder goes, and how.
         reporter: is told the progress.
     """
 
-    def __init__(self, lesson: Lesson, tokens: int, options: Options, reporter: RunReporter) -> None:
-        self.lesson, self._tokens = lesson, tokens
-        self.steps = steps_of(lesson, tokens)
+    def __init__(self, lesson: Lesson, options: Options, reporter: RunReporter) -> None:
+        self.lesson = lesson
+        self.steps = steps_of(lesson)
         self._beginning: Record = {}  # the record of the start
         self.plan = lesson.plan(self.steps)
         super().__init__(lesson.model, options, lesson.team, reporter)
@@ -166,9 +166,11 @@ class Recovery(Production):
         before = records.opening(
             lesson.model, self._beginning or None, lesson.recipe, lesson.rows, lesson.team.size
         )
+        before["recovery"]["text"]["held_out"] = len(lesson.split[1])
         before["recovery"] |= {
             "tokens": self.steps * lesson.recipe.batch * lesson.rows.tokens.shape[1],
             "steps": self.steps,
+            "asked": lesson.asked._asdict(),
             "start": {"source": lesson.model.label, "digest": self._digest(), **self._masks()},
         }
         if lesson.aim is not None:
@@ -179,11 +181,13 @@ class Recovery(Production):
         return before | (record_of_run.packed_form() if self._packing else {})
 
     def _masks(self) -> Record:
-        """A fingerprint of the masks of the start; empty for a dense one."""
+        """A fingerprint of the masks of the start, and what they prune; empty for a dense one."""
         masking = self.lesson.masking
         if masking is None:
             return {}
-        return {"masks": self.team.on_first(lambda: masking.masks.digest)}
+        masks = masking.masks
+        digest, sparsity = self.team.on_first(lambda: (masks.digest, masks.sparsity))
+        return {"masks": digest, "sparsity": round(sparsity, 6)}
 
     def _made_before(self, before: Record) -> Record | None:
         """The record of the finished recovery that `resume` found in the output folder."""

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.contents import REPORT, SWEEP
@@ -19,7 +18,6 @@ from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.machine.interrupts import INTERRUPTS
-from llmprune.machine.processes import ALONE
 from llmprune.model.opening import Model
 from llmprune.planning.cells import SweepPlan, dense_bytes, uses_dense
 from llmprune.planning.grid import Cell, key_of
@@ -29,8 +27,8 @@ from llmprune.record.figures import Record
 from llmprune.record.sweep_page import html_page
 from llmprune.record.sweep_plot import plot
 from llmprune.record.sweep_table import csv_table, markdown
+from llmprune.run.cell import CellReporter, CellRun
 from llmprune.run.preparation import Options, Request, calibrated
-from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
 from llmprune.run.sharing import DenseInputs, Shared
 
@@ -56,51 +54,6 @@ class Work:
     grid: Record
     keep: str
     options: Options
-
-
-class CellReporter:
-    """Reports a cell's run: its stages with the number and the name of the cell, its remarks once a sweep."""
-
-    def __init__(
-        self, reporter: RunReporter, place: str, told: set[str], remark: Callable[[str], None]
-    ) -> None:
-        self._reporter, self._place, self._told, self._remark = reporter, place, told, remark
-
-    def plan(self, model: Any, recipe: Any, plan: Any, calibration: Any, output: Path) -> None:
-        """Tell the remarks that no cell before had."""
-        for text in plan.remarks:
-            if text not in self._told:
-                self._told.add(text)
-                self._remark(text)
-
-    def stage(self, title: str, steps: int) -> None:
-        """Begin a stage."""
-        self._reporter.stage(f"{self._place}: {title}", steps)
-
-    def step(self) -> None:
-        """Count a step."""
-        self._reporter.step()
-
-    def note(self, text: str) -> None:
-        """Pass a note on."""
-        self._reporter.note(f"{self._place}: {text}")
-
-
-class CellRun(Production):
-    """The run of one cell, for which the dense model is scored and its weights are checked already."""
-
-    def __init__(
-        self, model: Model, options: Options, reporter: RunReporter, digest: str, dense: Scores
-    ) -> None:
-        self._digest_known, self._dense_scores = digest, dense
-        super().__init__(model, options, ALONE, reporter)
-
-    def _digest(self) -> str:
-        return self._digest_known
-
-    def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
-        # It took this run no time: the seconds stand in the record of the sweep.
-        return None if evaluation is None else dataclasses.replace(self._dense_scores, seconds=0.0)
 
 
 class Sweep:

@@ -1,0 +1,1 @@
+"""Figures that papers published, with the sources they were read in."""

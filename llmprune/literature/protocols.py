@@ -1,0 +1,117 @@
+"""Published figures beside our own: which are of the same model and sparsity, and of which protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmprune.literature.figure import WHOLE, Figure, Protocol
+from llmprune.literature.published import published_for
+
+SAME = "same protocol"
+_NEAR = 0.005  # sparsities are the same up to this: rounding leaves a matrix a little denser
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A published figure and what a record has of the same text or tasks.
+
+    Attributes:
+        dense, pruned: ours, in the unit of the figure; None where the record does not have it.
+        protocol: `same protocol`, or what differs.
+    """
+
+    figure: Figure
+    dense: float | None
+    pruned: float | None
+    protocol: str
+
+
+def beside(record: Mapping[str, Any]) -> tuple[Beside, ...]:
+    """The published figures of a record's model at its pattern and sparsity, each with ours; none without."""
+    recipe, sparsity = record.get("recipe", {}), record["totals"]["sparsity"]
+    evaluation = record.get("evaluation", {})
+    return tuple(
+        Beside(figure, *ours(figure, evaluation), difference(figure, evaluation))
+        for figure in published_for(str(record["model"]["source"]))
+        if figure.pattern == recipe.get("pattern") and abs(figure.sparsity - sparsity) <= _NEAR
+    )
+
+
+def ours(figure: Figure, evaluation: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """What the entry `evaluation` of a record has of a figure's text or tasks: dense and pruned."""
+    if figure.metric == "perplexity":
+        entry = evaluation.get("perplexity", {}).get(figure.on[0], {})
+        return entry.get("dense"), entry.get("pruned")
+    entries = [evaluation.get("tasks", {}).get(task, {}).get("acc", {}) for task in figure.on]
+    return _mean([e.get("dense") for e in entries]), _mean([e.get("pruned") for e in entries])
+
+
+def difference(figure: Figure, evaluation: Mapping[str, Any]) -> str:
+    """Whether the entry `evaluation` of a record was measured by the protocol of a figure.
+
+    Returns:
+        `same protocol`, or in a few words what differs or is not known. An accuracy is never of the same
+        protocol: no source says which version of which task was run.
+    """
+    differences = _of_text if figure.metric == "perplexity" else _of_tasks
+    return "; ".join(differences(figure, evaluation)) or SAME
+
+
+def _of_text(figure: Figure, evaluation: Mapping[str, Any]) -> Iterator[str]:
+    text, theirs = figure.on[0], figure.protocol
+    entry = evaluation.get("perplexity", {}).get(text)
+    if entry is None:
+        yield f"{text} not measured here"
+        return
+    protocol = entry["protocol"]
+    if theirs.window is None:
+        yield "their window is not stated"
+    elif theirs.window != protocol["window"]:
+        yield f"window {protocol['window']}, theirs {theirs.window}"
+    if theirs.windows is None:
+        yield "how much of the text they read is not stated"
+    elif theirs.windows == WHOLE and "limit" in protocol:
+        yield f"{protocol['windows']} windows, theirs the whole text"
+    elif theirs.windows not in (WHOLE, protocol["windows"]):
+        yield f"{protocol['windows']} windows, theirs {theirs.windows}"
+
+
+def _of_tasks(figure: Figure, evaluation: Mapping[str, Any]) -> Iterator[str]:
+    tasks = evaluation.get("tasks", {})
+    missing = [task for task in figure.on if task not in tasks]
+    if missing:
+        yield f"{', '.join(missing)} not measured here"
+        return
+    shots = sorted({tasks[task]["protocol"]["shots"] for task in figure.on})
+    if shots != [figure.protocol.shots]:
+        yield f"{' and '.join(map(str, shots))} shots, theirs {figure.protocol.shots}"
+    yield "their version of the tasks is not stated"
+
+
+def _mean(values: list[Any]) -> float | None:
+    """The mean in percent; None where one is missing."""
+    return None if None in values else 100 * sum(values) / len(values)
+
+
+def protocol_words(protocol: Protocol) -> str:
+    """A protocol in a few words."""
+    return "; ".join(_words(protocol))
+
+
+def _words(protocol: Protocol) -> Iterator[str]:
+    if protocol.window:
+        yield f"windows of {protocol.window}"
+    if protocol.shots is not None:
+        yield f"{protocol.shots} shots"
+    if protocol.windows is not None:
+        yield "the whole text" if protocol.windows == WHOLE else f"{protocol.windows} windows"
+    length = f" of {protocol.length}" if protocol.length else ""
+    rows = f"{protocol.samples} rows{length}" if protocol.samples else ""
+    if protocol.calibration or rows:
+        yield f"calibrated on {', '.join(filter(None, (protocol.calibration, rows)))}"
+    if protocol.trained:
+        yield f"trained: {protocol.trained}"
+    if protocol.note:
+        yield protocol.note

@@ -1,0 +1,76 @@
+"""Prints figures that papers published: of a model, source by source, or which models have some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmprune.literature.figure import SEEN_IN, UNSTRUCTURED, Protocol
+from llmprune.literature.protocols import protocol_words
+from llmprune.literature.published import models, name_of
+from llmprune.terminal.console import Screen
+
+Entry = Mapping[str, Any]
+_LEGEND = (
+    "Perplexity: lower is better. Accuracy, in percent: higher is better. Figures of different protocols or "
+    "sources do not rank."
+)
+
+
+def models_of(figures: Sequence[Entry]) -> dict[str, dict[str, Any]]:
+    """By the hub id of each model: its short name, the number of its figures, and their papers."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in models():
+        own = [figure["source"]["paper"] for figure in figures if figure["model"] == model]
+        if own:
+            found[model] = {"name": name_of(model), "figures": len(own), "papers": [*dict.fromkeys(own)]}
+    return found
+
+
+def print_models(console: Screen, found: Mapping[str, Entry]) -> None:
+    """Print which models have published figures."""
+    rows = [(entry["name"], str(entry["figures"]), ", ".join(entry["papers"])) for entry in found.values()]
+    console.table("models with published figures", rows, ("", "figures", "papers"))
+
+
+def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
+    """Print the figures of one model: a table for each source, text and protocol."""
+    console.say(f"published figures of {figures[0]['model']}", "bold")
+    for (metric, on, paper, *_), rows in _blocks(figures).items():
+        first = rows[0]
+        source, told = first["source"], protocol_words(Protocol(**first["protocol"]))
+        mean = f"{metric}, mean of" if len(on) > 1 else f"{metric} on"
+        places = {entry["source"]["where"] for entry in rows}
+        place = f" ({source['where']})" if len(places) == 1 else ""
+        console.verbatim()
+        console.say(f"{paper}{place}: {mean} {', '.join(on)}", "bold")
+        if told:
+            console.say(told)
+        console.verbatim(source["url"])
+        console.say(f"read in {SEEN_IN[source['via']]} on {source['seen']}")
+        cells = [_row(entry, bool(place)) for entry in rows]
+        console.table("", cells, ("", "sparsity", "pruned", "dense", ""))
+    console.verbatim()
+    console.say(_LEGEND)
+
+
+def _blocks(figures: Sequence[Entry]) -> dict[tuple[Any, ...], list[Entry]]:
+    """The figures by what a table of them has in common: metric, text or tasks, source and protocol."""
+    found: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in sorted(figures, key=lambda e: e["metric"] != "perplexity"):
+        source = entry["source"]
+        protocol = Protocol(**entry["protocol"])
+        key = (entry["metric"], tuple(entry["on"]), source["paper"], source["url"], source["via"], protocol)
+        found.setdefault(key, []).append(entry)
+    return found
+
+
+def _row(entry: Entry, placed: bool) -> tuple[str, ...]:
+    """The cells of a figure; where it stands only if the title does not say so."""
+    amount = f"{entry['sparsity']:.0%}" if entry["pattern"] == UNSTRUCTURED else entry["pattern"]
+    where = "" if placed else entry["source"]["where"]
+    return (entry["method"], amount, _number(entry["value"]), _number(entry["dense"]), where)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
