@@ -160,6 +160,7 @@ def moved(known):
         "text": {"source": "c4", "sequences": 100, "sequence_length": 2048, "seed": 0, "digest": "sha256:2"},
         "tokens": 1_000_000,
         "steps": 100,
+        "asked": {"tokens": 1_000_000, "epochs": 1},
         "start": {"source": "pruned", "digest": "sha256:3"},
         "best_step": 90,
         "held_out": {"start": 3.9, "best": 3.08},

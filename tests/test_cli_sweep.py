@@ -237,7 +237,7 @@ def test_a_sweep_in_a_notebook(record, tmp_path, monkeypatch):
     assert list(frame["name"][:2]) == ["dense", "wanda-0.5"] and frame["perplexity text"][1] == 30.0
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(
-        ValueError, match="to_pandas needs pandas, which is not installed; pip install pandas"
+        ValueError, match="to_pandas needs pandas, which is not installed: pip install pandas"
     ):
         result.to_pandas()
 

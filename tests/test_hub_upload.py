@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from hub_server import READER, TOKEN, Fault
-from outputs import FILES as PUBLISHED
+from outputs import FILES
 
 import llmprune
 from llmprune.hub.download import locate
 
+PUBLISHED = FILES | {"report-matrices.png"}
 PRUNING = {"calibration": "builtin", "samples": 4, "seqlen": 32}
 
 
@@ -129,7 +130,8 @@ def test_the_command_of_a_card_makes_the_same_model_again(own_hub, make_llama, t
 def test_what_was_pushed_can_be_used_by_its_id(own_hub, out):
     llmprune.push(out, "me/pruned")
     located = locate("me/pruned")
-    assert contents(located.folder) == {n: c for n, c in remote(own_hub).items() if n != "report.html"}
+    pages = {"report.html", "report-matrices.png"}
+    assert contents(located.folder) == {n: c for n, c in remote(own_hub).items() if n not in pages}
     assert llmprune.inspect("me/pruned")["record_agrees"] is True
     mine, theirs = (llmprune.load(path).state_dict() for path in (out, "me/pruned"))
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
@@ -218,7 +220,8 @@ def test_a_later_push_replaces_an_earlier_one_whole(own_hub, out, make_llama, tm
     llmprune.push(out, "me/pruned")
     deeper = llmprune.prune(make_llama(layers=3), output=tmp_path / "deeper", **PRUNING).output
     pushed = llmprune.push(deeper, "me/pruned")
-    assert pushed["removed"] == sorted(n for n in PUBLISHED if n.endswith("of-00003.safetensors"))
+    shards = sorted(n for n in PUBLISHED if n.endswith("of-00003.safetensors"))
+    assert pushed["removed"] == [*shards, "report-matrices.png"], "of which the second has none"
     assert set(remote(own_hub)) == set(contents(deeper))
 
 
@@ -421,7 +424,7 @@ def test_the_command_says_where_it_lies_and_what_to_do_next(own_hub, out, typed)
     for said in (
         "me/pruned (new, private)",
         f"{own_hub.url}/me/pruned/tree/seventy",
-        "12, ",
+        "13, ",
         "llmprune inspect me/pruned --revision seventy",
     ):
         assert said in shown, shown
@@ -439,7 +442,7 @@ def test_a_packed_folder_is_pushed_and_loaded_from_there(own_hub, out, tmp_path)
     llmprune.convert(out, to="packed", output=tmp_path / "packed")
     llmprune.push(tmp_path / "packed", "me/packed")
     there = remote(own_hub, "me/packed")
-    assert set(there) == PUBLISHED - {"masks.safetensors"}
+    assert set(there) == FILES - {"masks.safetensors"}, "runs of tests draw no plots"
     card = there["README.md"].decode()
     assert "import llmprune  # which knows packed weights\nfrom transformers import" in card
     assert 'from_pretrained("me/packed", dtype="auto")' in card

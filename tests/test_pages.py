@@ -47,7 +47,7 @@ class Checked(HTMLParser):
 def example():
     curves = {EVIL: [Point(0.5, 13.0, 0.2, EVIL), Point(0.7, 40.0)], "b": [Point(0.6, 20.0)]}
     body = lines(curves, ("sparsity", EVIL), EVIL, log=True) + scatter(curves, ("x", "y"), "points")
-    body += heat(["0", "1"], ["q_proj", EVIL], [[0.1, None], [0.3, 0.2]], EVIL, corner="block")
+    body += heat(["0", "1"], ["block", "q_proj", EVIL], [[0.1, None], [0.3, 0.2]], EVIL)
     body += table(("name", "value", ""), [(EVIL, 3, "x"), ("b", Cell("-", None), "y")], EVIL, True)
     body += tiles([Tile(EVIL, EVIL, EVIL)]) + bars([Bar(EVIL, 1.0, EVIL)], EVIL, ("phase", "s"))
     body += code(EVIL, "text") + code(commands([f"llmprune run x --set {EVIL}", "b"]))
@@ -100,9 +100,7 @@ def test_numbers_are_sorted_by_their_values():
 
 
 def test_a_map_shows_every_value_and_says_more_of_it():
-    made = heat(
-        ["0", "1"], ["q", "k"], [[0.0, 0.5], [None, 1.0]], "m", corner="block", notes=[["", "x"], ["", ""]]
-    )
+    made = heat(["0", "1"], ["block", "q", "k"], [[0.0, 0.5], [None, 1.0]], "m", notes=[["", "x"], ["", ""]])
     cells = re.findall(r'<td class="(\w+)" title="([^"]*)">([^<]*)</td>', made)
     assert cells == [
         ("h0", "block 0, q", "0.000"),

@@ -3,6 +3,7 @@
 from llmprune.api.acceleration import accelerate
 from llmprune.api.benching import bench
 from llmprune.api.checkpoints import evaluate, inspect, load, push
+from llmprune.api.comparing import Comparison, compare
 from llmprune.api.conversion import convert
 from llmprune.api.generation import generate
 from llmprune.api.literature import published
@@ -15,6 +16,7 @@ from llmprune.api.sweeping import sweep
 from llmprune.api.training import MaskKeeper, merge_adapter
 
 __all__ = [
+    "Comparison",
     "DryRun",
     "MaskKeeper",
     "RecoveryDryRun",
@@ -23,6 +25,7 @@ __all__ = [
     "SweepResult",
     "accelerate",
     "bench",
+    "compare",
     "convert",
     "evaluate",
     "generate",

@@ -118,6 +118,14 @@ def _path(name: str, value: Any) -> str:
     return found
 
 
+def _paths(name: str, value: Any) -> list[str]:
+    """One path or several."""
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    if not listed:
+        raise _wrong(name, "a path, or a list of them", value)
+    return [_path(name, each) for each in listed]
+
+
 def _maybe_path(name: str, value: Any) -> str | None:
     return None if value is None else _path(name, value)
 
@@ -249,6 +257,7 @@ def minutes(given: Any, otherwise: float) -> float:
 CHECKS: Mapping[str, Check] = {
     "model": any_model,
     "path": _stored_model,
+    "paths": _paths,
     "folder": _path,
     "a": _path,
     "b": _path,
@@ -263,6 +272,7 @@ CHECKS: Mapping[str, Check] = {
     "samples_text": _whole,
     "recover": _recipe,
     "score": _flag,
+    "overlap": _flag,
     "sparsity": _number,
     "samples": _number,
     "seqlen": _number,

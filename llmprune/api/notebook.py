@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -19,8 +19,11 @@ def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = 
     return f"<table><caption>{html.escape(title)}</caption>{top}{body}</table>"
 
 
-def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Rows as a data frame of pandas.
+def data_frame(rows: Iterable[Any], columns: Sequence[str] | None = None) -> Any:
+    """Rows as a `pandas.DataFrame`.
+
+    Args:
+        rows: mappings, or cells under `columns`.
 
     Raises:
         ValueError: pandas is not installed.
@@ -28,5 +31,5 @@ def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
     try:
         import pandas
     except ImportError:
-        raise ValueError("to_pandas needs pandas, which is not installed; pip install pandas") from None
-    return pandas.DataFrame(list(rows))
+        raise ValueError("to_pandas needs pandas, which is not installed: pip install pandas") from None
+    return pandas.DataFrame(list(rows), columns=columns and list(columns))

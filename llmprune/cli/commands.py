@@ -102,6 +102,33 @@ def recover(path: _Model, **options: Any) -> None:
     produce(api.recover, path, **options)
 
 
+@_command(OUTPUT)
+def compare(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...", help="Output folders of run, recover or sweep, or hub ids.", show_default=False
+        ),
+    ],
+    as_json: bool,
+    quiet: bool,
+    output: Annotated[Path, typer.Option(help="Folder to write page, tables and plots into.")] = Path(
+        "comparison"
+    ),
+    no_overlap: Annotated[bool, frame.flag("--no-overlap", "Do not count how the masks overlap.")] = False,
+    overwrite: Annotated[bool, frame.flag("--overwrite", "Replace the comparison that is there.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the runs.")] = None,
+) -> None:
+    """Put several runs side by side: scores that may be ranked, sizes, what differs, how masks overlap."""
+    from llmprune import api
+    from llmprune.terminal import comparison
+
+    found = api.compare(paths, output=output, overlap=not no_overlap, overwrite=overwrite, revision=revision)
+    comparison.print_comparison(frame.console(as_json, quiet), found.record, output)
+    if as_json:
+        frame.emit(found.record)
+
+
 @_command(SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)
 def eval(path: _Model, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score any checkpoint: perplexity and zero-shot tasks."""

@@ -116,17 +116,17 @@ def compare_masks(a: KeepMasks, b: KeepMasks) -> dict[str, Any]:
     for name in common:
         one, other = ~a.load(name), ~b.load(name)
         counts = [one.numel(), *(int(part.sum()) for part in (one, other, one & other))]
-        matrices.append({"name": name, "shape": list(one.shape), **_overlap(*counts)})
+        matrices.append({"name": name, "shape": list(one.shape), **overlap_of(*counts)})
     keys = ("weights", "pruned_a", "pruned_b", "both")
     return {
         "matrices": matrices,
-        **_overlap(*(sum(m[key] for m in matrices) for key in keys)),
+        **overlap_of(*(sum(m[key] for m in matrices) for key in keys)),
         "only_a": [name for name in a.shapes if name not in b.shapes],
         "only_b": [name for name in b.shapes if name not in a.shapes],
     }
 
 
-def _overlap(weights: int, pruned_a: int, pruned_b: int, both: int) -> dict[str, Any]:
+def overlap_of(weights: int, pruned_a: int, pruned_b: int, both: int) -> dict[str, Any]:
     """Two sets of pruned weights in figures; an empty set lies wholly in the other one."""
     either, smaller = pruned_a + pruned_b - both, min(pruned_a, pruned_b)
     return {

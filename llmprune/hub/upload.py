@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MADE, RECORD, is_companion
+from llmprune.checkpoint.contents import CARD, INDEX, JOURNAL, MADE, PLOTS, RECORD, is_companion
 from llmprune.checkpoint.reader import Checkpoint, read_json, read_record
 from llmprune.common.version import __version__
 from llmprune.hub.download import offline, one_line, retrying, status_of
@@ -159,7 +159,7 @@ def _prepare(client: HfApi, to: Destination) -> tuple[bool, bool]:
 
 
 def _left_over(client: HfApi, to: Destination, files: list[str]) -> list[CommitOperationDelete]:
-    """Removals of the weight files of an earlier push, which a loader might take instead of the new ones.
+    """Removals of an earlier push's weights, which a loader might take instead of the new ones, and plots.
 
     Raises:
         ValueError: the repository holds weights that were not written by this program.
@@ -174,7 +174,8 @@ def _left_over(client: HfApi, to: Destination, files: list[str]) -> list[CommitO
             f"{to.repository} holds other weights ({stale[0]}), which loaders would mix up with these; "
             "name another repository"
         )
-    return [CommitOperationDelete(path_in_repo=name) for name in stale]
+    plots = sorted({*PLOTS} & {*there} - {*files}) if RECORD in there else []
+    return [CommitOperationDelete(path_in_repo=name) for name in [*stale, *plots]]
 
 
 def _check_card(client: HfApi, card: str) -> None:

@@ -112,7 +112,7 @@ def _drawable(points: Sequence[Point], style: Style) -> list[Point]:
     )
 
 
-def _finite(point: Sequence[float]) -> bool:
+def _finite(point: Point) -> bool:
     return all(isinstance(value, (int, float)) and math.isfinite(value) for value in point[:2])
 
 

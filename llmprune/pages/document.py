@@ -3,7 +3,7 @@
 Another page is made of the same parts:
 
     from llmprune.pages.charts import Point, lines
-    from llmprune.pages.document import Section, page
+    from llmprune.pages.document import Section, page, paragraph
     from llmprune.pages.tables import table
 
     curves = {"wanda": [Point(0.5, 21.8), Point(0.6, 60.1)], "sparsegpt": [Point(0.5, 19.9)]}

@@ -122,7 +122,6 @@ def heat(
     values: Sequence[Sequence[float | None]],
     caption: str,
     *,
-    corner: str = "",
     form: str = ".3f",
     notes: Sequence[Sequence[str]] | None = None,
 ) -> Markup:
@@ -132,23 +131,24 @@ def heat(
 
     Args:
         rows: their names.
-        columns: their names.
+        columns: their names; one more than a row has values begins with what the rows are, such as `block`.
         values: by row and column; None where there is nothing.
-        corner: what the rows are, such as `block`.
         form: how a value is written, as for `format`.
         notes: what is said of each cell beside row, column and value.
     """
+    width = max(map(len, values), default=0)
+    corner, names = (columns[0], columns[1:]) if len(columns) > width else ("", columns)
     scale = Scale.of([value for row in values for value in row if value is not None])
-    head = element("th", corner, scope="col") + Markup(
-        "".join(element("th", breakable(name), scope="col") for name in columns)
+    head = (element("th", corner, scope="col") if corner else element("td")) + Markup(
+        "".join(element("th", breakable(name), scope="col") for name in names)
     )
     body = []
-    for y, (name, found) in enumerate(zip(rows, values, strict=True)):
+    for y, (row, found) in enumerate(zip(rows, values, strict=True)):
         cells = "".join(
-            _heat_cell(value, scale, form, _said((corner, name, columns[x]), notes and notes[y][x]))
+            _heat_cell(value, scale, form, _said((corner, row, names[x]), notes[y][x] if notes else None))
             for x, value in enumerate(found)
         )
-        body.append(element("tr", element("th", name, scope="row") + Markup(cells)))
+        body.append(element("tr", element("th", row, scope="row") + Markup(cells)))
     inner = (
         element("caption", caption) + element("thead", element("tr", head)) + element("tbody", joined(body))
     )

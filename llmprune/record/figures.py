@@ -68,7 +68,7 @@ def _task_row(name: str, entry: Mapping[str, Any], protocol: Mapping[str, Any]) 
         change=_task_change(entry, documents),
         note=f"{documents} documents{direction(protocol, metric)}",
         start=start if "start" in entry else "",
-        gap=_gap(entry, _higher(protocol, metric), documents),
+        gap=_gap(entry, higher_is_better(protocol, metric), documents),
     )
 
 
@@ -106,11 +106,11 @@ def with_error(row: ScoreRow) -> str:
 
 def direction(protocol: Mapping[str, Any], metric: str) -> str:
     """Whether higher or lower scores of a metric are better, in words; empty where the task does not say."""
-    better = _higher(protocol, metric)
+    better = higher_is_better(protocol, metric)
     return "" if better is None else ", higher is better" if better else ", lower is better"
 
 
-def _higher(protocol: Mapping[str, Any], metric: str) -> bool | None:
+def higher_is_better(protocol: Mapping[str, Any], metric: str) -> bool | None:
     """Whether higher scores of a metric are better; None where the task does not say.
 
     Records of early versions do not say it for any metric: they hold accuracies only, so higher is better.

@@ -60,7 +60,7 @@ def _map(grid: Grid, what: str, caption: str, form: str) -> Markup:
     found = [[grid.groups.get((block, kind)) for kind in grid.kinds] for block in grid.blocks]
     values = [[None if group is None else getattr(group, what) for group in row] for row in found]
     notes = [["" if group is None else _said(group) for group in row] for row in found]
-    return heat(grid.blocks, grid.kinds, values, caption, corner="block", form=form, notes=notes)
+    return heat(grid.blocks, ["block", *grid.kinds], values, caption, form=form, notes=notes)
 
 
 def _said(group: Group) -> str:

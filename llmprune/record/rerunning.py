@@ -76,7 +76,7 @@ def _same(recipe: Record, overrides: Mapping[str, Any]) -> bool:
         shipped = recipes.load(recipe["name"], overrides).as_dict()
     except ValueError:  # the recipe of that name is another one today
         return False
-    return _plain(shipped) == _plain(recipe)
+    return bool(_plain(shipped) == _plain(recipe))
 
 
 def _plain(recipe: Record) -> Any:

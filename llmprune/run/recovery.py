@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,7 @@ class Recovery(Production):
             self._left = "trained and saved but not scored"
             result = score(reopen(self.options.output.resolve()), evaluation, "recovered", reporter, team)
             unscored, record = record, records.add_scores(record, scored.dense, scored.start, result)
-            team.on_first(lambda: self._write_pages(record, unscored))
+            team.on_first(functools.partial(self._write_pages, record, unscored))
         record = self._with_samples(record, self._writers(reopen))
         self._left = "finished"
         team.on_first(self._complete)

@@ -27,11 +27,11 @@ class Wish(NamedTuple):
     """How many texts are wanted.
 
     Attributes:
-        count: the number of prompts; 0 for none.
+        number: of prompts; 0 for none.
         asked: whether the user named it: then they are written however long it takes.
     """
 
-    count: int
+    number: int
     asked: bool
 
     @classmethod
@@ -42,11 +42,11 @@ class Wish(NamedTuple):
     def met(self, record: Record) -> bool:
         """Whether a record has as many, or says why it has none."""
         found = record.get("samples")
-        if not self.count:
+        if not self.number:
             return True
         if found is None:
             return False
-        return not self.asked if "skipped" in found else len(found["texts"]) == self.count
+        return not self.asked if "skipped" in found else len(found["texts"]) == self.number
 
 
 NONE = Wish(0, False)
@@ -70,7 +70,7 @@ def with_samples(record: Record, writers: Writers, wish: Wish, reporter: RunRepo
     limit = None if wish.asked else max(_LEAST, _SHARE * spent)
     reporter.stage("writing texts", len(writers))
     try:
-        found = _written(record["model"]["source"], writers, wish.count, limit, reporter)
+        found = _written(record["model"]["source"], writers, wish.number, limit, reporter)
     except _TooMuch as reason:
         found = {"skipped": str(reason)}
         reporter.note(f"no texts in the report: {reason}")

@@ -1,0 +1,94 @@
+"""Everything a comparison says, as plain values: `compared`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmprune.comparison.differences import differences
+from llmprune.comparison.entries import Entry
+from llmprune.comparison.overlap import overlaps
+from llmprune.comparison.ranking import Group, differing, groups_of
+from llmprune.literature.protocols import beside, protocol_words
+
+SCHEMA = 1
+Comparison = dict[str, Any]
+
+
+def compared(entries: Sequence[Entry], masks: bool) -> Comparison:
+    """Runs side by side.
+
+    Args:
+        entries: the runs.
+        masks: whether the overlap of their masks is counted, which reads them all.
+
+    Returns:
+        `runs` (per run what it is and cost), `scores` (per group of figures that may be ranked: `name`,
+        `letter`, `protocol`, `model`, `best`, `level`, and `members` with value, dense value and error),
+        `unranked` (why figures of one name are not ranked together), `differences` (field, and its value in
+        each run), `overlap` (as `mask_diff` for every pair), `published` (figures of papers beside ours).
+    """
+    groups = groups_of(entries)
+    return {
+        "schema": SCHEMA,
+        "runs": [_run(entry) for entry in entries],
+        "scores": [_scores(group) for group in groups],
+        "unranked": differing(groups),
+        "differences": [
+            {"field": key, "values": dict(zip((e.name for e in entries), values, strict=True))}
+            for key, values in differences(entries)
+        ],
+        "overlap": overlaps(entries) if masks else [],
+        "published": [row for entry in entries for row in _published(entry)],
+    }
+
+
+def _run(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "model": entry.model,
+        "method": entry.method,
+        "pattern": entry.pattern,
+        "sparsity": entry.sparsity,
+        "format": entry.stored,
+        "bytes": {"written": entry.written, "packed": entry.packed},
+        "parameters": entry.record["model"]["parameters"],
+        "faster_by": entry.faster_by,
+        "seconds": entry.seconds,
+    }
+
+
+def _scores(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "letter": group.letter,
+        "model": group.model,
+        "protocol": dict(group.protocol),
+        "best": sorted(group.best),
+        "level": sorted(group.level),
+        "members": {
+            name: {"value": figure.value, "dense": figure.dense, "stderr": figure.stderr}
+            for name, figure in group.members.items()
+        },
+    }
+
+
+def _published(entry: Entry) -> list[dict[str, Any]]:
+    """What papers published of the same model at the same sparsity, beside the run's own."""
+    return [
+        {
+            "run": entry.name,
+            "paper": found.figure.source.paper,
+            "where": found.figure.source.where,
+            "url": found.figure.source.url,
+            "method": found.figure.method,
+            "figure": " ".join([found.figure.metric, ", ".join(found.figure.on)]),
+            "published": found.figure.value,
+            "published_dense": found.figure.dense,
+            "ours": found.pruned,
+            "ours_dense": found.dense,
+            "protocol": found.protocol,
+            "theirs": protocol_words(found.figure.protocol),
+        }
+        for found in beside(entry.record)
+    ]

@@ -1,0 +1,188 @@
+"""The page of a comparison, one file: its table, curves, what differs, masks, published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmprune.common.messages import duration
+from llmprune.comparison import tables
+from llmprune.comparison.comparing import Comparison
+from llmprune.pages.charts import Point, lines
+from llmprune.pages.document import (
+    Markup,
+    Section,
+    abreast,
+    element,
+    escaped,
+    joined,
+    listed,
+    page,
+    paragraph,
+)
+from llmprune.pages.tables import Cell, breakable, heat, table
+
+_LONG = 40  # characters of a value, above which it is shortened in the table of differences
+_OVERLAP = (
+    "Of each pair of runs, the entries that both pruned over those that either pruned (Jaccard): 1 is the "
+    "same masks; two masks that choose independently share about s / (2 - s) at sparsity s."
+)
+
+
+def comparison_page(
+    comparison: Comparison, version: str, title: str = "", more: Sequence[Section] = ()
+) -> str:
+    """The page.
+
+    Args:
+        comparison: what `compared` returns.
+        version: of llmprune, for the foot.
+        title: its heading; by default how many runs of which models it has.
+        more: further sections, at the end.
+    """
+    sections = [
+        *_curves(comparison),
+        *_differences(comparison),
+        *_overlap(comparison),
+        *_published(comparison),
+        *more,
+    ]
+    return page(
+        title or tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}."
+    )
+
+
+def _lead(comparison: Comparison) -> Markup:
+    """The table, and which of its figures are not ranked together."""
+    names = tables.figure_names(comparison)
+    runs = comparison["runs"]
+    speeds = any(run["faster_by"] is not None for run in runs)
+    head = ["run", "method", "sparsity", *names, "weights", *(["speed"] if speeds else []), "time"]
+    rows = [_dense(model, own, speeds) for model, own in tables.dense_scores(comparison)]
+    rows += [_row(comparison, run, speeds) for run in runs]
+    notes = [tables.LEGEND + "."] if any(group["best"] for group in comparison["scores"]) else []
+    notes += comparison["unranked"]
+    if not names:
+        notes.append("None of these runs was scored.")
+    return table(head, rows, tables.title(comparison), sortable=True) + listed(notes)
+
+
+def _dense(model: str, own: Sequence[str], speeds: bool) -> list[object]:
+    blank = [Cell("", None)] * (2 + speeds)
+    return [breakable(model), "dense", Cell("", 0.0), *(Cell(text, None) for text in own), *blank]
+
+
+def _row(comparison: Comparison, run: dict[str, Any], speeds: bool) -> list[object]:
+    speed = run["faster_by"]
+    return [
+        breakable(run["name"]),
+        run["method"],
+        Cell(tables.amount(run), run["sparsity"]),
+        *(_score(score) for score in tables.scores_of(comparison, run["name"])),
+        Cell(_noted(*tables.size(run)), run["bytes"]["packed"]),
+        *([Cell("" if speed is None else f"{speed:.2f} x", speed)] if speeds else []),
+        Cell(duration(run["seconds"]), run["seconds"]),
+    ]
+
+
+def _score(score: tables.Score) -> Cell:
+    shown = f"{score.number} {score.mark}".strip()
+    return Cell(
+        _noted(element("b", shown) if score.mark.startswith("*") else shown, score.error), score.value
+    )
+
+
+def _noted(figure: str, note: str) -> Markup:
+    """A figure, and what is said of it below."""
+    return escaped(figure) + (element("small", note) if note else "")
+
+
+def _curves(comparison: Comparison) -> list[Section]:
+    """Scores over sparsity and over bytes, a chart for every group of figures that may be ranked."""
+    charts = [
+        lines(
+            {label: [Point(*point) for point in own] for label, own in found.points.items()},
+            (name, found.title),
+            f"{found.title} by {name}",
+            log=found.title.startswith("perplexity"),
+        )
+        for across, name in tables.ACROSS.items()
+        for found in tables.curves(comparison, across)
+    ]
+    return [Section("Curves", abreast(charts))] if charts else []
+
+
+def _differences(comparison: Comparison) -> list[Section]:
+    found = comparison["differences"]
+    if not found:
+        return [Section("What differs", paragraph("Recipe, calibration, model and machine are the same."))]
+    names = [run["name"] for run in comparison["runs"]]
+    rows = [
+        [breakable(entry["field"]), *(_shortened(entry["values"][name]) for name in names)] for entry in found
+    ]
+    made = table(["field", *map(breakable, names)], rows, "Fields in which the runs differ")
+    return [Section("What differs", element("div", made, class_="scroll"))]
+
+
+def _shortened(value: str) -> Markup:
+    """A value, of which a long one is cut and stands whole in its tip."""
+    if len(value) <= _LONG:
+        return breakable(value)
+    return element("span", breakable(value[: _LONG - 1] + "…"), title=value)
+
+
+def _overlap(comparison: Comparison) -> list[Section]:
+    pairs = {(pair["a"], pair["b"]): pair for pair in comparison["overlap"]}
+    if not pairs:
+        return []
+    names = [run["name"] for run in comparison["runs"] if any(run["name"] in pair for pair in pairs)]
+
+    def of(a: str, b: str) -> dict[str, Any] | None:
+        return pairs.get((a, b)) or pairs.get((b, a))
+
+    values = [[(pair["jaccard"] if (pair := of(a, b)) else None) for b in names] for a in names]
+    notes = [
+        [(f"{pair['agree']:.2%} of all entries the same" if (pair := of(a, b)) else "") for b in names]
+        for a in names
+    ]
+    made = heat(names, names, values, "Overlap of the masks", form=".3f", notes=notes)
+    return [Section("Masks", paragraph(_OVERLAP) + abreast([made], "maps"))]
+
+
+def _published(comparison: Comparison) -> list[Section]:
+    found = comparison["published"]
+    if not found:
+        return []
+    head = ("paper", "method", "run", "figure", "published", "ours", "protocol")
+    rows = [
+        (
+            element("a", row["paper"], href=row["url"]) + f", {row['where']}",
+            row["method"],
+            breakable(row["run"]),
+            row["figure"],
+            Cell(_number(row["published"], row["published_dense"]), row["published"]),
+            Cell(_number(row["ours"], row["ours_dense"]), row["ours"]),
+            element("span", row["protocol"], title=row["theirs"]),
+        )
+        for row in found
+    ]
+    told = paragraph(
+        "Figures of the same model at the same sparsity; in brackets the dense model's. They rank with ours "
+        "only where the protocol is the same."
+    )
+    return [Section("Published figures", told + table(head, rows, "Published figures beside ours", True))]
+
+
+def _number(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.2f}" + (f" ({dense:,.2f})" if dense is not None else "")
+
+
+def notebook(comparison: Comparison) -> str:
+    """The table alone, for a cell of a notebook."""
+    head, rows = tables.cells(comparison)
+    body = "".join(f"<tr>{''.join(element('td', cell) for cell in row)}</tr>" for row in rows)
+    top = "".join(element("th", name) for name in head)
+    notes = joined(element("p", escaped(line)) for line in comparison["unranked"])
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{notes}"

@@ -1,0 +1,73 @@
+"""Prints a comparison: the table, what is not ranked, what differs, and how the masks overlap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmprune.comparison import tables
+from llmprune.comparison.comparing import Comparison
+from llmprune.terminal.console import Screen
+
+_MOST = 12  # fields that differ, and pairs of masks, that the screen lists; the page has all
+
+
+def print_comparison(console: Screen, found: Comparison, output: Any) -> None:
+    """Print a comparison, and where its page is."""
+    head, rows = tables.cells(found)
+    console.verbatim()
+    console.table(tables.title(found), rows, head)
+    if any(group["best"] for group in found["scores"]):
+        console.say(tables.LEGEND)
+    for line in found["unranked"]:
+        console.say(line, "yellow")
+    if not found["scores"]:
+        console.say("none of these runs was scored: llmprune eval measures them", "yellow")
+    _differences(console, found)
+    _overlap(console, found)
+    _published(console, found)
+    if output is not None:
+        console.verbatim()
+        console.table("Written", [("page", f"{output}/report.html"), ("tables", f"{output}/table.md, .csv")])
+
+
+def _differences(console: Screen, found: Comparison) -> None:
+    names = [run["name"] for run in found["runs"]]
+    fields = found["differences"]
+    if not fields:
+        return
+    console.verbatim()
+    rows = [(f["field"], " | ".join(f["values"][name] for name in names)) for f in fields[:_MOST]]
+    console.table("What differs", rows)
+    if len(fields) > _MOST:
+        console.say(f"and {len(fields) - _MOST} more fields, on the page")
+
+
+def _overlap(console: Screen, found: Comparison) -> None:
+    pairs = found["overlap"]
+    if not pairs:
+        return
+    console.verbatim()
+    rows = [
+        (f"{pair['a']} and {pair['b']}", f"{pair['agree']:.2%}", f"{pair['jaccard']:.3f}", "")
+        for pair in pairs[:_MOST]
+    ]
+    console.table("Masks", rows, ("", "entries alike", "Jaccard", ""))
+    if len(pairs) > _MOST:
+        console.say(f"and {len(pairs) - _MOST} more pairs, on the page")
+
+
+def _published(console: Screen, found: Comparison) -> None:
+    if not found["published"]:
+        return
+    console.verbatim()
+    rows = [
+        (
+            f"{row['method']} ({row['paper']})",
+            row["figure"],
+            f"{row['published']:,.2f}",
+            "not measured" if row["ours"] is None else f"{row['ours']:,.2f}",
+            f"{row['run']}: {row['protocol']}",
+        )
+        for row in found["published"]
+    ]
+    console.table("Published figures", rows, ("", "figure", "published", "ours", ""))
