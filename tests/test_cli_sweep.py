@@ -91,6 +91,14 @@ def test_json_is_one_object_and_nothing_else(typed, tiny_llama, tmp_path):
     assert (code, out, err) == (0, "", "")
 
 
+def test_the_cells_of_a_sweep_are_compared(typed, tiny_llama):
+    assert typed("sweep", tiny_llama, *GRID, *SMALL, "--output", "out", "--keep", "best", "--quiet")[0] == 0
+    code, out, err = typed("compare", "out", "--json")
+    assert code == 0, err
+    found = {run["name"] for run in json.loads(out)["runs"]}
+    assert found == {"wanda-0.5", "wanda-0.6", "magnitude-0.5", "magnitude-0.6"}
+
+
 def test_a_dry_run_prints_time_and_disk(typed, tiny_llama, tmp_path):
     code, out, _ = typed("sweep", tiny_llama, *GRID, *SMALL, "--dry-run")
     assert code == 0 and re.search(r"^wanda-0.5 +\d+ s +\d+\.\d MB +wanda, unstructured, 0.5$", out, re.M)

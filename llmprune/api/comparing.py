@@ -12,6 +12,7 @@ from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.notebook import data_frame
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import read_record
+from llmprune.checkpoint.sweep_folder import CELLS, read_sweep
 from llmprune.common.messages import shown
 from llmprune.common.version import __version__
 from llmprune.comparison import tables, writing
@@ -19,6 +20,8 @@ from llmprune.comparison.comparing import compared
 from llmprune.comparison.entries import Entry, names_of
 from llmprune.comparison.page import notebook
 from llmprune.hub.download import download
+from llmprune.record.sweeps import DONE
+from llmprune.record.sweeps import names_of as names_of_cells
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +115,11 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     """The folder of a run, or of every finished cell of a sweep."""
     if (folder / RECORD).is_file():
         yield folder
+        return
+    swept = read_sweep(folder)
+    done = names_of_cells(swept["cells"], DONE) if swept else []
+    yield from (folder / CELLS / name for name in done)
+    if done:
         return
     raise ValueError(
         f"{shown(str(folder))} holds no {RECORD}, so it is no finished run of llmprune; name another folder"
