@@ -1,5 +1,6 @@
 # `make demo`: set-up and the main job on the embedded model.   `make test`: set-up and the tests.
 # `make test-all`: the tests with every case of their grids and more random cases.
+# `make docs`: the documentation as a site in site/, to be opened without a server or network.
 # `make test-oldest`: the tests of model families with the oldest supported versions, in an environment of their own.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ READY := $(VENV)/.ready
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest check format clean
+.PHONY: demo test test-all test-oldest docs check format clean
 
 demo: $(READY)
 	$(BIN)/llmprune run demo --sparsity 0.7 --output runs/demo-0.7 --overwrite
@@ -18,6 +19,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open $(CURDIR)/site/index.html"
 
 # The index's build of this torch may be the one for GPUs, several GB with its libraries; the environment variable
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu finds a small one.
@@ -49,4 +54,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -44,13 +44,13 @@ def program():
     return found
 
 
-def opened(path, width=1280, height=900, dark=False):
-    """The page as the browser has it after its script, as HTML."""
+def opened(path, width=1280, height=900, dark=False, query=""):
+    """The page as the browser has it after its script, as HTML. The query is that of its address."""
     with tempfile.TemporaryDirectory() as home:
         command = [program(), *_OPTIONS, f"--user-data-dir={home}", f"--window-size={width},{height}"]
         command += ["--blink-settings=preferredColorScheme=0"] if dark else []
         done = subprocess.run(
-            [*command, "--dump-dom", Path(path).resolve().as_uri()],
+            [*command, "--dump-dom", Path(path).resolve().as_uri() + query],
             capture_output=True,
             text=True,
             timeout=120,

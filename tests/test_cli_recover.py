@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import json
@@ -493,41 +492,6 @@ def test_a_start_of_the_hub_is_named(recovered):
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-def test_the_table_of_recipes_is_that_of_the_shipped_ones(typed):
-    found = json.loads(typed("recipes", "--json")[1])
-    wanted = [
-        (name, entry["masks"], entry["trainable"], entry["objective"], entry["summary"])
-        for name, entry in found.items()
-        if entry["kind"] == "recovery"
-    ]
-    rows = re.findall(
-        r"^\| `([\w-]+)` \| (.*) \| (.*) \| (.*) \| (.*) \|$", (DOCS / "recover.md").read_text(), re.M
-    )
-    assert rows[0][0] == recipes.DEFAULT
-    assert sorted(rows) == sorted(wanted)
-
-
-def test_every_option_is_in_the_page_of_the_command():
-    command = typer.main.get_command(commands.app).commands["recover"]
-    text = (DOCS / "recover.md").read_text()
-    for parameter in command.params:
-        flags = [*parameter.opts, *parameter.secondary_opts] if parameter.name != "path" else []
-        assert not flags or any(f"`{flag}" in text for flag in flags), flags
-
-
-def test_the_page_on_python_has_the_signature():
-    (told,) = re.findall(r"^`recover\((.*)\)`$", (DOCS / "python.md").read_text(), re.M)
-    assert [part.split("=")[0] for part in told.split(", ") if part != "*"] == list(
-        inspect.signature(llmprune.recover).parameters
-    )
-    for part in told.split(", "):
-        name, _, default = part.partition("=")
-        if default:
-            assert inspect.signature(llmprune.recover).parameters[name].default == ast.literal_eval(
-                default
-            ), name
 
 
 def test_every_key_of_the_record_is_in_the_page_on_the_folder(recovered, by_blocks):

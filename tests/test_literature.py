@@ -142,28 +142,10 @@ def test_a_mean_over_tasks_is_that_of_its_parts():
             assert sum(getattr(part, key) for part in parts) / len(parts) == pytest.approx(whole, abs=0.006)
 
 
-def test_the_tables_of_the_page_are_those_of_the_data():
-    assert table() in PAGE
-
-
-def table():
-    """What was read where, by paper and kind of source, as it stands on the page."""
-    rows = ["| paper | figures of | read in | figures |", "|---|---|---|---|"]
-    figures = published.all_figures()
-    for paper, via in dict.fromkeys((f.source.paper, f.source.via) for f in figures):
-        own = [f for f in figures if (f.source.paper, f.source.via) == (paper, via)]
-        models = dict.fromkeys(published.name_of(f.model) for f in own)
-        link = f"[{paper}]({own[0].source.url})" if via != "quote" else paper
-        rows.append(f"| {link} | {', '.join(models)} | {via} | {len(own)} |")
-    return "\n".join(rows)
-
-
-def test_the_examples_of_the_page_are_what_is_printed(capfd, typed):
+def test_the_examples_of_the_page_are_what_is_printed(capfd):
     code = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", PAGE, re.S)
     exec(code[1], {})
     assert capfd.readouterr().out == code[2]
-    block = re.search(r"```\n(models with published figures\n.*?)```", PAGE, re.S)[1]
-    assert typed("published")[1] == block
     example = re.search(r"```yaml\n(.*?)```", PAGE, re.S)[1]
     assert yaml.safe_load(example)["tables"][0]["values"]["huggyllama/llama-7b"]["besa-row"] == 6.86
 
