@@ -99,7 +99,7 @@ class Counts(HTMLParser):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_page_has_what_its_text_has(site, name):
-    """Code hosts read these pages by CommonMark, the site by another parser: both see the same lists and tables."""
+    """Code hosts read these pages by CommonMark, the site by another parser: both see the same."""
     wanted = Counts(MarkdownIt("commonmark").enable("table").render(SOURCES[name].read_text())).found
     found = Counts(article(site / f"{name}.html")).found
     wanted, found = ({tag: count for tag, count in one.items() if tag != "code"} for one in (wanted, found))
@@ -130,7 +130,10 @@ def test_a_broken_link_ends_the_build(small, link):
 
 
 def test_links_that_leave_the_folder(small):
-    text = "# Start\n\n[one](../README.md) ![two](../eval/plot.png) [`thr` ee](../eval/plot.png) `[four](../eval/plot.png)`"
+    text = (
+        "# Start\n\n[one](../README.md) ![two](../eval/plot.png) [`thr` ee](../eval/plot.png) "
+        "`[four](../eval/plot.png)`"
+    )
     page = html.unescape(small(text))
     assert '<a href="readme.html">one</a>' in page and 'src="copied/eval/plot.png"' in page
     assert "<code>thr</code> ee <code>[four](../eval/plot.png)</code>" in page

@@ -441,7 +441,9 @@ def projected(name: str, pattern: str, rule: str) -> None:
         return dense(weight, t) if t < ran.frozen else dense(weight * keep, t) * keep
 
     pull = ran.until_frozen(0.3)
-    history = phases.elsa(ran.weight, ran.keep, gradient, ran.rates, ADAM, ran.last, ran.moves(), pull, rule == "curvature")
+    history = phases.elsa(
+        ran.weight, ran.keep, gradient, ran.rates, ADAM, ran.last, ran.moves(), pull, rule == "curvature"
+    )
     for t, step in enumerate(history, 1):
         np.testing.assert_array_equal(ran.run.keeps[t]["a"], step.keep)
         theta, z, u = step.theta
