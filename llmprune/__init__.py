@@ -38,6 +38,7 @@ __all__ = [
     "push",
     "recover",
     "run_model",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         push,
         recover,
         run_model,
+        sweep,
     )
 
 

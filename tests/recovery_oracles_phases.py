@@ -211,6 +211,7 @@ def elsa(
     sparsity: Any,
     moves: Any,
     pull: Any,
+    weighted: bool = True,
 ) -> list[Step]:
     """ELSA (arXiv 2510.01650), ADMM on the loss: theta is dense in the forward pass and gets the gradient
     G + lambda (theta - z + u), all of it through Adam; at a move z is the projection of x = theta + u, then
@@ -219,7 +220,7 @@ def elsa(
     The projection minimises sum v (z - x)^2 with v Adam's bias-corrected second moment, which stands for
     the diagonal of the Fisher matrix: it keeps top(v * x^2), and the kept z are x itself. It starts at z =
     keep * theta, u = 0. No moment is ever zeroed: v is the weighting. The end is theta * keep with the mask
-    of the last z, as for every dense method; z itself differs from it by u.
+    of the last z, as for every dense method; z itself differs from it by u. Not `weighted`, v is 1.
     """
     theta, optimizer, steps = f64(theta), make(), len(rates)
     sparsity, moves, pull = (per_step(each, steps) for each in (sparsity, moves, pull))
@@ -230,7 +231,7 @@ def elsa(
         theta = optimizer.step(theta, g, rates[t])
         if moves[t]:
             v = optimizer.v / (1 - optimizer.betas[1] ** optimizer.count)
-            keep = top(v * (theta + u) ** 2, sparsity[t])
+            keep = top((v if weighted else 1.0) * (theta + u) ** 2, sparsity[t])
             z = np.where(keep, theta + u, 0.0)
             u = u + theta - z
         history.append(Step((theta, z, u), keep, theta))

@@ -34,7 +34,9 @@ FUNCTIONS = (
     "mask_diff",
     "mask_apply",
     "mask_check",
+    "sweep",
 )
+SEVERAL = ("recipe", "sparsity", "pattern", "pruner")  # of which a sweep takes several in a list
 RECIPE = {"pruner": {"name": "wanda"}, "sparsity": 0.25, "calibration": {"samples": 4, "sequence_length": 32}}
 
 
@@ -240,6 +242,7 @@ WRONG = {
     "samples_text": [-1, 9, "2", 1.5, True],
     "rows": [0, [], [1.5], "16", [True], None],
     "report": [5, "print"],
+    "keep": [None, 5, "some", ["all"]],
     "overwrite": [1, "yes", None],
     "resume": [1, "yes", None],
     "restart": [1, "yes", None],
@@ -270,6 +273,7 @@ def calls():
                 pytest.param(function, name, value, id=f"{function}-{name}-{number}")
                 for number, value in enumerate(WRONG[name])
                 if (function, name, value) != ("published", "model", None)  # None: of all models
+                if not (function == "sweep" and name in SEVERAL and isinstance(value, (list, np.ndarray)))
             )
 
 
@@ -289,6 +293,7 @@ def test_a_wrong_type_is_refused_in_one_line(function, name, value, tiny_llama, 
             **{"recipe": "gmp", "sparsity": 0.5, "score": False, "output": "out"},
         },
         "run_model": {"model": tiny_llama},
+        "sweep": {"model": tiny_llama, "recipe": "wanda", "perplexity": "builtin"},
         "compare": {"paths": "out"},
         "published": {"model": "llama-7b"},
         "mask_diff": {"a": tiny_llama, "b": tiny_llama},
@@ -314,6 +319,22 @@ def test_none_means_not_given_where_that_is_the_default(tiny_llama):
         progress=None,
     )
     llmprune.evaluate(tiny_llama, perplexity="builtin", tasks=None, suite=None, limit=1, include_tasks=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("recipe", [5]), ("sparsity", [0.5, "0.6"]), ("pattern", [None]), ("pruner", [True, "wanda"])],
+)
+def test_every_value_of_a_list_is_checked(name, value, tiny_llama):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        llmprune.sweep(tiny_llama, **{"recipe": "wanda", name: value})
+
+
+def test_a_grid_takes_numbers_of_numpy(tiny_llama):
+    options = {"calibration": "builtin", "samples": 4, "seqlen": 32, "perplexity": "builtin", "dry_run": True}
+    for values in (np.array([0.5, 0.6], dtype=np.float32), (np.float32(0.5), torch.tensor(0.6))):
+        made = llmprune.sweep(tiny_llama, recipe="wanda", sparsity=values, **options)
+        assert [cell.recipe.sparsity for cell in made.cells] == [0.5, 0.6]
 
 
 # What is printed

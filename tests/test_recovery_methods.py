@@ -429,14 +429,21 @@ def renewed(name: str, pattern: str) -> None:
 
 
 def split(name: str, pattern: str) -> None:
-    ran = trained(name, pattern, {"schedule.moves": 6, "trainable.penalty": 0.3})
+    for rule in ("magnitude", "curvature"):
+        projected(name, pattern, rule)
+
+
+def projected(name: str, pattern: str, rule: str) -> None:
+    ran = trained(name, pattern, {"schedule.moves": 6, "trainable.penalty": 0.3, "rule": rule})
     keep, dense = ran.run.keeps[ran.frozen]["a"], ran.gradient
 
     def gradient(weight: np.ndarray, t: int) -> np.ndarray:
         return dense(weight, t) if t < ran.frozen else dense(weight * keep, t) * keep
 
     pull = ran.until_frozen(0.3)
-    history = phases.elsa(ran.weight, ran.keep, gradient, ran.rates, ADAM, ran.last, ran.moves(), pull)
+    history = phases.elsa(
+        ran.weight, ran.keep, gradient, ran.rates, ADAM, ran.last, ran.moves(), pull, rule == "curvature"
+    )
     for t, step in enumerate(history, 1):
         np.testing.assert_array_equal(ran.run.keeps[t]["a"], step.keep)
         theta, z, u = step.theta

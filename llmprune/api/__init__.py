@@ -11,6 +11,8 @@ from llmprune.api.masks import mask_apply, mask_check, mask_diff
 from llmprune.api.pruning import prune, run_model
 from llmprune.api.recovering import recover
 from llmprune.api.result import DryRun, RecoveryDryRun, Result, plan_summary
+from llmprune.api.sweep_result import SweepDryRun, SweepResult
+from llmprune.api.sweeping import sweep
 from llmprune.api.training import MaskKeeper, merge_adapter
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "MaskKeeper",
     "RecoveryDryRun",
     "Result",
+    "SweepDryRun",
+    "SweepResult",
     "accelerate",
     "bench",
     "compare",
@@ -37,4 +41,5 @@ __all__ = [
     "push",
     "recover",
     "run_model",
+    "sweep",
 ]

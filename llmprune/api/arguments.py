@@ -315,6 +315,7 @@ CHECKS: Mapping[str, Check] = {
     "evaluation": _evaluation,
     "reporter": _reporter,
     "progress": _maybe_flag,
+    "keep": _text,
     "overwrite": _flag,
     "resume": _flag,
     "restart": _flag,
@@ -324,6 +325,21 @@ CHECKS: Mapping[str, Check] = {
     "blocks": _maybe_text,
     "dequantize": _flag,
 }
+
+
+def choices(kind: str) -> Check:
+    """A check for one value or a list of them, each checked as the parameter `kind`; None for no value."""
+
+    def check(name: str, value: Any) -> list[Any] | None:
+        value = list(plain(value)) if isinstance(value, np.ndarray) and value.ndim == 1 else value
+        listed = list(value) if isinstance(value, (list, tuple, range)) else [value]
+        if value is None or not listed:
+            return None
+        if any(one is None for one in listed):
+            raise _wrong(name, "one value or a list of values", value)
+        return [CHECKS[kind](name, one) for one in listed]
+
+    return check
 
 
 def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:

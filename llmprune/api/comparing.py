@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.api.arguments import AnyPath, checked
+from llmprune.api.notebook import data_frame
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import read_record
+from llmprune.checkpoint.sweep_folder import CELLS, read_sweep
 from llmprune.common.messages import shown
 from llmprune.common.version import __version__
 from llmprune.comparison import tables, writing
@@ -18,6 +20,8 @@ from llmprune.comparison.comparing import compared
 from llmprune.comparison.entries import Entry, names_of
 from llmprune.comparison.page import notebook
 from llmprune.hub.download import download
+from llmprune.record.sweeps import DONE
+from llmprune.record.sweeps import names_of as names_of_cells
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,16 +48,7 @@ class Comparison:
         Raises:
             ValueError: pandas is not installed.
         """
-        return frame(tables.columns(self.record), tables.plain_rows(self.record))
-
-
-def frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    """A `pandas.DataFrame`. Raises `ValueError` where pandas is not installed."""
-    try:
-        import pandas
-    except ImportError:
-        raise ValueError("to_pandas needs pandas, which is not installed: pip install pandas") from None
-    return pandas.DataFrame(list(rows), columns=list(columns))
+        return data_frame(tables.plain_rows(self.record), tables.columns(self.record))
 
 
 @checked()
@@ -120,6 +115,11 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     """The folder of a run, or of every finished cell of a sweep."""
     if (folder / RECORD).is_file():
         yield folder
+        return
+    swept = read_sweep(folder)
+    done = names_of_cells(swept["cells"], DONE) if swept else []
+    yield from (folder / CELLS / name for name in done)
+    if done:
         return
     raise ValueError(
         f"{shown(str(folder))} holds no {RECORD}, so it is no finished run of llmprune; name another folder"

@@ -205,7 +205,7 @@ def prune(
         limited = time_limit is not None or (recipe is None and chosen.name == choice.BEST)
         options = Options(
             output=target,
-            inputs=[*_inputs(opened, recipe, chosen, evaluation), *input_files(starting.inputs(start))],
+            inputs=[*run_inputs(opened, recipe, chosen, evaluation), *input_files(starting.inputs(start))],
             overwrite=overwrite,
             resume=resume,
             restart=restart,
@@ -243,7 +243,7 @@ def _compute_dtype(recipe: Recipe, dtype: str) -> str:
     return "float32"
 
 
-def _inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> Inputs:
+def run_inputs(model: Model, recipe: Any, chosen: Recipe, evaluation: EvaluationSpec | None) -> Inputs:
     """The files and folders that a run reads, which its output must not replace."""
     named: list[tuple[str, object]] = [(MODEL, model.folder)]
     if model.folder is not None:  # links in the folder are followed: the files behind them are read, too

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.api.notebook import data_frame, html_table
 from llmprune.common.messages import duration, size_text
 from llmprune.planning.plan import Plan
 from llmprune.planning.training import TrainingPlan
@@ -28,13 +29,28 @@ class Result:
     record: dict[str, Any]
 
     def __repr__(self) -> str:
+        return _lines("Result", self._summary())
+
+    def _repr_html_(self) -> str:
+        """The same as a table, in a notebook."""
+        return html_table("Result", self._summary())
+
+    def to_pandas(self) -> Any:
+        """A row for every matrix, as a `pandas.DataFrame`.
+
+        Raises:
+            ValueError: pandas is not installed.
+        """
+        return data_frame(self.record["matrices"])
+
+    def _summary(self) -> list[tuple[str, str]]:
         record, totals = self.record, self.record["totals"]
         pruned = f"{totals['sparsity']:.2%} of {totals['weights']:,} weights in the pruned matrices"
         found = score_rows(record)
         scores = [(s.name, _scored(s, "recovery" in record and not from_dense(found))) for s in found]
         unscored = "none, trained" if "recovery" in record else "none, pruned"
         trained = [row for row in training_rows(record) if row[0] in _SHOWN] if "recovery" in record else []
-        rows = [
+        return [
             ("model", record["model"]["source"]),
             ("method", method_of(record)),
             ("sparsity", f"{pruned}, {share_of_all(record)}"),
@@ -44,7 +60,6 @@ class Result:
             ("seconds", f"{totals['seconds']['total']:.1f}"),
             ("output", str(self.output)),
         ]
-        return _lines("Result", rows)
 
 
 _SHOWN = ("text", "tokens", "learning rate", "held-out loss", "held-out error")

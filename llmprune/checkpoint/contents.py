@@ -18,6 +18,8 @@ MATRIX_PLOT, TRAINING_PLOT = "report-matrices.png", "report-training.png"
 PLOTS = (MATRIX_PLOT, TRAINING_PLOT)
 PAGES = (RECORD, CARD, REPORT, *PLOTS)
 MADE = (*PAGES, JOURNAL, INDEX, MASKS)  # what a run writes besides weights and companions
+SWEEP = "sweep.json"  # the record of a sweep
+SWEEP_MADE = (SWEEP, "table.md", "table.csv", "sweep.png", REPORT)  # what a sweep writes beside its cells
 TRAINING, BEST_STEP = "training.safetensors", "best-step.safetensors"  # only of an unfinished recovery
 WRITTEN_LAST = (*PAGES, JOURNAL)  # those of them that may be written again later
 # Files copied from the source folder ("companions"): what is needed to load the model, and its licence. Other

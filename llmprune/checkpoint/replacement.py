@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llmprune.checkpoint.contents import (
+    CARD,
+    INDEX,
     JOURNAL,
     MADE,
     MASKS,
+    PAGES,
     RECORD,
     WRITTEN_LAST,
     is_companion,
@@ -132,13 +135,7 @@ def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
     With `overwrite` an output of this program may be replaced.
     A folder that holds anything else is never replaced.
     """
-    _check_name(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; name a folder")
-    above = next(p for p in (output, *output.resolve().parents) if p.exists())
-    if not above.is_dir():
-        raise ValueError(f"output {output} cannot be made: {above} is a file; choose another --output")
-    check_place(output, inputs)
+    check_target(output, inputs)
     if not output.is_dir() or not any(output.iterdir()):
         return
     check_ours(output.resolve(), f"output folder {output}")
@@ -147,6 +144,17 @@ def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
             f"output folder {output} is not empty; "
             "choose another with --output or replace it with --overwrite"
         )
+
+
+def check_target(output: Path, inputs: Inputs = ()) -> None:
+    """Raise `ValueError` if there can be no output folder of this name and place, whatever it holds."""
+    _check_name(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; name a folder")
+    above = next(p for p in (output, *output.resolve().parents) if p.exists())
+    if not above.is_dir():
+        raise ValueError(f"output {output} cannot be made: {above} is a file; choose another --output")
+    check_place(output, inputs)
 
 
 def _check_name(output: Path) -> None:
@@ -278,6 +286,18 @@ def remove(folder: Path, unfinished: bool = False) -> list[str]:
     if not foreign:
         folder.rmdir()
     return foreign
+
+
+def strip(folder: Path) -> None:
+    """Remove the weights of a finished output and what belongs to them; record and report stay.
+
+    Foreign files stay, too.
+    """
+    foreign = foreign_entries(folder)
+    left = {*PAGES, *foreign} - {CARD}
+    names = {entry.name for entry in os.scandir(folder)} - left
+    for name in sorted(names, key=lambda name: (name != INDEX, name)):  # without an index it is no checkpoint
+        (folder / name).unlink(missing_ok=True)
 
 
 def input_files(named: Iterable[tuple[str, object]]) -> Inputs:

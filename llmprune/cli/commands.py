@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import bench, ending, frame, mask
+from llmprune.cli import bench, ending, frame, mask, sweep
 from llmprune.cli.options import (
     BLOCKS,
     COMPUTING,
@@ -23,6 +23,7 @@ from llmprune.cli.options import (
     RECOVERING,
     SAMPLING,
     SCORING,
+    SWEEPING,
     TEXTS,
     TRAINING,
     WRITING,
@@ -80,6 +81,9 @@ def run(model: _Model, **options: Any) -> None:
     from llmprune import api
 
     produce(api.run_model, model, **options)
+
+
+_command(SWEEPING, SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)(sweep.sweep)
 
 
 @_command(PRUNING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)

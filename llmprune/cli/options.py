@@ -65,14 +65,7 @@ _KEPT = (
 
 WRITING = (_needed("output", Path, "Folder to write."), *_KEPT)
 
-PRUNING = (
-    _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
-    _option("sparsity", float, "Share of weights to remove, in [0, 1)."),
-    _option("pattern", str, "unstructured or N:M (2:4, 4:8, ...)."),
-    _option("pruner", str, "Pruner; see llmprune methods."),
-    _option("refiner", str, "Refiner, or none."),
-    _option("update", str, "Update of the kept weights (several with commas), or none."),
-    _option("allocator", str, "Allocator."),
+CALIBRATING = (
     _option(
         "calibration",
         str,
@@ -83,13 +76,26 @@ PRUNING = (
     _option("seqlen", int, "Tokens per row (min(2048, the model's limit))."),
     _option("chat_template", str, "How chats become text: auto, on (the tokenizer's template) or off."),
     _option("seed", int, "Seed of everything random (0)."),
+)
+
+_OFFLOAD = _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto")
+
+PRUNING = (
+    _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
+    _option("sparsity", float, "Share of weights to remove, in [0, 1)."),
+    _option("pattern", str, "unstructured or N:M (2:4, 4:8, ...)."),
+    _option("pruner", str, "Pruner; see llmprune methods."),
+    _option("refiner", str, "Refiner, or none."),
+    _option("update", str, "Update of the kept weights (several with commas), or none."),
+    _option("allocator", str, "Allocator."),
+    *CALIBRATING,
     _option(
         "output",
         Path,
         "Folder to write; by default named after model, recipe, what was exchanged in it, and sparsity.",
     ),
     *_KEPT,
-    _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto"),
+    _OFFLOAD,
     _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
     _option("values", str, "Kept values of a packed output: same, int8 or int4 (rounded, made up for)."),
     _option(
@@ -100,6 +106,16 @@ PRUNING = (
     _switch("dry_run", "Print the plan with every matrix, then stop."),
     _option("masks", Path, "Start from these keep masks, in the place of the recipe's pruner."),
     _option("settings", list[str], "Any recipe field: dotted.key=value. Repeatable.", flag="--set"),
+)
+
+SWEEPING = (
+    *CALIBRATING,
+    _option("output", Path, "Folder to write; by default MODEL-sweep in this folder."),
+    _switch("overwrite", "Replace the finished sweep that is there, each cell once the new one is complete."),
+    _switch("resume", "Go on with the sweep that is there; failed cells are tried again."),
+    _switch("restart", "Throw away the unfinished sweep that is there, and begin anew."),
+    _OFFLOAD,
+    _switch("dry_run", "Print the cells with time and disk, then stop."),
 )
 
 _TEXT = (

@@ -67,7 +67,8 @@ def scores_of(comparison: Comparison, run: str) -> Iterator[Score]:
             continue
         rank = "*" if run in group["best"] else "~" if run in group["level"] else ""
         mark = " ".join(filter(None, (rank, f"[{group['letter']}]" if group["letter"] else "")))
-        yield Score(name, *(group["members"][run][key] for key in ("value", "dense", "stderr")), mark)
+        member = group["members"][run]
+        yield Score(name, member["value"], member["dense"], member["stderr"], mark)
 
 
 def dense_scores(comparison: Comparison) -> list[tuple[str, list[str]]]:

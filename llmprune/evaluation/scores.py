@@ -91,6 +91,8 @@ class EvaluationSpec:
                 too short; a task is unknown, not trusted, or gives no score.
         """
         spec = self
+        if self.rows or self.loaded is not None:  # prepared before, for this very model
+            return self
         if not self.perplexity and not self.tasks:
             suite = read_suite("quick" if model.remote else "demo")
             spec = dataclasses.replace(

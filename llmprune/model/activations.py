@@ -228,6 +228,17 @@ class BlockInputs:
         self.batch //= 2
         devices.free_cached_memory(self.device)
 
+    @property
+    def everything(self) -> Tensor:
+        """The stored hidden states of all sequences, [N, T, D] with the sequences first; not a copy."""
+        assert self._hidden is not None
+        return self._hidden
+
+    @property
+    def stateless(self) -> bool:
+        """Whether blocks have handed on nothing but the hidden states so far."""
+        return self._arguments.stateless
+
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """The model's logits [n, T, V] from the outputs of the last block, one micro-batch at a time."""
         outer = self._skeleton.outside_blocks()

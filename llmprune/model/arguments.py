@@ -49,6 +49,11 @@ class Arguments:
         # (block, leaf) -> the earlier block that returned it, and its place in what that returned.
         self._carried: dict[tuple[int, int], tuple[int, int]] = {}
 
+    @property
+    def stateless(self) -> bool:
+        """Whether no block gets, or has got, anything from an earlier one beside the hidden states."""
+        return not self._states and not self._carried
+
     def notice(self, part: slice, calls: list[Call | None]) -> bool:
         """Keep what depends on the tokens, from the arguments recorded for some sequences.
 

@@ -69,10 +69,15 @@ def _named(name: str) -> tuple[dict[str, Any], str]:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise ValueError(f"no such recipe file: {name}")
-        return read_yaml(Path(name)), Path(name).stem
+        return read_yaml(Path(name)), name_of(name)
     if name in shipped_names("recipes"):
         return read_yaml(shipped("recipes", f"{name}.yaml")), name
     raise nearest("recipe", name, shipped_names("recipes"))
+
+
+def name_of(recipe: str) -> str:
+    """The name of a recipe that is given by name or file."""
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
 def _own_name(values: Mapping[str, Any]) -> str:
@@ -127,6 +132,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ValueError(
             f"--set {key}: the value {shown(value)} is not valid YAML ({str(error)[:120]})"
         ) from None
+
+
+def parse_choices(text: str) -> tuple[str, list[Any]]:
+    """`dotted.key=a,b` from the command line: the value is read as the items of a YAML list.
+
+    So `[a, b]` is one value, a list, and `[a, b], [c]` are two.
+    """
+    key, equals, value = text.partition("=")
+    name, listed = parse_assignment(f"{key}{equals}[{value}]" if equals else text)
+    if not isinstance(listed, list) or not listed or None in listed:
+        raise ValueError(f"--set {name}: {shown(value)} are no values; give some, with commas between them")
+    return name, listed
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:

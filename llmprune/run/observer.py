@@ -86,7 +86,14 @@ class Observer(Companion):
             self._pass(self._inputs, number, part, {})
             if self._dense and Need.CROSS in self._needs:
                 collector.batch(first, shape, dense=True)
+                kept, place = self._run.dense_inputs, (number, part.start, part.stop, targets[0].name)
+                known = kept.input(place) if kept else None
+                if known is not None:
+                    collector.take(*known)
+                    return
                 self._pass(self._dense, number, part, originals)
+                if kept:
+                    kept.keep_input(place, collector.inputs)
 
         with exact_matmul(), self._watching(collector, targets):
             self._inputs.each(observe, collector.restart)

@@ -32,6 +32,7 @@ from llmprune.run.measures import measure
 from llmprune.run.reporter import RunReporter
 from llmprune.run.samples import NONE, Wish
 from llmprune.run.shared import Run
+from llmprune.run.sharing import Shared
 from llmprune.run.trials import search
 from llmprune.text.mixture import plain_sources
 
@@ -48,12 +49,16 @@ class Request:
         calibration: what to calibrate on; None for the recipe's own source.
         evaluation: what to score, dense and pruned; None for no scores.
         given: the masks to start from; None where the recipe's pruner makes them.
+        rows: the calibration rows, where they were made before.
+        shared: what the run shares with others of a sweep.
     """
 
     recipe: Recipe
     calibration: Source | None = None
     evaluation: EvaluationSpec | None = None
     given: Given | None = None
+    rows: CalibrationSet | None = None
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
@@ -93,28 +98,23 @@ def planned(
     """
     evaluation, recipe, given = request.evaluation, request.recipe, request.given
     prepared = team.in_turn(lambda: evaluation.prepare(model)) if evaluation is not None else None
-    rows = team.on_first(lambda: build_calibration(model, recipe, request.calibration, reporter))
+    rows = team.on_first(
+        lambda: request.rows or build_calibration(model, recipe, request.calibration, reporter)
+    )
     samples, length = rows.tokens.shape
     if samples < team.size:
         raise ValueError(
             f"{team.size} processes share {samples} calibration samples; start at most {samples}"
         )
-    sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
-    spec = CalibrationSpec(
-        source=rows.source,
-        samples=samples,
-        sequence_length=length,
-        chat_template=recipe.calibration.chat_template,
-        **sampled,
-    )
-    recipe = dataclasses.replace(recipe, calibration=spec)
+    recipe = calibrated(recipe, rows)
     resources = Resources(options.offload, team.on_first(devices.available_memory), team.size)
     plan = make_plan(recipe, model.skeleton, samples, length, resources)  # refuses what cannot be planned
     around = options.output.resolve()
     folder = next(parent for parent in around.parents if parent.is_dir())
     if given is not None:
         plan = dataclasses.replace(plan, matrices=given.matrices)
-    run = Run(recipe, plan, model, rows, team, reporter, folder, given.masking if given else None)
+    masking = given.masking if given else None
+    run = Run(recipe, plan, model, rows, team, reporter, folder, masking, request.shared)
     started = time.monotonic()
     findings = known(run) or _findings(run, resources)
     if any(findings):
@@ -134,6 +134,20 @@ def planned(
     plan = team.on_first(lambda: with_times(plan, recipe, model, prepared, team.size))
     reporter.plan(model, recipe, plan, rows, options.output)
     return dataclasses.replace(run, plan=plan), prepared
+
+
+def calibrated(recipe: Recipe, rows: CalibrationSet) -> Recipe:
+    """The recipe with what its calibration rows really are: their source, how many of how many tokens."""
+    samples, length = rows.tokens.shape
+    sampled = {key: rows.details.get(key) for key in ("temperature", "top_p")}
+    spec = CalibrationSpec(
+        source=rows.source,
+        samples=samples,
+        sequence_length=length,
+        chat_template=recipe.calibration.chat_template,
+        **sampled,
+    )
+    return dataclasses.replace(recipe, calibration=spec)
 
 
 def _staying_dense(plan: Plan, targets: Iterable[Target], layouts: Mapping[str, Layout]) -> tuple[str, ...]:
@@ -160,7 +174,7 @@ def _findings(run: Run, resources: Resources) -> Findings:
     allocator, blocks = run.recipe.build_allocator(), len(run.skeleton.blocks)
     if allocator.needs:
         run.reporter.stage("measuring blocks", blocks)
-    measures = measure(run)
+    measures = run.shared.measures(run.recipe, lambda: measure(run)) if run.shared else measure(run)
     if allocator.trials:
         run.reporter.stage("trying allocations", blocks * len(allocator.trials))
     return Findings(measures, search(run, measures, resources))

@@ -17,6 +17,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.planning.plan import Plan
 from llmprune.recipe.types import Recipe
 from llmprune.run.reporter import RunReporter
+from llmprune.run.sharing import DenseInputs, Shared
 from llmprune.statistics.sums import sample_positions
 
 
@@ -25,7 +26,7 @@ class Run:
     """A run, ready to start.
 
     `folder` takes block inputs that do not fit into memory. `masks`: those it starts from, where it is given
-    some.
+    some. `shared`: what it shares with other runs of a sweep; None for a run by itself.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Run:
     reporter: RunReporter
     folder: Path
     masks: Masking | None = None
+    shared: Shared | None = None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -62,6 +64,12 @@ class Run:
         """The sampled tokens, the same on every process; see `sample_positions`."""
         sequences, tokens = self.calibration.tokens.shape
         return sample_positions(sequences, tokens, self.recipe.seed)
+
+    @property
+    def dense_inputs(self) -> DenseInputs | None:
+        """Where inputs in the dense model are kept for other runs; None where this run's own ones differ."""
+        # A permuted block sums in another order, so even its dense outputs differ in the last digits.
+        return None if self.shared is None or self.recipe.permute else self.shared.inputs
 
     @property
     def store(self) -> Store:

@@ -12,6 +12,7 @@ class DenseStream(Companion):
 
     def __init__(self, run: Run) -> None:
         self.inputs = BlockInputs(run.skeleton, run.tokens, run.skeleton.device, run.store)
+        self._kept = run.dense_inputs
 
     def needs_dense(self, block: Block) -> bool:
         """Always: pruned weights would not give the dense model's block inputs."""
@@ -22,8 +23,14 @@ class DenseStream(Companion):
         block.originals = block.parameters()
 
     def leave(self, block: Block) -> None:
-        """Move on through the dense block."""
-        self.inputs.forward(block.number, block.originals)
+        """Move on through the dense block, or to what it put out in a run before."""
+        known = self._kept.outputs(block.number) if self._kept else None
+        if known is not None:
+            self.inputs.everything.copy_(known)
+        else:
+            self.inputs.forward(block.number, block.originals)
+        if self._kept and known is None:
+            self._kept.keep_outputs(block.number, self.inputs)
         block.originals = {}
 
 

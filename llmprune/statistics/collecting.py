@@ -191,6 +191,11 @@ class Collector:
             else:
                 self._sums[name].add(x.reshape(self._shape[0], length, x.shape[-1]), self._first)
 
+    @property
+    def inputs(self) -> list[tuple[str, Tensor]]:
+        """The inputs of the micro-batch announced last, each with the leader of its group."""
+        return [(leader, x) for x, leader in self._inputs.values()]
+
     def has(self, name: str) -> bool:
         """Whether a matrix has had its input of the micro-batch announced last."""
         return name in self._taken

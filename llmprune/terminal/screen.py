@@ -164,7 +164,7 @@ def print_result(console: Screen, record: Mapping[str, Any], output: Path) -> No
         ("measure it", f"llmprune bench {folder}"),
         ("share it", f"llmprune push {folder} YOUR-NAME/{shlex.quote(output.resolve().name)}"),
     ]
-    _next_steps(console, steps)
+    next_steps(console, steps)
 
 
 def _scores(record: Mapping[str, Any]) -> tuple[Sequence[Sequence[str]], tuple[str, ...]] | None:
@@ -193,7 +193,7 @@ def _totals(record: Mapping[str, Any], output: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _next_steps(console: Screen, steps: list[tuple[str, str]]) -> None:
+def next_steps(console: Screen, steps: list[tuple[str, str]]) -> None:
     """Print commands to copy. They are never folded; on a narrow terminal each stands below its label."""
     width = max(len(label) for label, _ in steps)
     beside = not console.folds or width + GAP + max(len(line) for _, line in steps) <= console.width
@@ -258,7 +258,7 @@ def print_converted(console: Screen, converted: Mapping[str, Any]) -> None:
     steps = [("score it", f"llmprune eval {folder}"), ("measure it", f"llmprune bench {folder}")]
     # `bench` has nothing to compare where no matrix is packed.
     measurable = converted["format"] == "packed" and converted["matrices"]
-    _next_steps(console, steps if measurable else steps[:1])
+    next_steps(console, steps if measurable else steps[:1])
 
 
 def print_generated(console: Screen, generated: Mapping[str, Any]) -> None:
@@ -301,7 +301,7 @@ def print_pushed(console: Screen, pushed: Mapping[str, Any], public: bool) -> No
         ("load it", f'{pushed["auto_class"]}.from_pretrained("{repository}"{argument}, dtype="auto")'),
         ("recount it", f"llmprune inspect {repository}{option}"),
     ]
-    _next_steps(console, steps)
+    next_steps(console, steps)
     if pushed["private"]:
         settings = f"make it public in its settings: {pushed['url'].partition('/tree/')[0]}/settings"
         kept = "--public changes no repository that is there; " if public else ""

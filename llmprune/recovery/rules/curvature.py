@@ -1,5 +1,8 @@
 """Magnitude weighted by curvature (ELSA, arXiv 2510.01650): what a weight costs by the second moment of
 Adam.
+
+Where pruned weights are pulled to zero through Adam (trainable `split`), their moments are those of the pull,
+and this rule keeps what is pulled most: with a strong pull take `magnitude`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""A run of one cell of a sweep: what it need not do again, and how it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmprune.evaluation.scores import EvaluationSpec, Scores
+from llmprune.machine.processes import ALONE
+from llmprune.model.opening import Model
+from llmprune.run.preparation import Options
+from llmprune.run.production import Production
+from llmprune.run.reporter import RunReporter
+
+
+class CellReporter:
+    """Reports a cell's run: its stages with the number and the name of the cell, its remarks once a sweep."""
+
+    def __init__(
+        self, reporter: RunReporter, place: str, told: set[str], remark: Callable[[str], None]
+    ) -> None:
+        self._reporter, self._place, self._told, self._remark = reporter, place, told, remark
+
+    def plan(self, model: Any, recipe: Any, plan: Any, calibration: Any, output: Path) -> None:
+        """Tell the remarks that no cell before had."""
+        for text in plan.remarks:
+            if text not in self._told:
+                self._told.add(text)
+                self._remark(text)
+
+    def stage(self, title: str, steps: int) -> None:
+        """Begin a stage."""
+        self._reporter.stage(f"{self._place}: {title}", steps)
+
+    def step(self) -> None:
+        """Count a step."""
+        self._reporter.step()
+
+    def note(self, text: str) -> None:
+        """Pass a note on."""
+        self._reporter.note(f"{self._place}: {text}")
+
+
+class CellRun(Production):
+    """The run of one cell, for which the dense model is scored and its weights are checked already."""
+
+    def __init__(
+        self, model: Model, options: Options, reporter: RunReporter, digest: str, dense: Scores
+    ) -> None:
+        self._digest_known, self._dense_scores = digest, dense
+        super().__init__(model, options, ALONE, reporter)
+
+    def _digest(self) -> str:
+        return self._digest_known
+
+    def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
+        # It took this run no time: the seconds stand in the record of the sweep.
+        return None if evaluation is None else dataclasses.replace(self._dense_scores, seconds=0.0)
