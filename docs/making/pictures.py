@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/pictures.md: runs the commands of that page, and photographs what they made.
+"""Takes the pictures of docs/pictures.md: runs the commands of that page, then photographs what they made.
 
     .venv/bin/python docs/making/pictures.py [FOLDER]
 
