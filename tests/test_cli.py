@@ -24,7 +24,7 @@ SMALL = ("--samples", 4, "--seqlen", 64)
 
 
 COMMANDS = {"run", "prune", "recover", "push", "eval", "inspect", "convert", "generate", "bench"}
-COMMANDS |= {"sweep", "methods", "recipes", "models"}
+COMMANDS |= {"sweep", "compare", "published", "methods", "recipes", "models"}
 
 
 def test_help_is_quick_and_names_every_command(started):

@@ -250,8 +250,10 @@ def test_whatever_a_key_is_given_the_answer_is_a_recipe_or_one_line(key):
 
 
 def test_every_part_is_in_a_shipped_recipe():
-    """Each has a use; `rounded` is that of `block-tune`, `dense` that of several."""
-    used = {"recovery.trainables": {"rounded"}}
+    """Each has a use; `rounded` is that of `block-tune`, `dense` that of several. `curvature` is ELSA's other
+    projection, to be asked for.
+    """
+    used = {"recovery.trainables": {"rounded"}, "recovery.rules": {"curvature"}}
     for name in NAMES:
         recipe = recipes.load(name)
         for key in ("schedule", "rule", "trainable"):
@@ -302,6 +304,7 @@ def test_a_shipped_recipe_trains_a_model_and_its_masks_are_exact(
         tiny_llama if kind == "dense" else starts[pattern],
         text=tokens,
         tokens=2 * LENGTH * STEPS * copies,
+        epochs=3,
         seqlen=LENGTH,
         output=tmp_path / "out",
         recipe=name,
