@@ -39,10 +39,7 @@ NOT_RUN = {
     ("README.md", "make demo"): SETS_UP,
     ("README.md", "make test"): SETS_UP,
     ("README.md", "llmprune run llama-2-7b"): HUB,
-    (
-        "README.md",
-        "llmprune run path/to/model --sparsity 0.5 --dry-run",
-    ): "a command above has written its output",
+    ("README.md", "llmprune run path/to/model --sparsity 0.5 --dry-run"): "a run above has written there",
     ("README.md", "llmprune convert OLD-BitM"): COPIES,
     ("README.md", "llmprune push OUTPUT_FOLDER"): HUB,
     (
@@ -80,7 +77,9 @@ NOT_RUN = {
 SLOW = {
     ("README.md", "llmprune recover runs/demo-0.7"),
     ("README.md", "llmprune run demo --sparsity 0.8"),
+    ("README.md", "llmprune run path/to/model --sparsity 0.5 --calibration"),
     ("README.md", "llmprune run path/to/model --pattern 2:4"),
+    ("README.md", "llmprune prune path/to/model --sparsity 0.6"),
     ("README.md", "llmprune run path/to/model --sparsity 0.6 --format packed"),
     ("README.md", "llmprune sweep demo"),
     ("README.md", "llmprune bench OUTPUT_FOLDER"),
@@ -98,13 +97,16 @@ SLOW = {
     ("calibration.md", "llmprune prune demo --recipe wanda --calibration self"),
     ("compare.md", "llmprune run demo --recipe sparsegpt"),
     ("compare.md", "llmprune compare"),
+    ("calibration.md", "llmprune prune path/to/model --calibration path/to/valid.txt=0.7+self"),
     ("convert.md", "llmprune convert demo-packed"),
     ("convert.md", "llmprune convert demo-0.7 --to sparse-bitmask"),
+    ("eval.md", "llmprune eval demo"),
     ("mask.md", "llmprune prune demo --recipe best-mask"),
     ("mask.md", "llmprune mask diff"),
     ("mask.md", "llmprune prune demo --masks wanda --recipe best "),
     ("mask.md", "llmprune prune demo --masks wanda --recipe dsnot"),
     ("mask.md", "llmprune prune demo --masks wanda --recipe wanda"),
+    ("packed.md", "llmprune convert demo-dense"),
     ("python.md", "import llmprune"),
     ("recover.md", "llmprune prune demo"),
     ("recover.md", "llmprune recover demo-wanda"),
@@ -247,10 +249,17 @@ def kernels():
 # Running
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What a reader has in the cache after the first page: native code, calibration tokens."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def reader(tmp_path, monkeypatch, make_llama, cli):
+def reader(tmp_path, monkeypatch, make_llama, cli, cache):
     """`reader(steps)`: does the steps in a folder of its own, with what a reader brings to them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(cache))
 
     def call(wanted):
         said = "\n".join(step.text for step in wanted)
