@@ -8,6 +8,7 @@ model larger than memory can be scored.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from llmprune.checkpoint.files import raw
 from llmprune.checkpoint.reader import read_ahead
 from llmprune.machine.device import exact_matmul
 from llmprune.machine.processes import ALONE, Team
@@ -59,6 +61,11 @@ def windows(
     return tokens[: count * length].view(count, length)[:limit]
 
 
+def fingerprint(rows: Tensor) -> str:
+    """SHA-256 of the windows of a text, int64 [N, T]."""
+    return f"sha256:{hashlib.sha256(raw(rows)).hexdigest()}"
+
+
 def protocol(name: str, rows: Tensor, dtype: torch.dtype, limit: int | None) -> dict[str, Any]:
     """How a perplexity was measured; stored with its value.
 
@@ -66,6 +73,7 @@ def protocol(name: str, rows: Tensor, dtype: torch.dtype, limit: int | None) -> 
     """
     return {
         "text": name,
+        "digest": fingerprint(rows),
         "window": rows.shape[1],
         "windows": len(rows),
         "mean": "exp of the mean over non-overlapping windows of the mean loss over window - 1 targets",

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.checkpoint.files import raw
 from llmprune.common.messages import nearest
 from llmprune.common.shipped import read_yaml, shipped, shipped_names
-from llmprune.evaluation.perplexity import perplexity, protocol, windows
+from llmprune.evaluation.perplexity import fingerprint, perplexity, protocol, windows
 from llmprune.evaluation.zeroshot import load_tasks, zero_shot
 from llmprune.machine.device import free_cached_memory
 from llmprune.machine.processes import ALONE, Team
@@ -131,10 +130,7 @@ class EvaluationSpec:
 
     def key(self, dtype: torch.dtype) -> str:
         """The same for specifications that lead to the same scores of a model."""
-        texts = [
-            (name, list(rows.shape), hashlib.sha256(raw(rows)).hexdigest())
-            for name, rows in self.rows.items()
-        ]
+        texts = [(name, list(rows.shape), fingerprint(rows)) for name, rows in self.rows.items()]
         include, data = str(self.files.include), str(self.files.data)
         described = repr((texts, self.tasks, include, data, self.limit, str(dtype)))
         return hashlib.sha256(described.encode()).hexdigest()
