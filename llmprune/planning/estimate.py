@@ -153,16 +153,17 @@ def scoring_seconds(skeleton: Skeleton, sequences: Sequence[tuple[int, int]]) ->
 
 
 def training_seconds(
-    skeleton: Skeleton, recipe: RecoveryRecipe, tokens: tuple[int, int, int], trained: int, taught: bool
+    skeleton: Skeleton, recipe: RecoveryRecipe, tokens: tuple[int, int, int], trained: int, beside: int
 ) -> float:
-    """Estimated seconds of training a model on this machine, alone; saving and scoring come on top.
+    """Estimated seconds of training a model in one process on this machine, alone; saving and scoring come on
+    top.
 
     Args:
         skeleton: of the model.
         recipe: of recovery.
         tokens: that are trained on, in steps of so many, in sequences of so many.
         trained: numbers that the optimizer moves.
-        taught: whether a teacher runs beside it.
+        beside: further forward passes of each token: of a teacher, or of activations computed twice.
     """
     count, step, length = tokens
     rates = rates_of(skeleton.device, skeleton.dtype)
@@ -171,7 +172,7 @@ def training_seconds(
     forward += 2 * skeleton.width * skeleton.vocabulary * (recipe.scope == "model")
     # A backward pass gives the gradients of inputs and of weights, each at the cost of a forward pass.
     whole = recipe.trainable.name != "norms"
-    passes = 2 + whole + taught + (recipe.recompute == "on")
+    passes = 2 + whole + beside
     seconds = passes * forward / rates.forward * count
     entries = sum(_size(target) for targets in blocks for target in targets)
     # Every step makes the masked weight and its gradient, and the optimizer visits numbers and moments.

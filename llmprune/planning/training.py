@@ -29,7 +29,7 @@ class Extent:
         sequences: all of them, for training block by block.
         taught: whether a teacher is in memory.
         recompute: whether activations are computed twice instead of kept.
-        shared: whether several processes do a step together.
+        processes: that do a step together.
     """
 
     targets: Sequence[Target]
@@ -40,7 +40,7 @@ class Extent:
     sequences: int
     taught: bool
     recompute: bool
-    shared: bool = False
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def training_plan(
     share = largest / max(1, weights) if one else 1.0
     trained = round(share * numbers) + (0 if one else extent.others)
     # A gradient is freed once its tensor has moved, unless all are needed together.
-    freed = not (recipe.clip or recipe.moves or extent.shared)
+    freed = not (recipe.clip or recipe.moves or extent.processes > 1)
     gradients = max(*each, extent.others, 0) if freed else trained
     stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
     parts = {
@@ -137,8 +137,9 @@ def training_plan(
     # Block by block every block is trained on so many tokens, in steps over its own numbers.
     moved = round(numbers) if one else trained
     step = recipe.batch * extent.length
-    seconds = training_seconds(skeleton, recipe, (count, step, extent.length), moved, extent.taught)
-    return TrainingPlan(parts, weights, trained, steps, count, available, seconds)
+    beside = extent.taught + (extent.recompute and not one)
+    seconds = training_seconds(skeleton, recipe, (count, step, extent.length), moved, beside)
+    return TrainingPlan(parts, weights, trained, steps, count, available, seconds / extent.processes)
 
 
 def activations(targets: Sequence[Target], tokens: int, dtype: torch.dtype) -> int:

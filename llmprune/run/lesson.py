@@ -107,7 +107,7 @@ class Lesson:
             sequences=len(self.rows.tokens[self.team.share(len(self.rows.tokens))]),
             taught=self.recipe.teaches,
             recompute=self.recompute,
-            shared=not self.team.alone,
+            processes=self.team.size,
         )
         return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
 
