@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.files import write_durably
 from llmprune.common.messages import shown
+from llmprune.record.canvas import canvas, png
 
 _MADE_BY = b"llmprune bench"  # in the metadata of its pictures
 _COLOURS = {"dense": "#8c8c8c", "packed": "#1f77b4"}
@@ -31,14 +31,8 @@ def _own(path: Path) -> bool:
 
 def draw_bench(found: Mapping[str, Any], path: Path) -> None:
     """Draw what `bench` returns into a PNG file, which is written completely or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     whole = found["whole"]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    widths = {"width_ratios": (3, 3, 2)}
-    speeds, ratios, sizes = figure.subplots(1, 3, gridspec_kw=widths)
+    figure, (speeds, ratios, sizes) = canvas((11, 4.4), 1, 3, {"width_ratios": (3, 3, 2)})
     if whole:
         rates = {
             who: {n: entry[f"{who}_tokens_per_second"] for n, entry in whole["tokens"].items()}
@@ -61,9 +55,7 @@ def draw_bench(found: Mapping[str, Any], path: Path) -> None:
     _bars(sizes, megabytes, "{:,.4g}")
     sizes.set(title="megabytes", ylim=(0, 1.15 * max(max(by.values()) for by in megabytes.values())))
     figure.suptitle("\n".join(_heading(found)), fontsize=10)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130, metadata={"Software": _MADE_BY.decode()})
-    write_durably(path, [out.getvalue()])
+    write_durably(path, [png(figure, 130, _MADE_BY.decode())])
 
 
 _TOKENS = "tokens (1: decoding, more: a prompt)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from llmprune.checkpoint.contents import MATRIX_PLOT, TRAINING_PLOT
 from llmprune.checkpoint.files import write_durably
 from llmprune.recipe.summary import summary
+from llmprune.record.canvas import canvas, png
 from llmprune.record.grouping import grid_of
 
 Rows = Sequence[Mapping[str, Any]]
@@ -108,18 +108,11 @@ def _loss(recovery: Mapping[str, Any]) -> str:
 
 def _figure(count: int) -> tuple[Any, list[Any]]:
     """A figure with so many plots side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     width, height = _SIZE
-    figure = Figure(figsize=(width if count > 1 else 0.55 * width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    return canvas((width if count > 1 else 0.55 * width, height), 1, count)
 
 
 def _png(figure: Any, axes: Sequence[Any]) -> bytes:
     for one in axes:
         one.grid(alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
-    return out.getvalue()
+    return png(figure)

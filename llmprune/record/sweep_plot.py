@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
+from llmprune.record.canvas import canvas, png
 from llmprune.record.figures import Record
 from llmprune.record.sweep_table import far_apart
 from llmprune.record.sweeps import DONE
@@ -13,16 +13,11 @@ from llmprune.record.sweeps import DONE
 
 def plot(record: Record) -> bytes | None:
     """A PNG; None where no cell has a perplexity."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     name = record["protocol"]["ranked_by"]
     cells = [c for c in record["cells"] if c["status"] == DONE and c["perplexity"].get(name) is not None]
     if not cells or not record["dense"]:
         return None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = canvas((6.4, 4.2))
     for number, method in enumerate(dict.fromkeys(cell["method"] for cell in record["cells"])):
         own = [cell for cell in cells if cell["method"] == method]
         _line(axes, method, own, name, f"C{number % 10}")
@@ -36,9 +31,7 @@ def plot(record: Record) -> bytes | None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130, metadata={"Software": None})
-    return out.getvalue()
+    return png(figure, 130)
 
 
 def _line(axes: Any, method: str, cells: list[Mapping[str, Any]], text: str, colour: str) -> None:

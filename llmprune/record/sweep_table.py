@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune.common import markdown as markdowns
 from llmprune.record.figures import Record, direction
 from llmprune.record.sweeps import DONE, FAILED, best_of
 
@@ -121,21 +122,10 @@ def markdown(record: Record) -> str:
     lines = [f"# Sweep of {record['model']['source']}", ""]
     for table in tables_of(record):
         lines += [f"**{table.title}** ({table.note})", ""]
-        lines += _grid(["", *table.methods], table.marked(lambda cell: f"**{cell}**"))
+        lines += [markdowns.table(["", *table.methods], table.marked(lambda cell: f"**{cell}**")), ""]
     failed = [cell for cell in record["cells"] if cell["status"] == FAILED]
-    lines += [f"- {cell['name']} failed: {_escaped(cell['error'])}" for cell in failed]
+    lines += [f"- {cell['name']} failed: {markdowns.escaped(cell['error'])}" for cell in failed]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(map(_escaped, cells))} |"
-
-    return [line(head), line(["---"] * len(head)), *map(line, rows), ""]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def csv_table(record: Record) -> str:
