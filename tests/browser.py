@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--proxy-server=127.0.0.1:9",  # a closed port: nothing leaves this machine
-    "--virtual-time-budget=5000",
-)
+_MADE_WITH = Path(__file__).parent.parent / "docs" / "making" / "chromium.py"
+_SPEC = importlib.util.spec_from_file_location("chromium", _MADE_WITH)
+chromium = importlib.util.module_from_spec(_SPEC)  # as the pictures of the docs are taken
+_SPEC.loader.exec_module(chromium)
 _OWN_SCRIPT = re.compile(r"script-src 'sha256-[^']*'(.*)\n")
 # Errors, and whatever is asked of the network, are kept from before the page's own script runs.
 _WATCH = """<script>
@@ -38,17 +28,16 @@ _WATCH = """<script>
 
 def program():
     """The browser; the test is skipped where there is none."""
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
+    found = chromium.program()
     if found is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
+        pytest.skip(f"no browser: none of {', '.join(chromium.BROWSERS)} is installed")
     return found
 
 
 def opened(path, width=1280, height=900, dark=False, query=""):
     """The page as the browser has it after its script, as HTML. The query is that of its address."""
     with tempfile.TemporaryDirectory() as home:
-        command = [program(), *_OPTIONS, f"--user-data-dir={home}", f"--window-size={width},{height}"]
-        command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+        command = chromium.command(program(), home, (width, height), dark)
         done = subprocess.run(
             [*command, "--dump-dom", Path(path).resolve().as_uri() + query],
             capture_output=True,

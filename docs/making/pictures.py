@@ -10,29 +10,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import chromium  # beside this script
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--proxy-server=127.0.0.1:9",  # a closed port: pages need no network
-    "--virtual-time-budget=5000",
-)
 # The name of a picture: what it is of, and of a page the size of the window and whether it is dark.
 PICTURES = {
     "report": ("demo-0.7/report.html", 1280, 900, False),
@@ -63,12 +49,11 @@ def carry_out(command: str, folder: Path) -> None:
 
 def photograph(page: Path, width: int, height: int, dark: bool, to: Path) -> None:
     """The first screen of a page in a window so large, light or dark."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise SystemExit(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    program = chromium.program()
+    if program is None:
+        raise SystemExit(f"no browser: none of {', '.join(chromium.BROWSERS)} is installed")
     with tempfile.TemporaryDirectory() as home:
-        command = [browser, *OPTIONS, f"--user-data-dir={home}", f"--window-size={width},{height}"]
-        command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+        command = chromium.command(program, home, (width, height), dark)
         command += [f"--screenshot={to}", page.resolve().as_uri()]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
