@@ -356,6 +356,26 @@ def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_texts_of_an_iterator_are_pruned_and_trained_with(tiny_llama, calibration_tokens, tmp_path):
+    """An iterator gives its texts once, and a run with a recovery looks at them twice."""
+    words = (f"number {n} of the things that are counted " for n in range(400))
+    result = llmprune.run_model(
+        tiny_llama,
+        output=tmp_path / "out",
+        recipe="wanda",
+        sparsity=0.5,
+        calibration=calibration_tokens,
+        recover="masked-finetuning",
+        text=words,
+        tokens=300,
+        perplexity="builtin",
+        eval_seqlen=32,
+        limit=2,
+        samples_text=0,
+    )
+    assert result.record["recovery"]["steps"] >= 1
+
+
 def test_text_that_is_scored_is_not_trained_on(starts, tmp_path):
     from llmprune.demo.text import held_out_documents
 

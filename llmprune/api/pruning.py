@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -344,5 +344,7 @@ def run_model(
         "limit": limit,
     }
     arguments.texts(samples_text)  # refused before anything is pruned
+    # An iterator gives its texts only once, and they are looked at before the pruning, too.
+    text = list(text) if isinstance(text, Iterator) else text
     training = Training(recover, text, tokens, epochs, samples_text)
     return prune_and_recover(model, training, scoring, options)
