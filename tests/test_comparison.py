@@ -225,8 +225,12 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
         (tmp_path / "no", {}, "no such folder"),
         (tmp_path / "empty", {}, "is no finished run of llmprune"),
         ([runs / "wanda", runs / "wanda"], {}, "is named twice"),
-        (runs / "wanda", {"output": tmp_path / "mine"}, "holds letter.txt"),
-        (runs / "wanda", {"output": tmp_path / "mine", "overwrite": True}, "holds letter.txt"),
+        (runs / "wanda", {"output": tmp_path / "mine"}, "holds letter.txt, which no comparison"),
+        (
+            runs / "wanda",
+            {"output": tmp_path / "mine", "overwrite": True},
+            "holds letter.txt, which no comparison",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             llmprune.compare(paths, **options)
@@ -235,7 +239,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
 
 def test_a_comparison_shows_itself(runs, monkeypatch):
     found = llmprune.compare([runs / "wanda", runs / "magnitude"], overlap=False)
-    assert "| wanda |" in repr(found) and "<td>magnitude</td>" in found._repr_html_()
+    assert "| wanda |" in repr(found) and ">magnitude</td>" in found._repr_html_()
     frame = pytest.importorskip("pandas") and found.to_pandas()
     assert list(frame["name"]) == ["wanda", "magnitude"] and torch.tensor(frame["sparsity"]).max() <= 0.5
 
@@ -250,3 +254,34 @@ def test_the_screen_fits_its_width(width, runs, capsys, monkeypatch):
     print_comparison(Screen(), found, None)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width and any("magnitude" in line for line in lines)
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(runs, tmp_path):
+    """Also one that holds nothing but files of our names."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "table.csv").write_text("a,b\n")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"holds table\.csv, which no comparison has written"):
+            llmprune.compare(runs / "wanda", output=theirs, overwrite=overwrite)
+    assert [path.name for path in theirs.iterdir()] == ["table.csv"]
+    for place in (runs, runs / "wanda"):
+        with pytest.raises(ValueError, match="never replaced"):
+            llmprune.compare(runs / "wanda", output=place, overwrite=True)
+
+
+def test_two_texts_of_one_name_are_not_ranked_together(runs, tiny_llama, tmp_path):
+    scored = []
+    for number, words in enumerate(("one two three ", "four five six ")):
+        (tmp_path / f"{number}").mkdir()
+        text = tmp_path / f"{number}" / "test.txt"
+        text.write_text(words * 400)
+        found = llmprune.evaluate(runs / "wanda", perplexity=text, eval_seqlen=32, limit=2)["perplexity"]
+        record = json.loads((runs / "wanda" / "llmprune.json").read_text())
+        (name,) = found
+        record["evaluation"]["perplexity"] = {
+            name: {"dense": 1.0, "pruned": found[name]["value"], "protocol": found[name]["protocol"]}
+        }
+        scored.append(Entry(f"run {number}", record))
+    found = compared(scored, False)
+    assert [group["letter"] for group in found["scores"]] == ["a", "b"] and "digest" in found["unranked"][0]

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.api.arguments import AnyPath, checked
-from llmprune.api.notebook import data_frame
+from llmprune.api.notebook import data_frame, html_table
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.reader import read_record
+from llmprune.checkpoint.replacement import input_files
 from llmprune.checkpoint.sweep_folder import CELLS, read_sweep
 from llmprune.common.messages import shown
 from llmprune.common.version import __version__
 from llmprune.comparison import tables, writing
 from llmprune.comparison.comparing import compared
 from llmprune.comparison.entries import Entry, names_of
-from llmprune.comparison.page import notebook
 from llmprune.hub.download import download
 from llmprune.record.sweeps import DONE
 from llmprune.record.sweeps import names_of as names_of_cells
@@ -40,7 +40,8 @@ class Comparison:
         return tables.markdown(self.record)
 
     def _repr_html_(self) -> str:
-        return notebook(self.record)
+        head, rows = tables.cells(self.record)
+        return html_table("; ".join([tables.title(self.record), *tables.notes(self.record)]), rows, head)
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row per run.
@@ -82,7 +83,8 @@ def compare(
     named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     target = None if output is None else Path(output).expanduser()
     if target is not None:
-        writing.check_folder(target, overwrite)
+        runs = input_files([("a run that is compared", place) for place in named])
+        writing.check_folder(target, overwrite, runs)
     found = compared(entries_at(named, revision), overlap)
     if target is not None:
         writing.write(target, found, __version__)

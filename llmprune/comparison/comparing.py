@@ -15,12 +15,12 @@ SCHEMA = 1
 Comparison = dict[str, Any]
 
 
-def compared(entries: Sequence[Entry], masks: bool) -> Comparison:
+def compared(entries: Sequence[Entry], overlap: bool) -> Comparison:
     """Runs side by side.
 
     Args:
         entries: the runs.
-        masks: whether the overlap of their masks is counted, which reads them all.
+        overlap: whether the overlap of their masks is counted, which reads them all.
 
     Returns:
         `runs` (per run what it is and cost), `scores` (per group of figures that may be ranked: `name`,
@@ -38,7 +38,7 @@ def compared(entries: Sequence[Entry], masks: bool) -> Comparison:
             {"field": key, "values": dict(zip((e.name for e in entries), values, strict=True))}
             for key, values in differences(entries)
         ],
-        "overlap": overlaps(entries) if masks else [],
+        "overlap": overlaps(entries) if overlap else [],
         "published": [row for entry in entries for row in _published(entry)],
     }
 

@@ -15,7 +15,6 @@ from llmprune.pages.document import (
     abreast,
     element,
     escaped,
-    joined,
     listed,
     page,
     paragraph,
@@ -29,42 +28,29 @@ _OVERLAP = (
 )
 
 
-def comparison_page(
-    comparison: Comparison, version: str, title: str = "", more: Sequence[Section] = ()
-) -> str:
+def comparison_page(comparison: Comparison, version: str) -> str:
     """The page.
 
     Args:
         comparison: what `compared` returns.
         version: of llmprune, for the foot.
-        title: its heading; by default how many runs of which models it has.
-        more: further sections, at the end.
     """
     sections = [
         *_curves(comparison),
         *_differences(comparison),
         *_overlap(comparison),
         *_published(comparison),
-        *more,
     ]
-    return page(
-        title or tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}."
-    )
+    return page(tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}.")
 
 
 def _lead(comparison: Comparison) -> Markup:
-    """The table, and which of its figures are not ranked together."""
-    names = tables.figure_names(comparison)
-    runs = comparison["runs"]
-    speeds = any(run["faster_by"] is not None for run in runs)
-    head = ["run", "method", "sparsity", *names, "weights", *(["speed"] if speeds else []), "time"]
+    """The table, and what must be said of it."""
+    speeds = tables.measured(comparison)
     rows = [_dense(model, own, speeds) for model, own in tables.dense_scores(comparison)]
-    rows += [_row(comparison, run, speeds) for run in runs]
-    notes = [tables.LEGEND + "."] if any(group["best"] for group in comparison["scores"]) else []
-    notes += comparison["unranked"]
-    if not names:
-        notes.append("None of these runs was scored.")
-    return table(head, rows, tables.title(comparison), sortable=True) + listed(notes)
+    rows += [_row(comparison, run, speeds) for run in comparison["runs"]]
+    made = table(tables.head(comparison), rows, "Scores, size and time of every run", sortable=True)
+    return made + listed(f"{note}." for note in tables.notes(comparison))
 
 
 def _dense(model: str, own: Sequence[str], speeds: bool) -> list[object]:
@@ -73,23 +59,20 @@ def _dense(model: str, own: Sequence[str], speeds: bool) -> list[object]:
 
 
 def _row(comparison: Comparison, run: dict[str, Any], speeds: bool) -> list[object]:
-    speed = run["faster_by"]
     return [
         breakable(run["name"]),
         run["method"],
         Cell(tables.amount(run), run["sparsity"]),
         *(_score(score) for score in tables.scores_of(comparison, run["name"])),
         Cell(_noted(*tables.size(run)), run["bytes"]["packed"]),
-        *([Cell("" if speed is None else f"{speed:.2f} x", speed)] if speeds else []),
+        *([Cell(tables.speed(run), run["faster_by"])] if speeds else []),
         Cell(duration(run["seconds"]), run["seconds"]),
     ]
 
 
 def _score(score: tables.Score) -> Cell:
     shown = f"{score.number} {score.mark}".strip()
-    return Cell(
-        _noted(element("b", shown) if score.mark.startswith("*") else shown, score.error), score.value
-    )
+    return Cell(_noted(element("b", shown) if score.rank == "*" else shown, score.error), score.value)
 
 
 def _noted(figure: str, note: str) -> Markup:
@@ -177,12 +160,3 @@ def _number(value: float | None, dense: float | None) -> str:
     if value is None:
         return "not measured"
     return f"{value:,.2f}" + (f" ({dense:,.2f})" if dense is not None else "")
-
-
-def notebook(comparison: Comparison) -> str:
-    """The table alone, for a cell of a notebook."""
-    head, rows = tables.cells(comparison)
-    body = "".join(f"<tr>{''.join(element('td', cell) for cell in row)}</tr>" for row in rows)
-    top = "".join(element("th", name) for name in head)
-    notes = joined(element("p", escaped(line)) for line in comparison["unranked"])
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{notes}"

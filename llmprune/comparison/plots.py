@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 from llmprune.comparison import tables
 from llmprune.comparison.comparing import Comparison
+from llmprune.record.canvas import canvas, png
 
 _MARKS = "os^DPv*X<>"
 
@@ -20,14 +19,9 @@ def plot(comparison: Comparison, across: str) -> bytes | None:
     found = tables.curves(comparison, across)
     if not found:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, axes = canvas((4.6 * columns, 3.6 * rows), rows, columns)
     for one, (title, series) in zip(axes, found, strict=False):
         for number, (label, points) in enumerate(series.items()):
             x, y, errors = ([point[place] for point in points] for place in range(3))
@@ -42,6 +36,4 @@ def plot(comparison: Comparison, across: str) -> bytes | None:
         one.legend(fontsize=7)
     for unused in axes[len(found) :]:
         unused.set_axis_off()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
-    return out.getvalue()
+    return png(figure)

@@ -23,9 +23,9 @@ class Group:
         members: the figures by the names of their runs.
         protocol: how they were measured.
         model: of which dense model they are.
-        best: of the runs of each sparsity, where there are several, the one with the best figure; empty where
-            nobody says what is better.
-        level: the runs whose figures are within the error of the best one's at their sparsity.
+        best: of the runs of each sparsity and pattern, where there are several, the one with the best figure;
+            empty where nobody says what is better.
+        level: the runs whose figures are within the error of the best one's at their sparsity and pattern.
     """
 
     name: str
@@ -41,7 +41,7 @@ def groups_of(entries: Sequence[Entry]) -> list[Group]:
     """The groups of all figures, in the order in which the runs have them."""
     found: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
     labels: dict[tuple[str, str], str] = {}
-    amounts = {entry.name: f"{entry.sparsity:.2f}" for entry in entries}
+    amounts = {entry.name: f"{entry.pattern} {entry.sparsity:.2f}" for entry in entries}
     for entry in entries:
         for figure in figures(entry.record):
             key = (entry.identity, json.dumps(figure.protocol, sort_keys=True))

@@ -7,10 +7,11 @@ import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from llmprune.common import markdown as markdowns
 from llmprune.common.messages import duration, size_text
 from llmprune.comparison.comparing import Comparison
 
-LEGEND = "* the best at its sparsity of those that may be ranked, ~ within its error"
+LEGEND = "* the best at its sparsity and pattern of those that may be ranked, ~ within its error"
 
 
 class Score(NamedTuple):
@@ -19,14 +20,21 @@ class Score(NamedTuple):
     Attributes:
         name: of the figure.
         value, dense, stderr: as in the comparison; None where there is none.
-        mark: the letter of its group, and how it ranks.
+        rank: `*` for the best, `~` for one within its error.
+        letter: of its group, where there are several of that name.
     """
 
     name: str
     value: float | None
     dense: float | None
     stderr: float | None
-    mark: str
+    rank: str = ""
+    letter: str = ""
+
+    @property
+    def mark(self) -> str:
+        """Rank and letter, as they stand beside the value."""
+        return " ".join(filter(None, (self.rank, f"[{self.letter}]" if self.letter else "")))
 
     @property
     def number(self) -> str:
@@ -63,12 +71,11 @@ def scores_of(comparison: Comparison, run: str) -> Iterator[Score]:
         groups = [g for g in comparison["scores"] if g["name"] == name]
         group = next((g for g in groups if run in g["members"]), None)
         if group is None:
-            yield Score(name, None, None, None, "")
+            yield Score(name, None, None, None)
             continue
         rank = "*" if run in group["best"] else "~" if run in group["level"] else ""
-        mark = " ".join(filter(None, (rank, f"[{group['letter']}]" if group["letter"] else "")))
         member = group["members"][run]
-        yield Score(name, member["value"], member["dense"], member["stderr"], mark)
+        yield Score(name, member["value"], member["dense"], member["stderr"], rank, group["letter"])
 
 
 def dense_scores(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -85,8 +92,7 @@ def dense_scores(comparison: Comparison) -> list[tuple[str, list[str]]]:
                 if member["dense"] is not None
             ]
             shown = dict.fromkeys(
-                Score(name, value, None, None, f"[{letter}]" if letter else "").text
-                for value, letter in known
+                Score(name, value, None, None, letter=letter).text for value, letter in known
             )
             cells.append(", ".join(shown))
         rows.append((model, cells))
@@ -107,34 +113,51 @@ def size(run: dict[str, Any]) -> tuple[str, str]:
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table: its head and its rows, the dense models first."""
-    figures, runs = figure_names(comparison), comparison["runs"]
-    speeds = any(run["faster_by"] is not None for run in runs)
-    head = ["run", "method", "sparsity", *figures, "weights", *(["speed"] if speeds else []), "time"]
+    speeds = measured(comparison)
     blank = [""] * (2 + speeds)
     rows = [[model, "dense", "", *own, *blank] for model, own in dense_scores(comparison)]
-    for run in runs:
-        speed = "" if run["faster_by"] is None else f"{run['faster_by']:.2f} x"
-        rows.append(
-            [
-                run["name"],
-                run["method"],
-                amount(run),
-                *(score.text for score in scores_of(comparison, run["name"])),
-                ", ".join(filter(None, size(run))),
-                *([speed] if speeds else []),
-                duration(run["seconds"]),
-            ]
-        )
-    return head, rows
+    rows += [
+        [
+            run["name"],
+            run["method"],
+            amount(run),
+            *(score.text for score in scores_of(comparison, run["name"])),
+            ", ".join(filter(None, size(run))),
+            *([speed(run)] if speeds else []),
+            duration(run["seconds"]),
+        ]
+        for run in comparison["runs"]
+    ]
+    return head(comparison), rows
+
+
+def head(comparison: Comparison) -> list[str]:
+    """The head of the table, here and on the page."""
+    speeds = ["speed"] if measured(comparison) else []
+    return ["run", "method", "sparsity", *figure_names(comparison), "weights", *speeds, "time"]
+
+
+def measured(comparison: Comparison) -> bool:
+    """Whether the speed of any run is known: else the table has no column for it."""
+    return any(run["faster_by"] is not None for run in comparison["runs"])
+
+
+def speed(run: dict[str, Any]) -> str:
+    """How fast a run's packed products are; empty where that was not measured."""
+    return "" if run["faster_by"] is None else f"{run['faster_by']:.2f} x"
 
 
 def markdown(comparison: Comparison) -> str:
     """The table in Markdown, with what is not ranked below it."""
-    head, rows = cells(comparison)
-    lines = [head, ["---"] * len(head), *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    notes = [LEGEND] if any(group["best"] for group in comparison["scores"]) else []
-    return "\n\n".join([text, *notes, *comparison["unranked"]]) + "\n"
+    top, rows = cells(comparison)
+    return "\n\n".join([markdowns.table(top, rows), *map(markdowns.escaped, notes(comparison))]) + "\n"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What must be said below the table: the marks, what is not ranked together, that nothing was scored."""
+    found = [LEGEND] if any(group["best"] for group in comparison["scores"]) else []
+    scored = [] if comparison["scores"] else ["None of these runs was scored: llmprune eval measures them"]
+    return [*found, *comparison["unranked"], *scored]
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -159,9 +182,6 @@ def columns(comparison: Comparison) -> list[str]:
 
 def plain_rows(comparison: Comparison) -> list[list[Any]]:
     """One row per run, numbers as they are."""
-    letters = {
-        (group["name"], run): group["letter"] for group in comparison["scores"] for run in group["members"]
-    }
     return [
         [
             *(run[key] for key in _PLAIN),
@@ -170,7 +190,7 @@ def plain_rows(comparison: Comparison) -> list[list[Any]]:
             *(
                 value
                 for s in scores_of(comparison, run["name"])
-                for value in (s.value, s.dense, s.stderr, letters.get((s.name, run["name"]), ""))
+                for value in (s.value, s.dense, s.stderr, s.letter)
             ),
         ]
         for run in comparison["runs"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmprune.comparison import tables
 from llmprune.comparison.comparing import Comparison
+from llmprune.comparison.writing import PAGE, SHEET, TABLE
 from llmprune.terminal.console import Screen
 
 _MOST = 12  # fields that differ, and pairs of masks, that the screen lists; the page has all
@@ -16,18 +17,14 @@ def print_comparison(console: Screen, found: Comparison, output: Any) -> None:
     head, rows = tables.cells(found)
     console.verbatim()
     console.table(tables.title(found), rows, head)
-    if any(group["best"] for group in found["scores"]):
-        console.say(tables.LEGEND)
-    for line in found["unranked"]:
-        console.say(line, "yellow")
-    if not found["scores"]:
-        console.say("none of these runs was scored: llmprune eval measures them", "yellow")
+    for line in tables.notes(found):
+        console.say(line)
     _differences(console, found)
     _overlap(console, found)
     _published(console, found)
     if output is not None:
         console.verbatim()
-        console.table("Written", [("page", f"{output}/report.html"), ("tables", f"{output}/table.md, .csv")])
+        console.table("Written", [("page", f"{output}/{PAGE}"), ("tables", f"{output}/{TABLE}, {SHEET}")])
 
 
 def _differences(console: Screen, found: Comparison) -> None:
