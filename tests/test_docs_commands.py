@@ -39,7 +39,6 @@ NOT_RUN = {
     ("README.md", "make demo"): SETS_UP,
     ("README.md", "make test"): SETS_UP,
     ("README.md", "llmprune run llama-2-7b"): HUB,
-    ("README.md", "llmprune run path/to/model --sparsity 0.5 --dry-run"): "a run above has written there",
     ("README.md", "llmprune convert OLD-BitM"): COPIES,
     ("README.md", "llmprune push OUTPUT_FOLDER"): HUB,
     (

@@ -3,7 +3,8 @@
 `demo`: 80 % and 2:4, 0.5 M tokens of text like that the model was trained on. `english --model DIR
 --text FILE`: 70 %, 80 % and 2:4, 2 M tokens. Rows are appended to FOLDER/rows.jsonl as they come; rows that
 are there already are not measured again, and `--table` prints what is there. Every row stands beside its
-start, masked fine-tuning from the same start, and the dense model trained with the same tokens.
+start, masked fine-tuning from the same start, and the dense model trained with the same tokens. `memory` is
+the peak of the process so far: only the first row of a process says what its own recipe takes.
 """
 
 from __future__ import annotations
