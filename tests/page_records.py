@@ -169,3 +169,51 @@ def moved(known):
     for entry in found["evaluation"]["perplexity"].values():
         entry["start"] = 8.5
     return found
+
+
+def swept(source="a <model>", text="text"):
+    """The record of a sweep that was never run: three methods, a failed and a waiting cell, a task."""
+
+    def cell(method, amount, value, status="done"):
+        entry = {"name": f"{method}-{amount.replace(':', 'to')}", "method": method, "amount": amount}
+        entry |= {"pattern": amount if ":" in amount else "unstructured", "status": status}
+        entry |= {"sparsity": 0.5 if ":" in amount else float(amount), "recipe": {}, "calibration": "x"}
+        entry |= {"folder": f"cells/{entry['name']}", "weights_kept": status == "done"}
+        if status == "failed":
+            return entry | {"error": "no <room> | left"}
+        if status == "waiting":
+            return entry
+        task = {"t": {"acc": {"value": 0.5, "stderr": 0.03}}}
+        sizes = {"dense": 10, "written": 10, "packed": 5}
+        entry |= {"perplexity": {text: value}, "tasks": task, "bytes": sizes, "seconds": {"total": 61.0}}
+        return entry | {"sparsity_reached": entry["sparsity"], "weights": 100}
+
+    protocol = {"text": text, "window": 32, "windows": 4, "dtype": "float32"}
+    task = {"documents": 100, "shots": 0, "version": 1, "higher_is_better": {"acc": True}}
+    dense = {text: {"value": 20.0, "protocol": protocol}}
+    tasks = {"t": {"acc": {"value": 0.6, "stderr": 0.03}, "protocol": task}}
+    cells = [
+        cell("wanda", "0.5", 30.0),
+        cell("wanda", "0.6", 50.0),
+        cell("wanda", "2:4", 123456.0),
+        cell("best seed=1", "0.5", 22.0),
+        cell("best seed=1", "0.6", 0.0, "failed"),
+        cell("sparsegpt", "0.6", 40.0),
+        cell("sparsegpt", "2:4", 0.0, "waiting"),
+    ]
+    return {
+        "model": {"source": source, "parameters": 1000},
+        "protocol": {"ranked_by": text, "perplexity": {text: protocol}, "tasks": {"t": task}},
+        "dense": {"perplexity": dense, "tasks": tasks, "seconds": 1.0},
+        "grid": {
+            "recipe": ["wanda"],
+            "sparsity": [0.5],
+            "pattern": [],
+            "pruner": [],
+            "settings": {"seed": [1, 2]},
+        },
+        "environment": {"versions": {"llmprune": "1"}, "device": "CPU", "dtype": "float32"},
+        "cells": cells,
+        "keep": "best",
+        "seconds": {"total": 61.0},
+    }

@@ -3,13 +3,17 @@
 import json
 import re
 import sys
+from pathlib import Path
 
+import page_records
 import pytest
 
 import llmprune
 from llmprune.api.sweep_result import SweepResult
 from llmprune.record import sweep_page, sweep_table, sweeps
 from llmprune.run import corridor
+from llmprune.terminal.console import Screen
+from llmprune.terminal.sweep import print_sweep
 
 SMALL = ("--samples", 4, "--seqlen", 32, "--calibration", "builtin", "--perplexity", "builtin", "--limit", 2)
 GRID = ("--recipe", "wanda,magnitude", "--sparsity", "0.5,0.6")
@@ -17,51 +21,7 @@ GRID = ("--recipe", "wanda,magnitude", "--sparsity", "0.5,0.6")
 
 @pytest.fixture
 def record():
-    """The record of a sweep that was never run: three methods, a failed and a waiting cell, a task."""
-
-    def cell(method, amount, value, status="done"):
-        entry = {"name": f"{method}-{amount.replace(':', 'to')}", "method": method, "amount": amount}
-        entry |= {"pattern": amount if ":" in amount else "unstructured", "status": status}
-        entry |= {"sparsity": 0.5 if ":" in amount else float(amount), "recipe": {}, "calibration": "x"}
-        entry |= {"folder": f"cells/{entry['name']}", "weights_kept": status == "done"}
-        if status == "failed":
-            return entry | {"error": "no <room> | left"}
-        if status == "waiting":
-            return entry
-        task = {"t": {"acc": {"value": 0.5, "stderr": 0.03}}}
-        sizes = {"dense": 10, "written": 10, "packed": 5}
-        entry |= {"perplexity": {"text": value}, "tasks": task, "bytes": sizes, "seconds": {"total": 61.0}}
-        return entry | {"sparsity_reached": entry["sparsity"], "weights": 100}
-
-    protocol = {"text": "text", "window": 32, "windows": 4, "dtype": "float32"}
-    task = {"documents": 100, "shots": 0, "version": 1, "higher_is_better": {"acc": True}}
-    dense = {"text": {"value": 20.0, "protocol": protocol}}
-    tasks = {"t": {"acc": {"value": 0.6, "stderr": 0.03}, "protocol": task}}
-    cells = [
-        cell("wanda", "0.5", 30.0),
-        cell("wanda", "0.6", 50.0),
-        cell("wanda", "2:4", 123456.0),
-        cell("best seed=1", "0.5", 22.0),
-        cell("best seed=1", "0.6", 0.0, "failed"),
-        cell("sparsegpt", "0.6", 40.0),
-        cell("sparsegpt", "2:4", 0.0, "waiting"),
-    ]
-    return {
-        "model": {"source": "a <model>", "parameters": 1000},
-        "protocol": {"ranked_by": "text", "perplexity": {"text": protocol}, "tasks": {"t": task}},
-        "dense": {"perplexity": dense, "tasks": tasks, "seconds": 1.0},
-        "grid": {
-            "recipe": ["wanda"],
-            "sparsity": [0.5],
-            "pattern": [],
-            "pruner": [],
-            "settings": {"seed": [1, 2]},
-        },
-        "environment": {"versions": {"llmprune": "1"}, "device": "CPU", "dtype": "float32"},
-        "cells": cells,
-        "keep": "best",
-        "seconds": {"total": 61.0},
-    }
+    return page_records.swept()
 
 
 def test_a_sweep_prints_its_table_and_what_to_do_next(typed, tiny_llama, tmp_path):
@@ -201,6 +161,26 @@ def test_the_page_is_escaped_and_links_to_the_cells(record):
     assert 'href="cells/wanda-0.5/report.html"' in page and 'href="cells/best seed=1-0.6' not in page
     for said in ("best at 0.5", "best at 2:4", "<strong>22.00</strong>", "<svg", "1 min 1 s in all"):
         assert said in page, said
+
+
+def test_published_figures_stand_beside_the_cells(record, capsys):
+    assert "Published figures" not in sweep_page.html_page(record)
+    known = page_records.swept("huggyllama/llama-7b", "wikitext2")
+    rows = sweeps.published_beside(known)
+    assert {row["amount"] for row in rows} == {"50%", "2:4"}
+    wanda = next(
+        row for row in rows if (row["paper"], row["method"], row["amount"]) == ("Wanda", "wanda", "50%")
+    )
+    assert [(own["run"], own["value"], own["dense"]) for own in wanda["ours"]] == [
+        ("wanda-0.5", 30.0, 20.0),
+        ("best seed=1-0.5", 22.0, 20.0),
+    ]
+    assert {own["protocol"] for own in wanda["ours"]} == {"window 32, theirs 2048"}
+    page = sweep_page.html_page(known)
+    assert "Published figures" in page and wanda["url"] in page and "wanda-0.5" in page
+    print_sweep(Screen(), known, Path("out"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Published figures" in shown and "wanda 50% (Wanda)" in shown and "30.00 wanda-0.5" in shown
 
 
 def test_a_sweep_without_scored_text_has_tables_and_no_curve(record):

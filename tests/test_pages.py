@@ -95,7 +95,7 @@ def test_numbers_are_sorted_by_their_values():
         ("name", "n"), [("a", 1234567), ("b", 0.25), ("c", Cell("many", 9.0)), ("d", Cell("-", None))], "t"
     )
     assert '<td class="n" data-sort="1234567">1,234,567</td>' in made
-    assert '<td class="n" data-sort="9.0">many</td>' in made and '<td data-sort="">-</td>' in made
+    assert '<td class="n" data-sort="9.0">many</td>' in made and '<td class="n" data-sort="">-</td>' in made
     assert '<th scope="col" class="n">n</th>' in made and '<th scope="row">a</th>' in made
 
 

@@ -1,4 +1,4 @@
-"""The report in a browser: phone and desktop, light and dark, keyboard, sorting, no network, no error."""
+"""The pages in a browser: phone and desktop, light and dark, keyboard, sorting, no network, no error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import page_records
 import pytest
 from browser import asked, opened
 
-from llmprune.record import report
+from llmprune.comparison.comparing import compared
+from llmprune.comparison.entries import Entry
+from llmprune.comparison.page import comparison_page
+from llmprune.record import report, sweep_page
 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
@@ -20,7 +23,7 @@ def record():
 
 @pytest.fixture(scope="module")
 def pages(record):
-    """Reports of a run, of a recovery, of one without scores, and of a mixture of experts."""
+    """Reports of a run, of a recovery, without scores, of a mixture of experts; of a sweep, a comparison."""
     bare = copy.deepcopy(page_records.record(page_records.dense_matrices(2), scored=False))
     del bare["samples"]
     return {
@@ -28,7 +31,19 @@ def pages(record):
         "recovery": report.html_report(page_records.moved(record), "out"),
         "unscored": report.html_report(bare, "out"),
         "experts": report.html_report(page_records.record(page_records.expert_matrices(8, 16)), "out"),
+        "sweep": sweep_page.html_page(page_records.swept("huggyllama/llama-7b", "wikitext2")),
+        "comparison": comparison_page(compared(list(five_runs(record)), False), "0"),
     }
+
+
+def five_runs(record):
+    """Runs with long names at five sparsities, of a model with published figures."""
+    for place in range(5):
+        own = copy.deepcopy(record)
+        own["model"]["source"], own["recipe"]["seed"] = "huggyllama/llama-7b", place
+        own["totals"]["sparsity"] = 0.4 + place / 10
+        own["evaluation"]["perplexity"]["wikitext2"]["pruned"] = 7.0 + place
+        yield Entry(f"a-run-with-a-long-name-{place}", own)
 
 
 # What is measured of a page: its width, what a reader sees first, and the least contrast of any text in it.
@@ -65,7 +80,7 @@ return {
   wider: [...document.querySelectorAll("main *")]
     .filter((e) => !e.closest(".wide, .map") && e.getBoundingClientRect().right > innerWidth + 0.5)
     .map((e) => e.outerHTML.slice(0, 99)),
-  first: Math.max(bottom(".scores tbody tr"), bottom(".tiles div")),
+  first: Math.max(bottom(".scores tbody tr"), bottom(".tiles div"), bottom("header .wide tbody tr")),
   page: getComputedStyle(document.body).backgroundColor,
   worst,
 };
@@ -74,7 +89,7 @@ return {
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["390", "1280"])
-@pytest.mark.parametrize("kind", ["run", "recovery", "unscored", "experts"])
+@pytest.mark.parametrize("kind", ["run", "recovery", "unscored", "experts", "sweep", "comparison"])
 def test_it_fits_the_screen_and_can_be_read(kind, size, dark, pages, tmp_path):
     found = asked(pages[kind], MEASURE, tmp_path, **size, dark=dark)
     assert found["inner"] == size["width"] and found["width"] == size["width"], "no scrolling sideways"

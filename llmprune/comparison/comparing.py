@@ -9,9 +9,9 @@ from llmprune.comparison.differences import differences
 from llmprune.comparison.entries import Entry
 from llmprune.comparison.overlap import overlaps
 from llmprune.comparison.ranking import Group, differing, groups_of
-from llmprune.literature.protocols import beside, protocol_words
+from llmprune.literature.protocols import side_by_side
 
-SCHEMA = 1
+SCHEMA = 2
 Comparison = dict[str, Any]
 
 
@@ -26,7 +26,8 @@ def compared(entries: Sequence[Entry], overlap: bool) -> Comparison:
         `runs` (per run what it is and cost), `scores` (per group of figures that may be ranked: `name`,
         `letter`, `protocol`, `model`, `best`, `level`, and `members` with value, dense value and error),
         `unranked` (why figures of one name are not ranked together), `differences` (field, and its value in
-        each run), `overlap` (as `mask_diff` for every pair), `published` (figures of papers beside ours).
+        each run), `overlap` (as `mask_diff` for every pair), `published` (figures of papers
+        beside ours, see `side_by_side`).
     """
     groups = groups_of(entries)
     return {
@@ -39,7 +40,7 @@ def compared(entries: Sequence[Entry], overlap: bool) -> Comparison:
             for key, values in differences(entries)
         ],
         "overlap": overlaps(entries) if overlap else [],
-        "published": [row for entry in entries for row in _published(entry)],
+        "published": side_by_side({entry.name: entry.record for entry in entries}),
     }
 
 
@@ -71,24 +72,3 @@ def _scores(group: Group) -> dict[str, Any]:
             for name, figure in group.members.items()
         },
     }
-
-
-def _published(entry: Entry) -> list[dict[str, Any]]:
-    """What papers published of the same model at the same sparsity, beside the run's own."""
-    return [
-        {
-            "run": entry.name,
-            "paper": found.figure.source.paper,
-            "where": found.figure.source.where,
-            "url": found.figure.source.url,
-            "method": found.figure.method,
-            "figure": " ".join([found.figure.metric, ", ".join(found.figure.on)]),
-            "published": found.figure.value,
-            "published_dense": found.figure.dense,
-            "ours": found.pruned,
-            "ours_dense": found.dense,
-            "protocol": found.protocol,
-            "theirs": protocol_words(found.figure.protocol),
-        }
-        for found in beside(entry.record)
-    ]

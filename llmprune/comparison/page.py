@@ -20,6 +20,7 @@ from llmprune.pages.document import (
     paragraph,
 )
 from llmprune.pages.tables import Cell, breakable, heat, table
+from llmprune.record.literature import published_section
 
 _LONG = 40  # characters of a value, above which it is shortened in the table of differences
 _OVERLAP = (
@@ -39,7 +40,7 @@ def comparison_page(comparison: Comparison, version: str) -> str:
         *_curves(comparison),
         *_differences(comparison),
         *_overlap(comparison),
-        *_published(comparison),
+        *published_section(comparison["published"]),
     ]
     return page(tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}.")
 
@@ -130,33 +131,3 @@ def _overlap(comparison: Comparison) -> list[Section]:
     ]
     made = heat(names, names, values, "Overlap of the masks", form=".3f", notes=notes)
     return [Section("Masks", paragraph(_OVERLAP) + abreast([made], "maps"))]
-
-
-def _published(comparison: Comparison) -> list[Section]:
-    found = comparison["published"]
-    if not found:
-        return []
-    head = ("paper", "method", "run", "figure", "published", "ours", "protocol")
-    rows = [
-        (
-            element("a", row["paper"], href=row["url"]) + f", {row['where']}",
-            row["method"],
-            breakable(row["run"]),
-            row["figure"],
-            Cell(_number(row["published"], row["published_dense"]), row["published"]),
-            Cell(_number(row["ours"], row["ours_dense"]), row["ours"]),
-            element("span", row["protocol"], title=row["theirs"]),
-        )
-        for row in found
-    ]
-    told = paragraph(
-        "Figures of the same model at the same sparsity; in brackets the dense model's. They rank with ours "
-        "only where the protocol is the same."
-    )
-    return [Section("Published figures", told + table(head, rows, "Published figures beside ours", True))]
-
-
-def _number(value: float | None, dense: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:,.2f}" + (f" ({dense:,.2f})" if dense is not None else "")

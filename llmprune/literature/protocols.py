@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.literature.figure import WHOLE, Figure, Protocol
-from llmprune.literature.published import published_for
+from llmprune.literature.figure import UNSTRUCTURED, WHOLE, Figure, Protocol
+from llmprune.literature.published import all_figures, published_for
 
 SAME = "same protocol"
 _NEAR = 0.005  # sparsities are the same up to this: rounding leaves a matrix a little denser
@@ -37,6 +37,45 @@ def beside(record: Mapping[str, Any]) -> tuple[Beside, ...]:
         for figure in published_for(str(record["model"]["source"]))
         if figure.pattern == recipe.get("pattern") and abs(figure.sparsity - sparsity) <= _NEAR
     )
+
+
+def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The published figures of the models of some records at their sparsities, as plain values.
+
+    Args:
+        records: by the name of the run.
+
+    Returns:
+        One row for each figure: `paper`, `where`, `url`, `method`, `amount` (the pattern, or the sparsity),
+        `figure` (what was measured), `published`, `published_dense`, `theirs` (their protocol in words), and
+        `ours`: `run`, `value`, `dense` and `protocol` (as in `Beside`) of every record at that sparsity.
+    """
+    found: dict[Figure, list[dict[str, Any]]] = {}
+    for name, record in records.items():
+        for own in beside(record):
+            told = {"run": name, "value": own.pruned, "dense": own.dense, "protocol": own.protocol}
+            found.setdefault(own.figure, []).append(told)
+    order = {figure: place for place, figure in enumerate(all_figures())}
+    return [
+        {
+            "paper": figure.source.paper,
+            "where": figure.source.where,
+            "url": figure.source.url,
+            "method": figure.method,
+            "amount": amount_of(figure.pattern, figure.sparsity),
+            "figure": f"{figure.metric} {', '.join(figure.on)}",
+            "published": figure.value,
+            "published_dense": figure.dense,
+            "theirs": protocol_words(figure.protocol),
+            "ours": found[figure],
+        }
+        for figure in sorted(found, key=lambda figure: (figure.sparsity, figure.pattern, order[figure]))
+    ]
+
+
+def amount_of(pattern: str, sparsity: float) -> str:
+    """How much a figure's model is pruned: its pattern, or the share without one."""
+    return f"{sparsity:.0%}" if pattern == UNSTRUCTURED else pattern
 
 
 def ours(figure: Figure, evaluation: Mapping[str, Any]) -> tuple[float | None, float | None]:

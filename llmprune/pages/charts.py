@@ -150,13 +150,19 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def numbers(values: Sequence[float]) -> list[str]:
     """Numbers along an axis: short, with as many decimals each where that is short."""
-    texts = [f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value:.6g}" for value in values]
-    if any("e" in text or "M" in text for text in texts):
+    texts = [_short(value) for value in values]
+    if any(letter in text for text in texts for letter in "ekM"):
         return texts
     decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
     if len({len(text.lstrip("-").partition(".")[0]) for text in texts}) > 2:  # over decades each its own
         return [f"{float(text):,}".removesuffix(".0") for text in texts]
     return [f"{value:,.{decimals}f}" for value in values]
+
+
+def _short(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    return f"{value / 1e3:.4g}k" if abs(value) >= 1e4 else f"{value:.6g}"
 
 
 def _grid(x: Axis, y: Axis, names: tuple[str, str]) -> Markup:

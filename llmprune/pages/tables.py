@@ -28,13 +28,14 @@ def table(
 ) -> Markup:
     """A table. Cells are text, numbers, `Markup`, or `Cell`s; the first of a row is its heading.
 
-    Numbers, and cells sorted by numbers, stand right. With `sortable`, a click or Enter on the head of a
-    column sorts by it.
+    Numbers, and every `Cell` of a column sorted by numbers, stand right. With `sortable`, a
+    click or Enter on the head of a column sorts by it.
     """
     listed = list(rows)
-    titles = (_title(name, [row[place] for row in listed]) for place, name in enumerate(head))
+    numeric = [any(map(_is_number, column)) for column in zip(*listed, strict=True)] or [False] * len(head)
+    titles = map(_title, head, numeric)
     top = element("thead", element("tr", Markup("".join(titles)))) if any(map(str, head)) else Markup("")
-    body = element("tbody", joined(element("tr", _row(row)) for row in listed))
+    body = element("tbody", joined(element("tr", _row(row, numeric)) for row in listed))
     inner = element("caption", caption) + top + body
     kind = "sortable" if sortable else None
     # A table wider than the screen scrolls by itself, also by keyboard.
@@ -48,25 +49,27 @@ def table(
     )
 
 
-def _title(name: object, column: Sequence[object]) -> Markup:
+def _title(name: object, numeric: bool) -> Markup:
     """The head of a column: over numbers it stands right, as they do."""
     if not str(name):
         return element("td")  # nobody reads out a heading without words
-    return element("th", name, scope="col", class_="n" if any(map(_is_number, column)) else None)
+    return element("th", name, scope="col", class_="n" if numeric else None)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value.key if isinstance(value, Cell) else value, (int, float))
 
 
-def _row(row: Sequence[object]) -> Markup:
-    return Markup("".join(_cell(value, "td" if place else "th") for place, value in enumerate(row)))
+def _row(row: Sequence[object], numeric: Sequence[bool]) -> Markup:
+    return Markup(
+        "".join(_cell(value, "td" if place else "th", numeric[place]) for place, value in enumerate(row))
+    )
 
 
-def _cell(value: object, name: str) -> Markup:
+def _cell(value: object, name: str, right: bool) -> Markup:
     scope = "row" if name == "th" else None
     if isinstance(value, Cell):
-        key, kind = "" if value.key is None else value.key, "n" if _is_number(value) else None
+        key, kind = "" if value.key is None else value.key, "n" if right else None
         return element(name, value.text, class_=kind, data_sort=key, scope=scope)
     if isinstance(value, (int, float)):
         text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

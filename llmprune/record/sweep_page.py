@@ -11,16 +11,18 @@ from llmprune.pages.charts import Point, lines
 from llmprune.pages.document import Markup, Section, element, joined, listed, page, paragraph
 from llmprune.pages.tables import Cell, Tile, facts, table, tiles
 from llmprune.record.figures import Record
+from llmprune.record.literature import published_section
 from llmprune.record.sweep_table import Table, far_apart, perplexity_text, tables_of
-from llmprune.record.sweeps import DONE, FAILED, best_of
+from llmprune.record.sweeps import DONE, FAILED, best_of, published_beside
 
 
 def html_page(record: Record) -> str:
-    """One page: the best of every amount, curves, tables, all cells, and how it was measured."""
+    """One page: the best of every amount, curves, tables, cells, published figures, how it was measured."""
     tables = tables_of(record)
     parts = [
         Section("Tables", joined(map(_table, tables))),
         Section("All cells", _cells(record)),
+        *published_section(published_beside(record)),
         Section("How it was made", _facts(record)),
     ]
     version = record["environment"]["versions"].get("llmprune", "")

@@ -13,6 +13,7 @@ from llmprune.checkpoint.contents import SCHEMA
 from llmprune.checkpoint.journal import Identity
 from llmprune.common.messages import first_line
 from llmprune.evaluation.scores import Scores
+from llmprune.literature.protocols import side_by_side
 from llmprune.record.figures import Record
 
 WAITING, DONE, FAILED = "waiting", "done", "failed"
@@ -138,6 +139,42 @@ def best_of(cells: Iterable[Mapping[str, Any]], ranked_by: str | None) -> dict[s
         if cell["amount"] not in best or value < best[cell["amount"]]["perplexity"][ranked_by]:
             best[cell["amount"]] = cell
     return {amount: cell["name"] for amount, cell in best.items()}
+
+
+def published_beside(record: Record) -> list[dict[str, Any]]:
+    """What papers published of the model, beside the finished cells at the same sparsity."""
+    return side_by_side(
+        {cell["name"]: _as_run(record, cell) for cell in record["cells"] if cell["status"] == DONE}
+    )
+
+
+def _as_run(record: Record, cell: Mapping[str, Any]) -> Record:
+    """What the record of a finished cell's run says of its model, amount and scores."""
+    dense, protocol = record["dense"], record["protocol"]
+    texts = {
+        name: {
+            "dense": dense["perplexity"][name]["value"],
+            "pruned": value,
+            "protocol": protocol["perplexity"][name],
+        }
+        for name, value in cell["perplexity"].items()
+    }
+    tasks = {
+        task: {
+            "protocol": protocol["tasks"][task],
+            **{
+                metric: {"dense": dense["tasks"][task][metric]["value"], "pruned": entry["value"]}
+                for metric, entry in metrics.items()
+            },
+        }
+        for task, metrics in cell["tasks"].items()
+    }
+    return {
+        "model": record["model"],
+        "recipe": {"pattern": cell["pattern"]},
+        "totals": {"sparsity": cell["sparsity_reached"]},
+        "evaluation": {"perplexity": texts, "tasks": tasks},
+    }
 
 
 def with_kept(record: Record) -> Record:

@@ -8,6 +8,7 @@ from llmprune.comparison import tables
 from llmprune.comparison.comparing import Comparison
 from llmprune.comparison.writing import PAGE, SHEET, TABLE
 from llmprune.terminal.console import Screen
+from llmprune.terminal.literature import print_beside
 
 _MOST = 12  # fields that differ, and pairs of masks, that the screen lists; the page has all
 
@@ -21,7 +22,7 @@ def print_comparison(console: Screen, found: Comparison, output: Any) -> None:
         console.say(line)
     _differences(console, found)
     _overlap(console, found)
-    _published(console, found)
+    print_beside(console, found["published"])
     if output is not None:
         console.verbatim()
         console.table("Written", [("page", f"{output}/{PAGE}"), ("tables", f"{output}/{TABLE}, {SHEET}")])
@@ -51,20 +52,3 @@ def _overlap(console: Screen, found: Comparison) -> None:
     console.table("Masks", rows, ("", "entries alike", "Jaccard", ""))
     if len(pairs) > _MOST:
         console.say(f"and {len(pairs) - _MOST} more pairs, on the page")
-
-
-def _published(console: Screen, found: Comparison) -> None:
-    if not found["published"]:
-        return
-    console.verbatim()
-    rows = [
-        (
-            f"{row['method']} ({row['paper']})",
-            row["figure"],
-            f"{row['published']:,.2f}",
-            "not measured" if row["ours"] is None else f"{row['ours']:,.2f}",
-            f"{row['run']}: {row['protocol']}",
-        )
-        for row in found["published"]
-    ]
-    console.table("Published figures", rows, ("", "figure", "published", "ours", ""))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmprune.literature.figure import SEEN_IN, UNSTRUCTURED, Protocol
-from llmprune.literature.protocols import protocol_words
+from llmprune.literature.figure import SEEN_IN, Protocol
+from llmprune.literature.protocols import amount_of, protocol_words
 from llmprune.literature.published import models, name_of
 from llmprune.terminal.console import Screen
 
@@ -54,6 +54,30 @@ def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
     console.say(_LEGEND)
 
 
+def print_beside(console: Screen, rows: Sequence[Entry]) -> None:
+    """Print published figures beside ours, as `side_by_side` returns them; nothing without any."""
+    if not rows:
+        return
+    console.verbatim()
+    cells = [
+        (
+            f"{row['method']} {row['amount']} ({row['paper']})",
+            row["figure"],
+            f"{row['published']:,.2f}",
+            _ours(row["ours"]),
+            "; ".join(dict.fromkeys(own["protocol"] for own in row["ours"])),
+        )
+        for row in rows
+    ]
+    console.table("Published figures", cells, ("", "figure", "published", "ours", ""))
+
+
+def _ours(ours: Sequence[Entry]) -> str:
+    """Our figures of every run."""
+    known = [f"{own['value']:,.2f} {own['run']}" for own in ours if own["value"] is not None]
+    return ", ".join(known) or "not measured"
+
+
 def _blocks(figures: Sequence[Entry]) -> dict[tuple[Any, ...], list[Entry]]:
     """The figures by what a table of them has in common: metric, text or tasks, source and protocol."""
     found: dict[tuple[Any, ...], list[Entry]] = {}
@@ -67,7 +91,7 @@ def _blocks(figures: Sequence[Entry]) -> dict[tuple[Any, ...], list[Entry]]:
 
 def _row(entry: Entry, placed: bool) -> tuple[str, ...]:
     """The cells of a figure; where it stands only if the title does not say so."""
-    amount = f"{entry['sparsity']:.0%}" if entry["pattern"] == UNSTRUCTURED else entry["pattern"]
+    amount = amount_of(entry["pattern"], entry["sparsity"])
     where = "" if placed else entry["source"]["where"]
     return (entry["method"], amount, _number(entry["value"]), _number(entry["dense"]), where)
 

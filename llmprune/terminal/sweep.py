@@ -9,8 +9,9 @@ from typing import Any
 
 from llmprune.common.messages import duration
 from llmprune.record.sweep_table import tables_of
-from llmprune.record.sweeps import DONE, FAILED, best_of
+from llmprune.record.sweeps import DONE, FAILED, best_of, published_beside
 from llmprune.terminal.console import Screen
+from llmprune.terminal.literature import print_beside
 from llmprune.terminal.screen import next_steps
 
 
@@ -31,6 +32,7 @@ def print_sweep(console: Screen, record: Mapping[str, Any], output: Path) -> Non
         marked = "; * is the best of its row" if table.best else ""
         console.say(f"{table.note}{marked}")
         console.verbatim()
+    print_beside(console, published_beside(dict(record)))
     cells = record["cells"]
     done = [cell for cell in cells if cell["status"] == DONE]
     taken = sum(cell["seconds"]["total"] for cell in done)
