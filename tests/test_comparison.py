@@ -122,6 +122,19 @@ def test_published_figures_stand_beside_ours():
     assert "Published figures" in page and wanda["url"] in page
 
 
+def test_texts_of_the_runs_stand_side_by_side():
+    first, second, without = run("a"), run("b"), run("c")
+    second.record["samples"]["texts"][0]["pruned"] = " <at> 90"
+    del without.record["samples"]
+    found = compared([first, second, without], False)
+    (row,) = found["texts"]
+    text = first.record["samples"]["texts"][0]
+    assert row["written"] == {f"dense {first.model}": text["dense"], "a": text["pruned"], "b": " <at> 90"}
+    page = comparison_page(found, "0")
+    assert "What they write" in page and "&lt;at&gt; 90" in page
+    assert "What they write" not in comparison_page(compared([without], False), "0")
+
+
 def test_names_are_as_long_as_it_takes(tmp_path):
     places = [tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / "c"]
     assert names_of(places[:2]) == ["a/out", "b/out"] and names_of(places[2:]) == ["c"]

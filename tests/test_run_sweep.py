@@ -1,6 +1,7 @@
 """Sweeps: the bytes of single runs, what is shared, resumed and kept, and what is never lost."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from outputs import contents
+from outputs import Listening, contents
 
 import llmprune
 from llmprune.api import sweeping
 from llmprune.checkpoint import sweep_folder
-from llmprune.run import corridor, observer, sharing
+from llmprune.run import corridor, observer, samples, sharing
 from llmprune.run import measures as measuring
 from llmprune.run import sweep as sweeps
 
@@ -139,6 +140,35 @@ def test_the_dense_model_is_scored_and_calibration_made_once(start, monkeypatch)
         record = json.loads((result.output / cell["folder"] / "llmprune.json").read_text())
         assert record["evaluation"]["perplexity"]["builtin"]["dense"] == dense
         assert record["totals"]["seconds"]["evaluate dense"] == 0
+
+
+def test_the_dense_model_writes_its_texts_once(start, single, monkeypatch):
+    opened = counted(monkeypatch, samples, "whole")
+    swept = start(recipe="wanda", samples_text=2)
+    assert len(opened) == 1 + len(swept.cells)
+    alone = single(recipe="wanda", sparsity=0.5, samples_text=2)
+    cell = json.loads((swept.output / "cells/wanda-0.5/llmprune.json").read_text())
+    assert cell["samples"] == alone.record["samples"] and len(cell["samples"]["texts"]) == 2
+    assert "What they write" in (swept.output / "cells/wanda-0.5/report.html").read_text()
+    page = (swept.output / "report.html").read_text()
+    shown = re.findall("<figcaption>(dense|wanda-0.[56])</figcaption>", page)
+    assert shown == ["dense", "wanda-0.5", "wanda-0.6"] * 2
+    written = len(opened)
+    again = start(recipe="wanda", samples_text=2, resume=True)
+    assert len(opened) == written and again.record["samples"] == swept.record["samples"]
+    assert [set(text) for text in again.record["samples"]["texts"]] == [{"prompt", "dense"}] * 2
+
+
+def test_where_the_dense_model_writes_none_the_cells_do_not_either(start, monkeypatch):
+    monkeypatch.setattr(samples.devices, "free_memory", lambda device: 2**10)
+    listening = Listening()
+    swept = start(samples_text=1, reporter=listening)
+    why = swept.record["samples"]["skipped"]
+    assert [why in note for note in listening.told if "no texts in the report" in note] == [True]
+    for cell in swept.cells:
+        record = json.loads((swept.output / cell["folder"] / "llmprune.json").read_text())
+        assert record["samples"] == {"skipped": why} and cell["texts"] == []
+    assert f"No texts: {why}" in (swept.output / "report.html").read_text()
 
 
 def dense_passes(monkeypatch, start, **options):

@@ -59,6 +59,7 @@ def sweep(
     include_tasks: AnyPath | None = None,
     task_data: AnyPath | None = None,
     limit: int | None = None,
+    samples_text: int | None = None,
     output: AnyPath | None = None,
     keep: str = "all",
     overwrite: bool = False,
@@ -97,6 +98,7 @@ def sweep(
         samples: as for `prune`. seqlen, chat_template, seed: likewise.
         perplexity: as for `run_model`; the first text ranks the cells. tasks, suite, eval_seqlen,
             include_tasks, task_data, limit: likewise.
+        samples_text: as for `run_model`: texts of the dense model, which writes them once, and of every cell.
         output: the folder to write; by default MODEL-sweep in the current directory.
         keep: whose weights are kept: of `all` cells, of the `best` (with the lowest perplexity on the first
             text, for every sparsity and pattern), or of `none`. Record and report are kept of every cell.
@@ -142,6 +144,7 @@ def sweep(
     evaluation = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
+    wish = arguments.texts(samples_text)
     compute = _compute_dtype(cells, str(dtype))
     team = processes.current()
     if not team.alone:
@@ -178,7 +181,9 @@ def sweep(
             for cell in cells
             for entry in run_inputs(opened, named, cell.recipe, prepared)
         )
-        options = Options(target, list(inputs), offload=offload, trust_remote_code=trust_remote_code)
+        options = Options(
+            target, list(inputs), offload=offload, trust_remote_code=trust_remote_code, samples=wish
+        )
         work = Work(cells, rows, prepared, plan, grid.as_dict(), keep, options)
         folder = SweepFolder(
             target, overwrite=overwrite, resume=resume, restart=restart, inputs=options.inputs

@@ -83,7 +83,7 @@ def run(model: _Model, **options: Any) -> None:
     produce(api.run_model, model, **options)
 
 
-_command(SWEEPING, SCORING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)(sweep.sweep)
+_command(SWEEPING, SCORING, TEXTS, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)(sweep.sweep)
 
 
 @_command(PRUNING, COMPUTING, ORIGIN, BLOCKS, READING, OUTPUT)

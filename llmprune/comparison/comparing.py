@@ -26,7 +26,8 @@ def compared(entries: Sequence[Entry], overlap: bool) -> Comparison:
         `runs` (per run what it is and cost), `scores` (per group of figures that may be ranked: `name`,
         `letter`, `protocol`, `model`, `best`, `level`, and `members` with value, dense value and error),
         `unranked` (why figures of one name are not ranked together), `differences` (field, and its value in
-        each run), `overlap` (as `mask_diff` for every pair), `published` (figures of papers
+        each run), `overlap` (as `mask_diff` for every pair), `texts` (per prompt what the dense model and
+        each run have written, where reports have texts), `published` (figures of papers
         beside ours, see `side_by_side`).
     """
     groups = groups_of(entries)
@@ -40,6 +41,7 @@ def compared(entries: Sequence[Entry], overlap: bool) -> Comparison:
             for key, values in differences(entries)
         ],
         "overlap": overlaps(entries) if overlap else [],
+        "texts": _texts(entries),
         "published": side_by_side({entry.name: entry.record for entry in entries}),
     }
 
@@ -57,6 +59,19 @@ def _run(entry: Entry) -> dict[str, Any]:
         "faster_by": entry.faster_by,
         "seconds": entry.seconds,
     }
+
+
+def _texts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        samples = entry.record.get("samples", {})
+        for text in samples.get("texts", []):
+            row = found.setdefault(text["prompt"], {"prompt": text["prompt"], "tokens": 0, "written": {}})
+            row["tokens"] = max(row["tokens"], samples["tokens"])
+            if "dense" in text:
+                row["written"].setdefault(f"dense {entry.model}", text["dense"])
+            row["written"][entry.name] = text["pruned"]
+    return list(found.values())
 
 
 def _scores(group: Group) -> dict[str, Any]:

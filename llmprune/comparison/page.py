@@ -21,6 +21,7 @@ from llmprune.pages.document import (
 )
 from llmprune.pages.tables import Cell, breakable, heat, table
 from llmprune.record.literature import published_section
+from llmprune.record.texts import section
 
 _LONG = 40  # characters of a value, above which it is shortened in the table of differences
 _OVERLAP = (
@@ -40,6 +41,7 @@ def comparison_page(comparison: Comparison, version: str) -> str:
         *_curves(comparison),
         *_differences(comparison),
         *_overlap(comparison),
+        *_texts(comparison),
         *published_section(comparison["published"]),
     ]
     return page(tables.title(comparison), sections, _lead(comparison), f"Made by llmprune {version}.")
@@ -113,6 +115,18 @@ def _shortened(value: str) -> Markup:
     if len(value) <= _LONG:
         return breakable(value)
     return element("span", breakable(value[: _LONG - 1] + "…"), title=value)
+
+
+def _texts(comparison: Comparison) -> list[Section]:
+    """What the runs write, side by side."""
+    found = comparison["texts"]
+    if not found:
+        return []
+    names = dict.fromkeys(name for row in found for name in row["written"])
+    dense = [name for name in names if name not in {run["name"] for run in comparison["runs"]}]
+    order = {name: name for name in [*dense, *names]}
+    texts = [{"prompt": row["prompt"], **row["written"]} for row in found]
+    return section({"samples": {"tokens": max(row["tokens"] for row in found), "texts": texts}}, order)
 
 
 def _overlap(comparison: Comparison) -> list[Section]:

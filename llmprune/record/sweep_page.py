@@ -10,6 +10,7 @@ from llmprune.common.messages import duration, size_text
 from llmprune.pages.charts import Point, lines
 from llmprune.pages.document import Markup, Section, element, joined, listed, page, paragraph
 from llmprune.pages.tables import Cell, Tile, facts, table, tiles
+from llmprune.record import texts as written
 from llmprune.record.figures import Record
 from llmprune.record.literature import published_section
 from llmprune.record.sweep_table import Table, far_apart, perplexity_text, tables_of
@@ -22,6 +23,7 @@ def html_page(record: Record) -> str:
     parts = [
         Section("Tables", joined(map(_table, tables))),
         Section("All cells", _cells(record)),
+        *_texts(record),
         *published_section(published_beside(record)),
         Section("How it was made", _facts(record)),
     ]
@@ -113,6 +115,21 @@ def _row(cell: Mapping[str, Any], texts: Sequence[str]) -> list[object]:
         Cell(f"{seconds:,.1f}", seconds),
         state,
     ]
+
+
+def _texts(record: Record) -> list[Section]:
+    """What the dense model and the best cell of every amount write; the others' reports have theirs."""
+    samples = record.get("samples", {})
+    if "texts" not in samples:
+        return written.section(record, {})
+    best = set(best_of(record["cells"], record["protocol"]["ranked_by"]).values())
+    cells = [cell for cell in record["cells"] if cell.get("texts") and (not best or cell["name"] in best)]
+    shown = [
+        text | {cell["name"]: cell["texts"][place] for cell in cells if place < len(cell["texts"])}
+        for place, text in enumerate(samples["texts"])
+    ]
+    names = {"dense": "dense", **{cell["name"]: cell["name"] for cell in sorted(cells, key=_order)}}
+    return written.section({"samples": samples | {"texts": shown}}, names)
 
 
 def _facts(record: Record) -> Markup:

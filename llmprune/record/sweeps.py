@@ -94,6 +94,7 @@ def done(entry: Record, record: Record) -> Record:
         "bytes": totals["bytes"],
         "seconds": totals["seconds"],
         "weights_kept": True,
+        "texts": [text["pruned"] for text in record.get("samples", {}).get("texts", [])],
     }
 
 

@@ -8,18 +8,28 @@ from typing import Any
 from llmprune.pages.document import Markup, Section, abreast, element, escaped, paragraph
 
 Record = Mapping[str, Any]
-_WRITERS = {"dense": "dense", "start": "start", "pruned": "pruned"}  # in this order
+_WRITERS = ("dense", "start", "pruned")  # in this order
 
 
 def sections(record: Record) -> list[Section]:
-    """The section on texts, where the record has any or says why not."""
+    """The section on texts, where the record of a run has any or says why not."""
+    trained = "recovery" in record
+    return section(record, {name: "trained" if trained and name == "pruned" else name for name in _WRITERS})
+
+
+def section(record: Record, writers: Mapping[str, str]) -> list[Section]:
+    """The section on texts.
+
+    Args:
+        record: with `samples`, of which every text is a mapping with `prompt` and what each model wrote.
+        writers: the heading of each model by its key in the texts, in their order.
+    """
     samples = record.get("samples")
     if samples is None:
         return []
     if "skipped" in samples:
         return [Section("What they write", paragraph(f"No texts: {samples['skipped']}."))]
-    trained = "recovery" in record
-    shown = [_text(number, entry, trained) for number, entry in enumerate(samples["texts"], 1)]
+    shown = [_text(number, entry, writers) for number, entry in enumerate(samples["texts"], 1)]
     told = (
         f"Each model goes on with the same prompt, the likeliest token each time, at most "
         f"{samples['tokens']} tokens. The prompt stands in grey."
@@ -27,13 +37,12 @@ def sections(record: Record) -> list[Section]:
     return [Section("What they write", paragraph(told) + Markup("".join(shown)))]
 
 
-def _text(number: int, entry: Record, trained: bool) -> Markup:
+def _text(number: int, entry: Record, writers: Mapping[str, str]) -> Markup:
     """One prompt and how each model goes on."""
     written = []
-    for key, name in _WRITERS.items():
+    for key, name in writers.items():
         if key in entry:
             given = element("span", entry["prompt"], class_="given")
-            label = "trained" if trained and key == "pruned" else name
             body = element("pre", given + escaped(entry[key]))
-            written.append(element("figure", element("figcaption", label) + body))
+            written.append(element("figure", element("figcaption", name) + body))
     return element("h3", f"Prompt {number}") + abreast(written, "texts")

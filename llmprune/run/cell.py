@@ -10,6 +10,7 @@ from typing import Any
 from llmprune.evaluation.scores import EvaluationSpec, Scores
 from llmprune.machine.processes import ALONE
 from llmprune.model.opening import Model
+from llmprune.record.figures import Record
 from llmprune.run.preparation import Options
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
@@ -44,16 +45,24 @@ class CellReporter:
 
 
 class CellRun(Production):
-    """The run of one cell, for which the dense model is scored and its weights are checked already."""
+    """The run of one cell, for which the dense model is scored and its weights are checked already.
+
+    Args:
+        known: the record of the sweep, which has the dense model's scores, digest and texts.
+    """
 
     def __init__(
-        self, model: Model, options: Options, reporter: RunReporter, digest: str, dense: Scores
+        self, model: Model, options: Options, reporter: RunReporter, known: Record, dense: Scores
     ) -> None:
-        self._digest_known, self._dense_scores = digest, dense
+        self._digest_known, self._dense_scores = str(known["model"]["digest"]), dense
+        self._texts_known = known.get("samples")
         super().__init__(model, options, ALONE, reporter)
 
     def _digest(self) -> str:
         return self._digest_known
+
+    def _dense_samples(self) -> Record | None:
+        return self._texts_known
 
     def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
         # It took this run no time: the seconds stand in the record of the sweep.

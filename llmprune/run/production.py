@@ -231,9 +231,15 @@ class Production:
         if wish.met(record):
             return record
         self._left = "complete but for the texts of its report"
-        found = self.team.on_first(lambda: with_samples(record, writers, wish, self.reporter))
+        known = self._dense_samples()
+        left = writers if known is None else {name: of for name, of in writers.items() if name != "dense"}
+        found = self.team.on_first(lambda: with_samples(record, left, wish, self.reporter, known))
         self.team.on_first(lambda: self._write_pages(found, record))
         return found
+
+    def _dense_samples(self) -> Record | None:
+        """The texts of the dense model, where they are known."""
+        return None
 
     def _write_pages(self, record: Record, before: Record) -> None:
         """Record, card and report anew, now with scores; a card that was edited by hand stays."""

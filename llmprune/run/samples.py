@@ -56,7 +56,9 @@ class _TooMuch(Exception):
     """Why no texts are written, in words."""
 
 
-def with_samples(record: Record, writers: Writers, wish: Wish, reporter: RunReporter) -> Record:
+def with_samples(
+    record: Record, writers: Writers, wish: Wish, reporter: RunReporter, known: Record | None = None
+) -> Record:
     """The record with the texts of every model, and with the seconds they took.
 
     A model that does not fit in memory or takes too long writes none: the record and the reporter say why.
@@ -65,31 +67,61 @@ def with_samples(record: Record, writers: Writers, wish: Wish, reporter: RunRepo
         record: of the finished run.
         writers: what opens each model, by its name in the record: `dense`, `start`, `pruned`.
         wish: how many texts.
+        known: the texts of the dense model, as `samples_of` returned them, where it need not write.
     """
     started, spent = time.monotonic(), record["totals"]["seconds"]["total"]
-    limit = None if wish.asked else max(_LEAST, _SHARE * spent)
-    reporter.stage("writing texts", len(writers))
-    try:
-        found = _written(record["model"]["source"], writers, wish.number, limit, reporter)
-    except _TooMuch as reason:
-        found = {"skipped": str(reason)}
-        reporter.note(f"no texts in the report: {reason}")
-    except Exception as error:  # code of the model's own; the run is finished and must not fail of this
-        # The message may hold a path of this machine, which no file may.
-        found = {"skipped": f"generating them failed with {type(error).__name__}"}
-        reporter.note(f"no texts in the report: {first_line(error)}")
+    found = known
+    if known is None or "texts" in known:
+        found = samples_of(record["model"]["source"], writers, wish, reporter, known, spent)
     seconds, taken = record["totals"]["seconds"], round(time.monotonic() - started, 3)
     seconds = seconds | {"write texts": taken, "total": round(seconds["total"] + taken, 3)}
     totals = record["totals"] | {"seconds": seconds, "peak_memory_bytes": devices.peak_memory()}
     return record | {"samples": found, "totals": totals}
 
 
-def _written(source: str, writers: Writers, count: int, limit: float | None, reporter: RunReporter) -> Record:
-    given = prompts(source, count)
+def samples_of(
+    source: str,
+    writers: Writers,
+    wish: Wish,
+    reporter: RunReporter,
+    known: Record | None = None,
+    spent: float = 0.0,
+) -> Record:
+    """The entry `samples` of a record: the texts of every model, or why there are none.
+
+    Args:
+        source: the name of the model. writers, wish: as for `with_samples`.
+        known: the entry of the dense model alone, which then writes none.
+        spent: seconds of the run before.
+    """
+    limit = None if wish.asked or known else max(_LEAST, _SHARE * spent)
+    reporter.stage("writing texts", len(writers))
+    try:
+        return _written(source, writers, (wish.number, limit), reporter, known)
+    except _TooMuch as reason:
+        reporter.note(f"no texts in the report: {reason}")
+        return {"skipped": str(reason)}
+    except Exception as error:  # code of the model's own; the run is finished and must not fail of this
+        # The message may hold a path of this machine, which no file may.
+        reporter.note(f"no texts in the report: {first_line(error)}")
+        return {"skipped": f"generating them failed with {type(error).__name__}"}
+
+
+def _written(
+    source: str,
+    writers: Writers,
+    wanted: tuple[int, float | None],
+    reporter: RunReporter,
+    known: Record | None,
+) -> Record:
+    """The entry with so many texts of every model; `wanted`: their number, and the seconds allowed."""
+    given = prompts(source, wanted[0])
     by_writer: dict[str, list[str]] = {}
-    for number, (name, opened) in enumerate(writers.items()):
-        budget = limit if number == 0 else None  # what the first one takes tells what the others will
-        by_writer[name] = _texts_of(opened(), given, budget, len(writers))
+    if known:
+        by_writer["dense"] = [text["dense"] for text in known["texts"]]
+    for name, opened in writers.items():
+        limit = None if by_writer else wanted[1]  # what the first one takes tells what the others will
+        by_writer[name] = _texts_of(opened(), given, limit, max(2, len(writers)))
         reporter.step()
     texts = [
         {"prompt": prompt, **{name: found[n] for name, found in by_writer.items()}}

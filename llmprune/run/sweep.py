@@ -30,6 +30,7 @@ from llmprune.record.sweep_table import csv_table, markdown
 from llmprune.run.cell import CellReporter, CellRun
 from llmprune.run.preparation import Options, Request, calibrated
 from llmprune.run.reporter import RunReporter
+from llmprune.run.samples import samples_of
 from llmprune.run.sharing import DenseInputs, Shared
 
 
@@ -131,6 +132,8 @@ class Sweep:
                 f"{'--overwrite' if found['finished'] else '--restart'}"
             )
         self.record |= {"dense": found["dense"], "protocol": found["protocol"], "seconds": found["seconds"]}
+        if "samples" in found:
+            self.record["samples"] = found["samples"]
         self._before = found["seconds"]["total"]
         return [self._still_done(known.get(entry["key"]), entry) for entry in entries]
 
@@ -156,6 +159,7 @@ class Sweep:
         self._begun = True
         self._settle()
         dense = sweeps.scores_of(self.record) or self._score_dense()
+        self._write_dense_texts()
         for cell in self.left:
             self._running = cell
             try:
@@ -176,6 +180,15 @@ class Sweep:
         self.record = sweeps.with_dense(self.record, scores)
         self._settle()
         return scores
+
+    def _write_dense_texts(self) -> None:
+        """The texts of the dense model, with which every cell's report has its own."""
+        wish = self._work.options.samples
+        if wish.met(self.record):
+            return
+        source = self.record["model"]["source"]
+        self.record["samples"] = samples_of(source, {"dense": lambda: self._model}, wish, self._reporter)
+        self._settle()
 
     def _entry_of(self, cell: Cell) -> Record:
         return next(entry for entry in self.record["cells"] if entry["name"] == cell.name)
@@ -199,7 +212,7 @@ class Sweep:
             rows=self._work.rows[cell.name],
             shared=self._sharing(cell),
         )
-        run = CellRun(self._model, options, reporter, self._digest, dense)
+        run = CellRun(self._model, options, reporter, self.record, dense)
         try:
             record = run.make(request, reopen)
         except BaseException as error:
