@@ -8,27 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
-from llmprune.checkpoint.files import WeightFile
 from llmprune.checkpoint.journal import remove
-from llmprune.checkpoint.masks import pack
 from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.checkpoint.packing import Packing
 from llmprune.checkpoint.placement import check_space
-from llmprune.checkpoint.reader import TensorInfo, WeightSource, fingerprint, read_ahead, read_record
-from llmprune.checkpoint.shard import Shard
-from llmprune.contracts import Pattern
+from llmprune.checkpoint.reader import fingerprint, read_record
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
-from llmprune.model.target import Target
 from llmprune.model.targets import packed_layouts
-from llmprune.numerics.counts import all_finite, zeros_of
-from llmprune.patterns import exact_pattern
 from llmprune.planning.needs import predict_disk
 from llmprune.record import record as record_of_run
 from llmprune.record import recovery as records
@@ -37,37 +29,13 @@ from llmprune.record.figures import Record
 from llmprune.run import speed
 from llmprune.run.blockwise import BlockTasks, Place
 from llmprune.run.clock import Clock
-from llmprune.run.lesson import Lesson, plain_tensors, whole_model
+from llmprune.run.lesson import Lesson, whole_model
 from llmprune.run.preparation import Options
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
 from llmprune.run.samples import Writers
+from llmprune.run.trained import Trained, TrainedWriter
 from llmprune.run.training import Keeping, Training
-
-
-class Trained:
-    """A weight source in which trained tensors replace those of another source.
-
-    Args:
-        source: the other one.
-        tensors: those that replace, by name, in the dtype in which they are stored.
-    """
-
-    def __init__(self, source: WeightSource, tensors: Mapping[str, Tensor]) -> None:
-        self._source, self._own = source, tensors
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors, by name."""
-        return self._source.tensors
-
-    def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, dense."""
-        return self._own[name] if name in self._own else self._source.load(name)
-
-    def check(self) -> None:
-        """Raise `ValueError` if the source has changed."""
-        self._source.check()
 
 
 def steps_of(lesson: Lesson) -> int:
@@ -253,6 +221,7 @@ class Recovery(Production):
         folder = writer.folder if writer else self.options.output.resolve().parent
         place = Place(on_disk(folder) if self._offloaded() else in_memory, finished, self._layouts())
         tasks = BlockTasks(lesson, place, spec.options["inputs"])
+        putting = self._putting(before)
         clock.lap("read")
         for number, task in tasks:
             watch: dict[str, Any] = {}
@@ -267,7 +236,7 @@ class Recovery(Production):
                     training.run()
                     best, watch = training.best, dataclasses.asdict(training.watch)
                 clock.lap("train")
-                weights = self._put_block(number, best, watch, before, clock)
+                weights = putting.block(number, best, records.outcome(watch | {"seconds": None}), clock)
             tasks.advance(number, weights)
             clock.lap("forward")
         outcome = records.outcome_of_blocks(writer.rows) if writer else {}
@@ -282,25 +251,6 @@ class Recovery(Production):
 
     def _layouts(self) -> dict[str, Layout]:
         return dict(self._packing.layouts) if self._packing else {}
-
-    def _put_block(
-        self, number: int, best: dict[str, Tensor], watch: dict[str, Any], before: Record, clock: Clock
-    ) -> dict[str, Tensor]:
-        """Write a trained block on the first process; returns its weights as they are stored."""
-        skeleton, writer = self.model.skeleton, self.writer
-        targets = [t for t in self.lesson.targets if f"keep/{t.key}" in best]
-        tensors = {n: self.model.source.load(n) for n in skeleton.block_tensors()[number]}
-        masks: dict[str, Tensor] = {}
-        rows = [
-            self._row(t, tensors, masks, lambda key: best[key].cpu(), before)
-            | {"training": records.outcome(watch | {"seconds": None})}
-            for t in targets
-        ]
-        weights = {t.key: t.oriented(t.part(tensors[t.tensor])).to(skeleton.device) for t in targets}
-        if writer:
-            shard = {n: t for n, t in tensors.items() if n not in skeleton.shared}
-            writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
-        return weights
 
     def _learn(self, clock: Clock) -> dict[str, Any]:
         lesson, writer = self.lesson, self.writer
@@ -335,77 +285,11 @@ class Recovery(Production):
             raise RuntimeError(
                 "no step of the training had the sparsity that was asked for; give it more --tokens"
             )
-        writer, skeleton, lesson = self.writer, self.model.skeleton, self.lesson
-        best = WeightFile(writer.folder / BEST_STEP)
-        names = list(skeleton.blocks)
-        done = len(writer.finished)
-        by_block = {name: [t for t in lesson.targets if t.parameter.startswith(f"{name}.")] for name in names}
-        others = {
-            name: best.load(f"other/{name}").to(self.model.source.tensors[name].dtype)
-            for name in plain_tensors(skeleton, lesson.recipe.others)
-        }
-        self.reporter.stage("writing blocks", len(names))
-        for _ in range(done):
-            self.reporter.step()
-        for number, tensors in enumerate(
-            read_ahead(self.model.source, skeleton.block_tensors()[done:]), done
-        ):
-            tensors = {name: others.get(name, tensor) for name, tensor in tensors.items()}
-            masks: dict[str, Tensor] = {}
-            rows = [
-                self._row(target, tensors, masks, best.load, before) for target in by_block[names[number]]
-            ]
-            shard = {name: t for name, t in tensors.items() if name not in skeleton.shared}
-            writer.block(number + 1, Shard(shard, masks, rows), clock.seconds)
-            self.reporter.step()
+        others = self._putting(before).whole(clock)
         return self._finished(before, clock, memory, others)
 
-    def _row(
-        self,
-        target: Target,
-        tensors: dict[str, Tensor],
-        masks: dict[str, Tensor],
-        load: Callable[[str], Tensor],
-        before: Record,
-    ) -> Record:
-        """Put the trained weight of a matrix among the tensors, in place, and keep its mask; its row."""
-        keep, weight = load(f"keep/{target.key}"), load(f"weight/{target.key}")
-        stored = target.oriented(target.part(tensors[target.tensor]))
-        stored.copy_(torch.where(keep, weight, 0.0))
-        if not all_finite(stored):
-            raise RuntimeError(
-                f"{target.key} is NaN or Inf in {str(stored.dtype).removeprefix('torch.')} after training; "
-                "lower the rate with --set rate.rate="
-            )
-        aim = self._aim(target, keep)
-        masks[target.key] = pack(keep)
-        old = before["rows"].get(target.key, {})
-        return {
-            "name": target.key,
-            "shape": list(target.shape),
-            "pattern": str(aim or exact_pattern(keep) or "unstructured"),
-            "target_sparsity": old.get("target_sparsity", 1 - int(keep.sum()) / keep.numel()),
-            "sparsity": zeros_of(stored) / keep.numel(),
-            "zeros": zeros_of(stored),
-            "relative_error": None,
-            "pruner": old.get("pruner", self.lesson.recipe.name),
-            "steps": [*old.get("steps", []), self.lesson.recipe.name],
-            "seconds": old.get("seconds", 0.0),
-        }
-
-    def _aim(self, target: Target, keep: Tensor) -> Pattern | None:
-        """The pattern that was asked for, against which the mask is checked; None for the start's own."""
-        lesson = self.lesson
-        if lesson.aim is not None:
-            lesson.aim[0].check(keep, lesson.aim[1])
-            return lesson.aim[0]
-        if lesson.masking is not None:
-            given = lesson.masking.keep(target.name)
-            if int(given.sum()) != int(keep.sum()):
-                raise RuntimeError(
-                    f"the mask of {target.key} keeps {int(keep.sum())}, not {int(given.sum())}"
-                )
-        return None
+    def _putting(self, before: Record) -> TrainedWriter:
+        return TrainedWriter(self.lesson, self.writer, before["rows"], self.reporter)
 
     def _finished(self, before: Record, clock: Clock, memory: Any, others: Mapping[str, Tensor]) -> Record:
         writer, model = self.writer, self.model
