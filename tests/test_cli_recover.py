@@ -522,5 +522,6 @@ def test_pruning_and_training_as_one_job(typed, tiny_llama, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out", "out-pruned"}
     code, out, err = typed("run", tiny_llama, "--tokens", "2k", *how)
     assert code == 1 and err == (
-        "llmprune: tokens is of a recovery; name its recipe with --recover, or leave it out\n"
+        "llmprune: tokens is for training after pruning, and no recipe to train by was given; add --recover "
+        "NAME, or leave tokens out\n"
     )

@@ -57,6 +57,14 @@ def test_the_cells_of_a_sweep_are_compared(typed, tiny_llama):
     assert code == 0, err
     found = {run["name"] for run in json.loads(out)["runs"]}
     assert found == {"wanda-0.5", "wanda-0.6", "magnitude-0.5", "magnitude-0.6"}
+    (told,) = json.loads(out)["missing"]
+    assert told.startswith("Overlap is without ") and "whose masks are not at hand" in told
+    path = Path("out/sweep.json")
+    stored = json.loads(path.read_text())
+    stored["cells"][0]["status"] = "waiting"
+    path.write_text(json.dumps(stored))
+    shown = " ".join(typed("compare", "out", "--overwrite")[1].split())
+    assert "1 of 4 cells of out are not finished: wanda-0.5" in shown
 
 
 def test_a_dry_run_prints_time_and_disk(typed, tiny_llama, tmp_path):
@@ -84,7 +92,7 @@ def test_a_failing_cell_ends_with_exit_code_1_after_the_others(typed, tiny_llama
         "llmprune: 2 of 4 cells failed: wanda-0.5 (and 1 more): made NaN; --resume tries them again"
     )
     code, out, _ = typed("sweep", tiny_llama, *GRID, *SMALL, "--output", "out", "--resume")
-    assert code == 0 and "2 are finished" in out and "4 of 4 cells are finished" in out
+    assert code == 0 and "2 finished" in out and "4 of 4 cells are finished" in out
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,7 @@ def test_a_failing_cell_ends_with_exit_code_1_after_the_others(typed, tiny_llama
         (("--recipe", "wanda,wandaa"), 1, "unknown recipe 'wandaa': did you mean 'wanda'?"),
         (("--sparsity", "0.5"), 1, "nothing to compare: name recipes with --recipe"),
         (("--recipe", "wanda", "--sparsity", "0.5,half"), 2, "--sparsity takes numbers with commas between"),
+        (("--recipe", "wanda,,magnitude"), 2, "values with commas between them are wanted, got"),
         (("--recipe", "wanda", "--set", "pruner.damp"), 1, "--set takes dotted.key=value, got 'pruner.damp'"),
         (("--recipe", "wanda", "--keep", "some"), 1, "keep must be one of none, best, all, got 'some'"),
         (("--recipe", "wanda", "--resume", "--restart"), 1, "give one of the two"),
@@ -143,7 +152,7 @@ def test_tables_are_of_amounts_and_methods(record):
         ["2:4", "1.23e+05", "", "not yet"],
     ]
     assert first.best == {(1, 1), (2, 2), (3, 0)} and first.marked("{} *".format)[1][2] == "22.00 *"
-    assert second.rows[1][1] == "0.500 +-0.030" and not second.best
+    assert second.rows[1][1] == "0.500 ± 0.030" and not second.best
     assert "100 documents, higher is better" in second.note
 
 
@@ -189,7 +198,7 @@ def test_a_sweep_without_scored_text_has_tables_and_no_curve(record):
     for cell in record["cells"]:
         cell.get("perplexity", {}).clear()
     page = sweep_page.html_page(record)
-    assert "<svg" not in page and "0.500 +-0.030" in page
+    assert "<svg" not in page and "0.500 ± 0.030" in page
     assert sweeps.best_of(record["cells"], None) == {}
 
 

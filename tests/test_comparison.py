@@ -17,6 +17,7 @@ from llmprune.comparison.comparing import compared
 from llmprune.comparison.entries import Entry, names_of
 from llmprune.comparison.page import comparison_page
 from llmprune.comparison.plots import plot
+from llmprune.record.literature import protocols_of
 
 
 def run(name="one", sparsity=0.5, perplexity=7.0, accuracy=0.76, **changes):
@@ -108,6 +109,40 @@ def test_what_differs_is_named_and_nothing_else():
         "calibration.samples": {"a": "128", "b": "64"},
         "dtype": {"a": "float16", "b": "float32"},
     }
+
+
+def test_equal_scores_are_all_the_best():
+    found = compared([run("a", 0.5, 7.0), run("b", 0.5, 7.0), run("c", 0.5, 8.0)], False)
+    assert group(found, "perplexity wikitext2")["best"] == ["a", "b"]
+    assert group(found, "piqa acc")["best"] == ["a", "b", "c"] and group(found, "piqa acc")["level"] == []
+
+
+def test_runs_that_prune_fewer_matrices_are_not_ranked_with_others():
+    whole, part, other = run("whole"), run("part", perplexity=6.1), run("other", perplexity=6.9)
+    part.record["totals"]["weights"] //= 2
+    part.record["recipe"]["rules"] = [{"match": "*attn*", "skip": True}]
+    found = compared([whole, part, other], False)
+    assert group(found, "perplexity wikitext2")["best"] == ["other"]
+    assert any("prune fewer of the matrices" in note for note in tables.notes(found))
+    assert not any("prune fewer" in note for note in tables.notes(compared([whole, other], False)))
+    part.record["model"]["source"] = "huggyllama/llama-7b"
+    protocols = {own["protocol"] for row in compared([part], False)["published"] for own in row["ours"]}
+    assert protocols and all("some matrices are left dense here" in told for told in protocols)
+
+
+def test_published_figures_are_of_the_pattern_that_came_out():
+    entry = run("a", model__source="huggyllama/llama-7b")
+    for row in entry.record["matrices"]:
+        row["pattern"] = "2:4"  # after a training that moved its masks to another pattern
+    assert {row["amount"] for row in compared([entry], False)["published"]} == {"2:4"}
+
+
+def test_the_protocol_of_each_run_stands_beside_a_figure():
+    one, other = (run(name, model__source="huggyllama/llama-7b") for name in "ab")
+    other.record["evaluation"]["perplexity"]["wikitext2"]["protocol"] |= {"window": 4096}
+    rows = compared([one, other], False)["published"]
+    told = protocols_of(next(row for row in rows if row["paper"] == "Wanda")["ours"])
+    assert told == ["a: same protocol. ", "b: window 4096, theirs 2048. "]
 
 
 def test_published_figures_stand_beside_ours():
@@ -229,6 +264,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for paths, options, said in (
         (tmp_path / "no", {}, "no such folder"),
+        (runs / "wanda" / "config.json", {}, "this is a file, no folder"),
         (tmp_path / "empty", {}, "is no finished run of llmprune"),
         ([runs / "wanda", runs / "wanda"], {}, "is named twice"),
         (runs / "wanda", {"output": tmp_path / "mine"}, "holds letter.txt, which no comparison"),

@@ -274,7 +274,7 @@ def wanda(tmp_path, place="protocol note", value="as it is"):
     ],
 )
 def test_what_differs_from_the_protocol_of_a_perplexity(tmp_path, changes, evaluation, said):
-    assert protocols.difference(wanda(tmp_path, *changes), evaluation) == said
+    assert protocols.difference(wanda(tmp_path, *changes), ours(evaluation=evaluation)) == said
 
 
 def test_an_accuracy_is_never_of_the_same_protocol(tmp_path):
@@ -282,46 +282,46 @@ def test_an_accuracy_is_never_of_the_same_protocol(tmp_path):
     task = {"acc": {"dense": 0.7, "pruned": 0.6, "stderr": 0.01}, "protocol": {"shots": 0}}
     other = {"acc": {"dense": 0.8, "pruned": 0.7, "stderr": 0.01}, "protocol": {"shots": 5}}
     one, both = {"tasks": {"piqa": task}}, {"tasks": {"piqa": task, "boolq": other}}
-    assert protocols.difference(mean, {}) == "piqa, boolq not measured here"
-    assert protocols.difference(mean, one) == "boolq not measured here"
-    assert protocols.difference(mean, both) == (
+    assert protocols.difference(mean, ours(evaluation={})) == "piqa, boolq not measured here"
+    assert protocols.difference(mean, ours(evaluation=one)) == "boolq not measured here"
+    assert protocols.difference(mean, ours(evaluation=both)) == (
         "0 and 5 shots, theirs 0; their version of the tasks is not stated"
     )
     assert protocols.ours(mean, both) == pytest.approx((75, 65)) and protocols.ours(mean, one) == (None, None)
 
 
-def record(source, pattern, sparsity, evaluation=None):
-    return {
-        "model": {"source": source},
-        "recipe": {"pattern": pattern},
-        "totals": {"sparsity": sparsity},
-        "evaluation": evaluation or scored(),
-    }
+def ours(model="llama-7b", pattern="unstructured", sparsity=0.5, evaluation=None, **more):
+    found = scored() if evaluation is None else evaluation
+    return protocols.Run(model, pattern, sparsity, found, **more)
+
+
+def test_work_that_differs_is_said_before_the_protocol(tmp_path):
+    figure = wanda(tmp_path)
+    assert protocols.difference(figure, ours(trained=True)) == "trained here, theirs is not"
+    assert protocols.difference(figure, ours(partly=True)) == "some matrices are left dense here"
+    trained = wanda(tmp_path, "protocol trained", "masks")
+    assert protocols.difference(trained, ours()) == "theirs is trained"
+    assert protocols.difference(trained, ours(trained=True)) == "same protocol"
 
 
 def test_figures_beside_a_record_are_of_its_model_pattern_and_sparsity():
-    found = protocols.beside(record("huggyllama/llama-7b", "unstructured", 0.4998))
+    found = protocols.beside(ours("huggyllama/llama-7b", "unstructured", 0.4998))
     assert {(b.figure.source.paper, b.figure.method) for b in found} == {
         *(("BESA", name) for name in ("sparsegpt", "wanda", "besa-layer", "besa-row")),
         ("Wanda", "wanda"),
     }
     assert {(b.dense, b.pruned, b.protocol) for b in found} == {(5.68, 7.3, "same protocol")}
-    assert [b.figure.value for b in protocols.beside(record("llama-7b", "2:4", 0.5))] == [11.53]
-    assert protocols.beside(record("huggyllama/llama-7b", "unstructured", 0.55)) == ()
-    assert protocols.beside(record("huggyllama/llama-7b", "4:8", 0.5)) == ()
-    assert protocols.beside(record("demo", "unstructured", 0.5)) == ()
-    assert protocols.beside(record("llama-2-7b", "2:4", 0.5))[0].protocol == "same protocol"  # ALPS: 2048
-    four = protocols.beside(record("llama-2-7b", "2:4", 0.5, scored(window=4096)))
+    assert [b.figure.value for b in protocols.beside(ours("llama-7b", "2:4", 0.5))] == [11.53]
+    assert protocols.beside(ours("huggyllama/llama-7b", "unstructured", 0.55)) == ()
+    assert protocols.beside(ours("huggyllama/llama-7b", "4:8", 0.5)) == ()
+    assert protocols.beside(ours("demo", "unstructured", 0.5)) == ()
+    assert protocols.beside(ours("llama-2-7b", "2:4", 0.5))[0].protocol == "same protocol"  # ALPS: 2048
+    four = protocols.beside(ours("llama-2-7b", "2:4", 0.5, scored(window=4096)))
     assert {b.protocol for b in four if b.figure.source.paper == "Wanda"} == {"same protocol"}
 
 
 def test_a_record_beside_them_may_have_no_scores():
-    bare = {
-        "model": {"source": "llama-7b"},
-        "totals": {"sparsity": 0.7},
-        "recipe": {"pattern": "unstructured"},
-    }
-    found = protocols.beside(bare)
+    found = protocols.beside(ours(sparsity=0.7, evaluation={}))
     assert len(found) == 12 and {b.protocol for b in found} == {"wikitext2 not measured here"}
     assert {(b.dense, b.pruned) for b in found} == {(None, None)}
 
@@ -361,7 +361,7 @@ def test_python_returns_plain_dicts():
     ("arguments", "said"),
     [
         (("llama-2-7",), "'llama-2-7': did you mean 'llama-2-7b'.*available: llama-7b, llama-13b, "),
-        (("qwen3-8b",), "unknown model with published figures 'qwen3-8b': "),
+        (("qwen3-8b",), "no published figures of 'qwen3-8b': "),
         (("llama-7b", "wikitext"), "unknown metric 'wikitext': did you mean 'wikitext2'"),
         (("llama-7b", "piqa"), "unknown metric 'piqa': available: perplexity, wikitext2$"),
         ((5,), "model must be text, got 5"),

@@ -313,6 +313,27 @@ def test_gradients_are_clipped_over_the_entries_that_move():
         assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_a_step_done_again_after_memory_ran_out_moves_nothing_twice():
+    given, chosen = toy(), method("masked-lora", clip=1.0)
+    whole, again = Loop(task(given), chosen), Loop(task(given), chosen)
+    step, calls = again._optimizer.step, []
+
+    def scarce(key, *arguments):
+        calls.append(key)
+        if len(calls) == 2:
+            raise MemoryError
+        step(key, *arguments)
+
+    again._optimizer.step = scarce  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        again.advance()
+    for loop in (whole, again):
+        loop.advance()
+    assert len(set(calls)) == 2 and len(calls) == 3 and again._optimizer.steps == whole._optimizer.steps
+    first, second = (loop.trained["a"].tensors[calls[0].partition(":")[2]] for loop in (whole, again))
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_anything_moves(where, value):
@@ -396,7 +417,7 @@ def test_views_are_what_rules_are_told(monkeypatch):
             views.append(view)
             return super().score(view)
 
-    options = {"schedule": {"moves": 3, "freeze": 0.2, "decay": "constant"}}
+    options = {"schedule": {"moves": 3, "freeze": 0.2, "decay": "constant", "apart": 1}}
     chosen = dataclasses.replace(method("kept", None, "exchange", options=options), rule=Seen(rule.Config()))
     given = toy()
     run = record(task(given), dataclasses.replace(chosen, terms=weighted("next-token")))

@@ -360,7 +360,7 @@ def exchanged(name: str, pattern: str, grown: str = "zero") -> None:
         "grow-momentum": "momentum",
         "dst-ee": "ee",
     }[name]
-    settings: dict[str, Any] = {"schedule.moves": 5, "trainable.grown": grown}
+    settings: dict[str, Any] = {"schedule.moves": 5, "schedule.apart": 1, "trainable.grown": grown}
     if name == "dst-ee":
         settings |= {"rule.relative": False, "rule.explore": 0.01}
     ran = trained(name, pattern, settings)

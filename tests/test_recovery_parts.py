@@ -76,7 +76,7 @@ def fits(trainable: str, shape: str) -> bool:
 def ruled(rule: str) -> Method:
     """A method in which a rule moves masks."""
     if issubclass(registry.find("recovery.rules", rule), Exchange):
-        schedule = {"moves": 4, "freeze": 0.3, "share": 0.5, "decay": "constant"}
+        schedule = {"moves": 4, "freeze": 0.3, "share": 0.5, "decay": "constant", "apart": 1}
         return method("kept", rule, "exchange", options={"schedule": schedule})
     learner, options = "scores" if rule == "learned" else "dense", {"schedule": {"moves": 4, "freeze": 0.3}}
     return method(learner, rule, options=options, numbers=Numbers(gamma=1.0, rho=1.0))

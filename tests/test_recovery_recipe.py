@@ -200,7 +200,7 @@ def test_a_bad_value_is_refused_in_one_line(given, said):
         ),
         ({"trainable": "norms"}, r"trainable norms trains nothing with others none; set others: norms"),
         ({"trainable": "rounded"}, r"trainable rounded is for tuning during a run; take kept"),
-        ({"soup": {"copies": 2}}, r"copies of a soup must keep their masks, and schedule fixed moves them"),
+        ({"soup": {"copies": 2}}, r"copies and phases of a soup must keep their masks, and schedule"),
         ({"objective": "block"}, r"objective block is for scope block, and alone there, got scope model"),
         ({"scope": "block"}, r"objective block is for scope block, .*got scope block and \['next-token'\]"),
         ({"scope": "block", "objective": ["block", "kd"]}, r"objective block is for scope block, and alone"),

@@ -53,7 +53,8 @@ def test_schedules_are_pure_and_the_last_move_begins_the_frozen_part(name, freez
 @pytest.mark.parametrize("moves", [1, 2, 3, 8, 1_000_000])
 def test_moves_are_as_many_as_asked_for_and_evenly_spread(name, moves):
     for steps in STEPS:
-        schedule = build(name, moves=moves, start=0.1, freeze=0.3)
+        near = {"apart": 1} if name == "exchange" else {}
+        schedule = build(name, moves=moves, start=0.1, freeze=0.3, **near)
         first, last = round(0.1 * steps), steps - round(0.3 * steps)
         at = [phase.step for phase in phases(schedule, steps) if phase.move]
         count = min(moves, last - first + 1)
@@ -95,6 +96,14 @@ def test_exchange_falls_by_a_cosine(decay):
         wanted = oracles.drop_share(Fraction(phase.step, 40), 0.4, Fraction(3, 4), decay)
         assert phase.share == pytest.approx(wanted)
     assert found[30].share == (0 if decay == "cosine" else 0.4)
+
+
+def test_exchanges_lie_apart_and_a_span_of_one_step_has_a_progress():
+    at = [phase.step for phase in phases(build("exchange", moves=30, freeze=0.2), 24) if phase.move]
+    assert at == [5, 10, 14, 19]
+    long = [phase.step for phase in phases(build("exchange", moves=30, freeze=0.22), 244) if phase.move]
+    assert len(long) == 29, "30 fit, of which the first would lie before the first step"
+    phases(build("cubic", start=0.5, freeze=0.4), 7)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
+from llmprune.run import recovery as recovering
 from llmprune.run import training
 
 
@@ -133,8 +134,31 @@ def test_a_recovery_cut_off_while_it_writes_trains_no_second_time(starts, text, 
     with cut_off(2):
         recover(starts / "half", text, tmp_path / "cut")
     monkeypatch.setattr(training.Training, "run", None)
-    recover(starts / "half", text, tmp_path / "cut", resume=True)
+    record = recover(starts / "half", text, tmp_path / "cut", resume=True)
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
+    seconds = record["totals"]["seconds"]
+    assert seconds["train"] == pytest.approx(record["recovery"]["seconds"], abs=0.01) and seconds["train"] > 0
+    assert seconds["total"] >= seconds["train"]
+
+
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "ebft"])
+def test_a_recovery_cut_off_after_its_last_weight_goes_on(
+    starts, tiny_llama, text, tmp_path, monkeypatch, recipe
+):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    changes = {"others": "none"} if recipe == "ebft" else {}
+    options = {"recipe": recipe, "settings": changes, "teacher": tiny_llama}
+    recover(starts / "half", text, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(recovering.speed, "measured", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recover(starts / "half", text, tmp_path / "cut", **options)
+    assert not (tmp_path / ".cut.partial/best-step.safetensors").exists()
+    monkeypatch.setattr(training.Training, "run", None)
+    recover(starts / "half", text, tmp_path / "cut", resume=True, **options)
+    assert files(tmp_path / "whole") == files(tmp_path / "cut") and not list(tmp_path.glob(".*"))
 
 
 def test_block_by_block_resumes_to_the_same_bytes(starts, tiny_llama, text, tmp_path):
@@ -222,6 +246,65 @@ def test_mixed_formats_and_wrong_starts_are_refused(starts, tiny_llama, text, tm
     )
     soup = {"soup.copies": 3, "soup.phases": 2}
     refused("are 5 steps of 128; give at least tokens 768", recipe="soup", settings=soup, steps=5)
+
+
+def test_a_teacher_that_the_record_names_must_be_the_very_model(
+    starts, tiny_llama, text, tmp_path, monkeypatch
+):
+    from llmprune.api import recovery_start
+
+    options = {"recipe": "squarehead", "steps": 2}
+    monkeypatch.setattr(recovery_start, "_recorded", lambda model: (str(tiny_llama), None))
+    recover(starts / "half", text, tmp_path / "right", **options)
+    monkeypatch.setattr(recovery_start, "_recorded", lambda model: (str(starts / "pairs"), None))
+    with pytest.raises(
+        ValueError, match="has other weights than the one that was pruned; name the right one"
+    ):
+        recover(starts / "half", text, tmp_path / "wrong", **options)
+    recover(starts / "half", text, tmp_path / "named", teacher=starts / "pairs", **options)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_revision_in_the_record_is_the_one_that_is_opened(starts, tmp_path):
+    import shutil
+
+    from llmprune.api import recovery_start
+
+    shutil.copytree(starts / "half", tmp_path / "start")
+    record = json.loads((tmp_path / "start/llmprune.json").read_text())
+    record["model"] |= {"source": "org/model", "revision": "v1"}
+    (tmp_path / "start/llmprune.json").write_text(json.dumps(record))
+
+    class Opened:
+        folder = tmp_path / "start"
+
+    assert recovery_start._recorded(Opened()) == ("org/model", "v1")
+
+
+def test_a_dense_start_is_the_model_of_its_record(tiny_llama, text, tmp_path):
+    found = recover(tiny_llama, text, tmp_path / "out", recipe="gmp", sparsity=0.5)
+    pruned = llmprune.prune(tiny_llama, recipe="magnitude", sparsity=0.5, output=tmp_path / "pruned").record
+    assert found["model"]["digest"] == pruned["model"]["digest"]
+
+
+def test_rows_have_the_sparsity_that_was_asked_for_last(starts, text, tmp_path):
+    found = recover(starts / "half", text, tmp_path / "out", recipe="gmp", sparsity=0.7)
+    assert {row["target_sparsity"] for row in found["matrices"]} == {0.7}
+
+
+def test_what_grows_from_a_dense_start_may_begin_at_its_weights(tiny_llama, text, tmp_path):
+    changes = {"trainable.grown": "dense"}
+    recover(tiny_llama, text, tmp_path / "out", recipe="acdc", settings=changes, sparsity=0.5)
+
+
+def test_phases_end_with_the_pattern_whatever_the_start_has(starts, text, tmp_path):
+    changes = {"soup.phases": 2, "soup.copies": 1}
+    found = recover(
+        starts / "half", text, tmp_path / "out", steps=4, settings=changes, pattern="2:4", epochs=1
+    )
+    assert {row["pattern"] for row in found["matrices"]} == {"2:4"}
+    with pytest.raises(ValueError, match=r"schedule cubic moves them; set soup.copies and soup.phases to 1"):
+        recover(starts / "half", text, tmp_path / "no", recipe="gmp", settings=changes, sparsity=0.7)
 
 
 def test_another_teacher_is_refused(starts, make_llama, text, tmp_path):
@@ -340,8 +423,8 @@ def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):
         ({"recover": "perp"}, "give --text SOURCE and --tokens N, got no text"),
         ({"recover": "perp", "text": "builtin"}, "got no tokens"),
         ({"recover": "prep", "text": "builtin", "tokens": 5}, "unknown recipe of recovery 'prep'"),
-        ({"text": "builtin"}, "text is of a recovery"),
-        ({"epochs": 2}, "epochs is of a recovery"),
+        ({"text": "builtin"}, "text is for training after pruning"),
+        ({"epochs": 2}, "epochs is for training after pruning"),
         (
             {"recover": "perp", "text": ["short"], "tokens": 5000},
             "in memory holds .* tokens, and .* more --epochs",

@@ -343,7 +343,7 @@ def test_a_grid_may_grow(start, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"limit": 3}, "is another one: evaluation"),
+        ({"limit": 3}, "is another one: it is scored on other texts or tasks, or with another --limit"),
         ({"keep": "none"}, "is another one: keep was all and is none"),
         ({"samples": None, "calibration": "builtin", "seqlen": 32}, "its cell wanda-0.5 is not among these"),
     ],
@@ -363,6 +363,63 @@ def test_a_cell_whose_weights_were_removed_is_made_again(start, tmp_path):
 
 
 # What is kept, and what is never removed
+
+
+def test_a_cell_that_has_lost_its_weights_alone_is_made_again(start, tmp_path):
+    first = start(recipe="wanda", sparsity=[0.5])
+    for file in (tmp_path / "out/cells/wanda-0.5").glob("*.safetensors*"):
+        file.unlink()
+    again = start(recipe="wanda", sparsity=[0.5], resume=True)
+    assert not again.failed and (tmp_path / "out/cells/wanda-0.5/masks.safetensors").is_file()
+    assert again.cells[0]["perplexity"] == first.cells[0]["perplexity"]
+
+
+def test_a_beaten_cell_is_not_said_to_have_weights_when_the_best_is_lost(start, tmp_path, monkeypatch):
+    first = start(sparsity=[0.5], keep="best")
+    best = next(cell["name"] for cell in first.cells if cell["weights_kept"])
+    shutil.rmtree(tmp_path / f"out/cells/{best}")
+    stopping(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        start(sparsity=[0.5], keep="best", resume=True)
+    monkeypatch.undo()
+    stored = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert not any(cell["weights_kept"] for cell in stored["cells"])
+    again = start(sparsity=[0.5], keep="best", resume=True)
+    assert not again.failed and [c["weights_kept"] for c in again.cells] == [
+        c["weights_kept"] for c in first.cells
+    ]
+
+
+def test_what_a_killed_move_or_strip_has_left_is_removed(start, tmp_path):
+    result = start(recipe="wanda", sparsity=[0.5])
+    folder = sweep_folder.SweepFolder(result.output, resume=True)
+    (tmp_path / "out/cells/wanda-0.5").rename(tmp_path / "out/cells/.wanda-0.5.replaced")
+    folder.remove("wanda-0.5")
+    assert list((tmp_path / "out/cells").iterdir()) == []
+    start(recipe="wanda", sparsity=[0.5], resume=True)
+    (tmp_path / "out/cells/wanda-0.5/model.safetensors.index.json").unlink()
+    folder.strip("wanda-0.5")  # noqa: B005
+    assert not list((tmp_path / "out/cells/wanda-0.5").glob("*.safetensors"))
+
+
+def test_a_sweep_that_replaces_another_may_be_thrown_away(start, tmp_path, monkeypatch):
+    start(recipe="wanda", sparsity=[0.5])
+    stopping(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        start(recipe="magnitude", sparsity=[0.5], overwrite=True)
+    monkeypatch.undo()
+    assert (tmp_path / "out/cells/wanda-0.5").is_dir()
+    start(recipe="magnitude", sparsity=[0.6], restart=True)
+    assert [path.name for path in (tmp_path / "out/cells").iterdir()] == ["magnitude-0.6"]
+
+
+def test_a_sweep_that_went_on_meanwhile_is_not_continued_from_an_old_record(start, tmp_path):
+    start(recipe="wanda", sparsity=[0.5])
+    folder = sweep_folder.SweepFolder(tmp_path / "out", resume=True)
+    start(recipe="wanda", sparsity=[0.5, 0.6], resume=True)
+    with pytest.raises(ValueError, match=r"another sweep has gone on in .* meanwhile; give the same command"):
+        folder.begin()
+    folder.close()
 
 
 def test_scores_alone_may_be_kept(start):

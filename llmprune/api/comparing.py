@@ -85,7 +85,8 @@ def compare(
     if target is not None:
         runs = input_files([("a run that is compared", place) for place in named])
         writing.check_folder(target, overwrite, runs)
-    found = compared(entries_at(named, revision), overlap)
+    entries = entries_at(named, revision)
+    found = compared(entries, overlap, [told for place in named for told in _unfinished(Path(place))])
     if target is not None:
         writing.write(target, found, __version__)
     return Comparison(found, target)
@@ -101,16 +102,26 @@ def entries_at(places: Sequence[AnyPath], revision: str | None = None) -> list[E
         elif isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "/", "~")):
             remote.append(Entry(place, read_record(download(place, revision, False, weights=False))))
         else:
-            raise ValueError(
-                f"no such folder: {shown(str(place))}; name output folders of llmprune, or hub ids"
-            )
+            what = "this is a file, no folder" if folder.is_file() else "no such folder"
+            raise ValueError(f"{what}: {shown(str(place))}; name output folders of llmprune, or hub ids")
     whole = [folder.resolve() for folder in local]
-    keys = [*map(str, whole), *(entry.name for entry in remote)]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
+    keys, given = [*map(str, whole), *(e.name for e in remote)], [*map(str, local), *(e.name for e in remote)]
+    twice = next((said for key, said in zip(keys, given, strict=True) if keys.count(key) > 1), None)
     if twice is not None:
         raise ValueError(f"{shown(twice)} is named twice; name each run once")
     names = names_of(whole)
     return [Entry(name, read_record(at), at) for name, at in zip(names, local, strict=True)] + remote
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """A sentence on the cells of a sweep that are not finished."""
+    at = folder.expanduser()
+    swept = read_sweep(at) if at.is_dir() and not (at / RECORD).is_file() else None
+    cells = swept["cells"] if swept else []
+    left = [cell["name"] for cell in cells if cell["status"] != DONE]
+    if not left:
+        return []
+    return [f"{len(left)} of {len(cells)} cells of {folder.name} are not finished: {', '.join(left)}"]
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:

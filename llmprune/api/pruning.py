@@ -329,7 +329,10 @@ def run_model(
     if recover is None:
         given = {"text": text is not None, "tokens": tokens is not None, "epochs": epochs != 1}
         for name in filter(given.get, given):
-            raise ValueError(f"{name} is of a recovery; name its recipe with --recover, or leave it out")
+            raise ValueError(
+                f"{name} is for training after pruning, and no recipe to train by was given; add --recover "
+                f"NAME, or leave {name} out"
+            )
         spec = arguments.evaluation(
             perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
         )

@@ -156,7 +156,8 @@ def recover(
 
         def lesson_of(wanted: RecoveryRecipe) -> Lesson:
             base = team.in_turn(lambda: base_of(model, wanted, masking, teacher, opened_at))
-            return Lesson(model, wanted, rows, Asked(tokens, epochs), team, masking, aim, base)
+            asked = Asked(tokens, epochs)
+            return Lesson(model, wanted, rows, asked, team, masking, aim, base, teacher is not None)
 
         if recipe is None:
             lesson = chosen_lesson(lesson_of, overrides, steps_of, minutes)
@@ -238,8 +239,8 @@ def training_rows(
     samples = math.ceil(tokens / (length * epochs))
     if samples < 2 and not ready:
         raise ValueError(
-            f"{tokens} tokens in {epochs} epochs are {samples} sequence of {length}; give more --tokens or a "
-            "smaller --seqlen"
+            f"tokens must fill two sequences of {length} in each epoch ({epochs}), which are "
+            f"{length * epochs + 1} at least, got {tokens}; give more, or a smaller --seqlen"
         )
     held = max(1, round(samples * recipe.held_out / (1 - recipe.held_out)))
     request = calibrations.CalibrationRequest(

@@ -111,7 +111,8 @@ def aim_of(
     if not recipe.prunes:
         first = "it keeps the masks of the start" if masking else "first prune the model: llmprune prune"
         raise ValueError(
-            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}"
+            f"recipe {recipe.name} moves no mask, got sparsity {wanted:g}, pattern {name}; {first}, or take "
+            "a recipe that prunes, such as --recipe gmp"
         )
     if masking is not None and wanted < masking.masks.sparsity - 1e-3:
         raise ValueError(
@@ -144,13 +145,13 @@ def base_of(
         )
     if teacher is None and (masking is None or not needed):
         return None
-    name = teacher if teacher is not None else _recorded(model)
+    name, revision = (teacher, None) if teacher is not None else _recorded(model)
     if name is None:
         raise ValueError(
             f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
         )
     try:
-        base: Model = opened_at(name)
+        base: Model = opened_at(name, revision)
     except ValueError as error:
         if teacher is not None:
             raise
@@ -162,14 +163,15 @@ def base_of(
     return base
 
 
-def _recorded(model: Model) -> str | None:
-    """The dense model by the name in the record; None where it was a folder of this or another machine."""
+def _recorded(model: Model) -> tuple[str | None, str | None]:
+    """The dense model by name and revision in the record; no name where it was a folder of some machine."""
     folder = model.folder
     if folder is None or not (folder / RECORD).is_file():
-        return None
-    name = read_record(folder).get("model", {}).get("source")
+        return None, None
+    about = read_record(folder).get("model", {})
+    name, revision = about.get("source"), about.get("revision")
     local = not isinstance(name, str) or (name != "demo" and "/" not in name and Path(name).exists())
-    return None if local else name
+    return (None, None) if local else (name, revision if isinstance(revision, str) else None)
 
 
 def _check_alike(model: Model, base: Model) -> None:

@@ -85,11 +85,12 @@ class SweepDryRun:
         """The plan in sentences."""
         done = len(self.cells) - len(self.left)
         methods = list(dict.fromkeys(cell.method for cell in self.cells))
-        said = [f"{len(self.cells)} cells: {', '.join(methods)}" + (f"; {done} are finished" if done else "")]
+        count = f"{len(self.cells)} cell{'s' if len(self.cells) > 1 else ''}"
+        said = [f"{count}: {', '.join(methods)}" + (f"; {done} finished" if done else "")]
         if self.left_out:
             said.append(
-                f"{self.left_out} more combinations have the recipe of one of these and are left out (an N:M "
-                "pattern sets its own sparsity)"
+                f"{self.left_out} more combinations have the recipe of one of these and are left out (values "
+                "given twice, or an N:M pattern, which sets its own sparsity)"
             )
         if self.left:
             disk = f"{size_text(self.plan.disk)} of disk (--keep {self.keep})"

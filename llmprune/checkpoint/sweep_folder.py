@@ -58,10 +58,19 @@ class SweepFolder:
         waiting = list(there.get("replaces", [])) if there else []
         self.old: list[str] = waiting if resume or there is None else [*_cells_of(there), *waiting]
         self._restart = there is not None and not resume and not there["finished"]
+        self._there = there
 
     def begin(self) -> None:
-        """Take the folder: from here on it is written."""
+        """Take the folder: from here on it is written.
+
+        Raises:
+            ValueError: another process writes it, or has written it since it was opened.
+        """
         self._lock = Lock(self.output.with_name(f".{self.output.name}.lock"), f"output {self._given}")
+        if read_sweep(self.output) != self._there:
+            raise ValueError(
+                f"another sweep has gone on in {self._given} meanwhile; give the same command again"
+            )
         if self._restart:
             for name in self.old:
                 self.remove(name)
@@ -82,16 +91,23 @@ class SweepFolder:
         for name, content in files.items():
             write_durably(self.output / name, [content])
 
+    def spent(self, name: str) -> bool:
+        """Whether there is what a finished cell leaves without its weights."""
+        return (self.cell(name) / RECORD).is_file() and not self.holds_weights(name)
+
     def strip(self, name: str) -> None:
         """Remove the weights of a finished cell; its record and its report stay."""
-        if self.holds_weights(name):
+        if (self.cell(name) / RECORD).is_file():  # an index may be gone: an interrupted strip begins with it
             replacement.strip(self.cell(name))
 
     def remove(self, name: str) -> None:
         """Remove a cell of a sweep, finished or not; files that no run has written stay."""
+        beside = self.cell(name).with_name
+        # First what a killed move has left: the journal that explains it lies in one of the others.
         for folder, unfinished in (
+            (beside(f".{name}.replaced"), False),
             (self.cell(name), False),
-            (self.cell(name).with_name(f".{name}.partial"), True),
+            (beside(f".{name}.partial"), True),
         ):
             if folder.is_dir() and not folder.is_symlink():
                 replacement.remove(folder, unfinished)
@@ -141,7 +157,7 @@ def check_sweep(
         )
         state = "a finished" if finished else "an unfinished"
         raise ValueError(f"output folder {output} holds {state} sweep; {way}")
-    foreign = _foreign(output, _cells_of(found))
+    foreign = _foreign(output, [*_cells_of(found), *found.get("replaces", [])])
     if foreign:
         raise ValueError(
             f"output folder {output} holds {shown(foreign)}, which no sweep has written, so it is not "

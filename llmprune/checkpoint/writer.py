@@ -274,6 +274,11 @@ class CheckpointWriter:
         write_durably(config, [json.dumps(values, indent=2).encode() + b"\n"])
 
     @property
+    def indexed(self) -> bool:
+        """Whether every weight is written, also by a run that was stopped after it."""
+        return self._pruned and (self.folder / INDEX).is_file()
+
+    @property
     def files(self) -> dict[str, int]:
         """The files of the output and their sizes in bytes, without those that may be written again later."""
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)

@@ -107,7 +107,9 @@ def compare(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR...", help="Output folders of run, recover or sweep, or hub ids.", show_default=False
+            metavar="DIR...",
+            help="Output folders of run, prune, recover or sweep, or hub ids.",
+            show_default=False,
         ),
     ],
     as_json: bool,

@@ -69,8 +69,12 @@ def sweep(
 
 
 def _parts(text: str | None) -> list[str] | None:
-    parts = [part.strip() for part in (text or "").split(",")]
-    return [part for part in parts if part] or None
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise typer.BadParameter(f"values with commas between them are wanted, got {text!r}; one is empty")
+    return parts
 
 
 def _numbers(text: str | None) -> list[float] | None:

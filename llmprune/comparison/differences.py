@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from llmprune.comparison.entries import Entry
 
 _LEFT_OUT = ("chosen", "description", "name")  # of a recipe: what decides nothing
 _ABSENT = "-"
+_DIGEST = re.compile("[0-9a-f]{32,}")
 
 
 def differences(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
@@ -18,6 +20,12 @@ def differences(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for own in fields for key in own)
     found = [(key, [own.get(key, _ABSENT) for own in fields]) for key in keys]
     return [(key, values) for key, values in found if len(set(values)) > 1]
+
+
+def shortened(value: str) -> str:
+    """A value for a line: of a fingerprint the first digits, which tell it apart."""
+    kind, colon, digits = value.partition(":")
+    return f"{kind}:{digits[:8]}…" if colon and _DIGEST.fullmatch(digits) else value
 
 
 def _fields(entry: Entry) -> Iterator[tuple[str, str]]:
@@ -54,4 +62,4 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     elif not isinstance(value, (str, int, float, bool, type(None))):
         yield prefix, json.dumps(value)
     else:
-        yield prefix, str(value)
+        yield prefix, _ABSENT if value is None else str(value)

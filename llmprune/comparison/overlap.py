@@ -11,6 +11,11 @@ from llmprune.comparison.entries import Entry
 from llmprune.evaluation.audit import overlap_of
 
 
+def has_masks(entry: Entry) -> bool:
+    """Whether the masks of a run are at hand."""
+    return entry.folder is not None and holds_masks(entry.folder)
+
+
 def overlaps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """How much of the masks is the same, for every pair of runs of one model whose masks are at hand.
 
@@ -22,7 +27,7 @@ def overlaps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     Raises:
         ValueError: masks that are damaged.
     """
-    masks = {e.name: masks_at(e.folder) for e in entries if e.folder is not None and holds_masks(e.folder)}
+    masks = {e.name: masks_at(e.folder) for e in entries if e.folder is not None and has_masks(e)}
     names, models = list(masks), {e.name: e.identity for e in entries}
     pairs = [
         (a, b)

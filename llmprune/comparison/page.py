@@ -8,6 +8,7 @@ from typing import Any
 from llmprune.common.messages import duration
 from llmprune.comparison import tables
 from llmprune.comparison.comparing import Comparison
+from llmprune.comparison.differences import shortened
 from llmprune.pages.charts import Point, lines
 from llmprune.pages.document import (
     Markup,
@@ -100,6 +101,8 @@ def _curves(comparison: Comparison) -> list[Section]:
 
 def _differences(comparison: Comparison) -> list[Section]:
     found = comparison["differences"]
+    if len(comparison["runs"]) < 2:
+        return []
     if not found:
         return [Section("What differs", paragraph("Recipe, calibration, model and machine are the same."))]
     names = [run["name"] for run in comparison["runs"]]
@@ -112,9 +115,9 @@ def _differences(comparison: Comparison) -> list[Section]:
 
 def _shortened(value: str) -> Markup:
     """A value, of which a long one is cut and stands whole in its tip."""
-    if len(value) <= _LONG:
-        return breakable(value)
-    return element("span", breakable(value[: _LONG - 1] + "…"), title=value)
+    short = shortened(value)
+    short = short if len(short) <= _LONG else short[: _LONG - 1] + "…"
+    return breakable(value) if short == value else element("span", breakable(short), title=value)
 
 
 def _texts(comparison: Comparison) -> list[Section]:

@@ -26,7 +26,8 @@ def plot(comparison: Comparison, across: str) -> bytes | None:
         for number, (label, points) in enumerate(series.items()):
             x, y, errors = ([point[place] for point in points] for place in range(3))
             mark = _MARKS[number % len(_MARKS)]
-            one.errorbar(x, y, errors if any(errors) else None, marker=mark, markersize=4, label=label)
+            style = {"marker": mark, "markersize": 4, "linestyle": "--" if label == "dense" else "-"}
+            one.errorbar(x, y, errors if any(errors) else None, label=label, **style)
         one.set(
             title=title,
             xlabel=tables.ACROSS[across],

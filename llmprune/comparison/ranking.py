@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune.comparison.differences import shortened
 from llmprune.comparison.entries import Entry, Figure, figures
 
 _SURE = 2.0  # standard errors of the difference that tell two scores apart
@@ -23,8 +24,8 @@ class Group:
         members: the figures by the names of their runs.
         protocol: how they were measured.
         model: of which dense model they are.
-        best: of the runs of each sparsity and pattern, where there are several, the one with the best figure;
-            empty where nobody says what is better.
+        best: of the runs that prune as many weights to a sparsity and pattern, where there are several, the
+            one with the best figure, or those with the same; empty where nobody says what is better.
         level: the runs whose figures are within the error of the best one's at their sparsity and pattern.
     """
 
@@ -41,7 +42,11 @@ def groups_of(entries: Sequence[Entry]) -> list[Group]:
     """The groups of all figures, in the order in which the runs have them."""
     found: dict[str, dict[tuple[str, str], dict[str, Figure]]] = {}
     labels: dict[tuple[str, str], str] = {}
-    amounts = {entry.name: f"{entry.pattern} {entry.sparsity:.2f}" for entry in entries}
+    # A run that prunes fewer matrices to a sparsity has an easier task than one that prunes all of them.
+    amounts = {
+        entry.name: f"{entry.pattern} {entry.sparsity:.2f} of {entry.record['totals']['weights']}"
+        for entry in entries
+    }
     for entry in entries:
         for figure in figures(entry.record):
             key = (entry.identity, json.dumps(figure.protocol, sort_keys=True))
@@ -68,15 +73,16 @@ def _group(name: str, letter: str, members: Mapping[str, Figure], of: tuple[str,
             continue
         pick = max if first.higher else min
         top = pick(alike, key=lambda run: members[run].value)
-        best.add(top)
-        level |= {run for run in alike if run != top and _level(members[run], members[top])}
+        equal = {run for run in alike if members[run].value == members[top].value}
+        best |= equal
+        level |= {run for run in alike if run not in equal and _level(members[run], members[top])}
     return Group(name, letter, members, first.protocol, model, frozenset(best), frozenset(level))
 
 
 def _level(one: Figure, best: Figure) -> bool:
-    """Whether two figures are too near to tell apart. A perplexity has no error: equal ones are level."""
+    """Whether two figures are too near to tell apart; those without an error never are."""
     if one.stderr is None or best.stderr is None:
-        return one.value == best.value
+        return False
     return abs(one.value - best.value) <= _SURE * math.hypot(one.stderr, best.stderr)
 
 
@@ -107,4 +113,4 @@ def _words(group: Group, alike: Sequence[Group]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return "not given" if value is None else str(value)[:60]
+    return "not given" if value is None else shortened(str(value))

@@ -12,6 +12,7 @@ from llmprune.common.messages import duration, size_text
 from llmprune.comparison.comparing import Comparison
 
 LEGEND = "* the best at its sparsity and pattern of those that may be ranked, ~ within its error"
+PARTLY = "Runs that prune fewer of the matrices are not ranked with those that prune all of them"
 
 
 class Score(NamedTuple):
@@ -156,8 +157,11 @@ def markdown(comparison: Comparison) -> str:
 def notes(comparison: Comparison) -> list[str]:
     """What must be said below the table: the marks, what is not ranked together, that nothing was scored."""
     found = [LEGEND] if any(group["best"] for group in comparison["scores"]) else []
+    sizes = {(run["model"], run["weights"]) for run in comparison["runs"]}
+    if len(sizes) > len({model for model, _ in sizes}):
+        found.append(PARTLY)
     scored = [] if comparison["scores"] else ["None of these runs was scored: llmprune eval measures them"]
-    return [*found, *comparison["unranked"], *scored]
+    return [*found, *comparison["unranked"], *scored, *comparison["missing"]]
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -215,8 +219,18 @@ def curves(comparison: Comparison, across: str) -> list[Curves]:
         across: a key of `ACROSS`: what x is.
     """
     runs = {run["name"]: run for run in comparison["runs"]}
-    found = [_curves(group, runs, across) for group in comparison["scores"]]
-    return [curves for curves in found if _apart(curves)]
+    found = [(_curves(group, runs, across), group) for group in comparison["scores"]]
+    return [_with_dense(curves, group) for curves, group in found if _apart(curves)]
+
+
+def _with_dense(curves: Curves, group: dict[str, Any]) -> Curves:
+    """With a level line at the dense model's score, where that is known."""
+    values = [member["dense"] for member in group["members"].values() if member["dense"] is not None]
+    if not values:
+        return curves
+    places = [point[0] for own in curves.points.values() for point in own]
+    line = [(place, values[0], 0.0, "dense") for place in (min(places), max(places))]
+    return Curves(curves.title, {**curves.points, "dense": line})
 
 
 def _curves(group: dict[str, Any], runs: dict[str, Any], across: str) -> Curves:

@@ -10,12 +10,34 @@ from llmprune.literature.figure import UNSTRUCTURED, WHOLE, Figure, Protocol
 from llmprune.literature.published import all_figures, published_for
 
 SAME = "same protocol"
+PARTLY = "some matrices are left dense here"
 _NEAR = 0.005  # sparsities are the same up to this: rounding leaves a matrix a little denser
 
 
 @dataclass(frozen=True)
+class Run:
+    """One of our runs.
+
+    Attributes:
+        model: the dense model, as its record names it.
+        pattern: `unstructured`, N:M, or several, of the result.
+        sparsity: the share of zeros in the pruned matrices.
+        evaluation: that entry of its record.
+        trained: whether it was trained.
+        partly: whether its recipe leaves matrices dense that others prune.
+    """
+
+    model: str
+    pattern: str
+    sparsity: float
+    evaluation: Mapping[str, Any]
+    trained: bool = False
+    partly: bool = False
+
+
+@dataclass(frozen=True)
 class Beside:
-    """A published figure and what a record has of the same text or tasks.
+    """A published figure and what a run has of the same text or tasks.
 
     Attributes:
         dense, pruned: ours, in the unit of the figure; None where the record does not have it.
@@ -28,36 +50,36 @@ class Beside:
     protocol: str
 
 
-def beside(record: Mapping[str, Any]) -> tuple[Beside, ...]:
-    """The published figures of a record's model at its pattern and sparsity, each with ours; none without."""
-    recipe, sparsity = record.get("recipe", {}), record["totals"]["sparsity"]
-    evaluation = record.get("evaluation", {})
+def beside(run: Run) -> tuple[Beside, ...]:
+    """The published figures of a run's model at its pattern and sparsity, each with ours; none without."""
     return tuple(
-        Beside(figure, *ours(figure, evaluation), difference(figure, evaluation))
-        for figure in published_for(str(record["model"]["source"]))
-        if figure.pattern == recipe.get("pattern") and abs(figure.sparsity - sparsity) <= _NEAR
+        Beside(figure, *ours(figure, run.evaluation), difference(figure, run))
+        for figure in published_for(run.model)
+        if figure.pattern == run.pattern and abs(figure.sparsity - run.sparsity) <= _NEAR
     )
 
 
-def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The published figures of the models of some records at their sparsities, as plain values.
+def side_by_side(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """The published figures of the models of some runs at their sparsities, as plain values.
 
     Args:
-        records: by the name of the run.
+        runs: by name.
 
     Returns:
-        One row for each figure: `paper`, `where`, `url`, `method`, `amount` (the pattern, or the sparsity),
-        `figure` (what was measured), `published`, `published_dense`, `theirs` (their protocol in words), and
-        `ours`: `run`, `value`, `dense` and `protocol` (as in `Beside`) of every record at that sparsity.
+        One row for each figure: `model`, `paper`, `where`, `url`, `method`, `amount` (the pattern, or the
+        sparsity), `figure` (what was measured), `published`, `published_dense`, `theirs` (their protocol in
+        words), and `ours`: `run`, `value`, `dense` and `protocol` (as in `Beside`) of every run at that
+        sparsity.
     """
     found: dict[Figure, list[dict[str, Any]]] = {}
-    for name, record in records.items():
-        for own in beside(record):
+    for name, run in runs.items():
+        for own in beside(run):
             told = {"run": name, "value": own.pruned, "dense": own.dense, "protocol": own.protocol}
             found.setdefault(own.figure, []).append(told)
     order = {figure: place for place, figure in enumerate(all_figures())}
     return [
         {
+            "model": figure.model,
             "paper": figure.source.paper,
             "where": figure.source.where,
             "url": figure.source.url,
@@ -87,15 +109,22 @@ def ours(figure: Figure, evaluation: Mapping[str, Any]) -> tuple[float | None, f
     return _mean([e.get("dense") for e in entries]), _mean([e.get("pruned") for e in entries])
 
 
-def difference(figure: Figure, evaluation: Mapping[str, Any]) -> str:
-    """Whether the entry `evaluation` of a record was measured by the protocol of a figure.
+def difference(figure: Figure, run: Run) -> str:
+    """Whether a run was measured by the protocol of a figure, and did what may be compared with it.
 
     Returns:
         `same protocol`, or in a few words what differs or is not known. An accuracy is never of the same
         protocol: no source says which version of which task was run.
     """
     differences = _of_text if figure.metric == "perplexity" else _of_tasks
-    return "; ".join(differences(figure, evaluation)) or SAME
+    return "; ".join([*_of_work(figure, run), *differences(figure, run.evaluation)]) or SAME
+
+
+def _of_work(figure: Figure, run: Run) -> Iterator[str]:
+    if run.partly:
+        yield PARTLY
+    if run.trained != bool(figure.protocol.trained):
+        yield "trained here, theirs is not" if run.trained else "theirs is trained"
 
 
 def _of_text(figure: Figure, evaluation: Mapping[str, Any]) -> Iterator[str]:

@@ -68,7 +68,8 @@ def chosen(figures: tuple[Figure, ...], metric: str | None) -> tuple[Figure, ...
 def no_figures(model: str) -> ValueError:
     """The error for a model without published figures: the nearest and the available names."""
     names = [name_of(known) for known in models()]
-    return nearest("model with published figures", model, {*names, *models()}, ", ".join(names))
+    near = str(nearest("model", model, {*names, *models()}, ", ".join(names)))
+    return ValueError(f"no published figures of {near.removeprefix('unknown model ')}")
 
 
 def name_of(model: str) -> str:

@@ -113,10 +113,10 @@ def _check_learning(recipe: Any, trainable: type[Trainable]) -> None:
         raise ValueError("trainable norms trains nothing with others none; set others: norms")
     if name == "rounded":
         raise ValueError("trainable rounded is for tuning during a run; take kept")
-    if recipe.soup.copies > 1 and recipe.moves:
+    if recipe.soup.copies * recipe.soup.phases > 1 and recipe.moves:
         raise ValueError(
-            f"copies of a soup must keep their masks, and schedule {recipe.schedule.name} moves them; "
-            "set soup.copies to 1"
+            f"copies and phases of a soup must keep their masks, and schedule {recipe.schedule.name} moves "
+            "them; set soup.copies and soup.phases to 1"
         )
 
 

@@ -121,13 +121,13 @@ def _case(value: Any) -> Case:
     return case
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`dotted.key=value` from the command line, the value read as YAML."""
+def parse_assignment(text: str, form: str = "{}") -> tuple[str, Any]:
+    """`dotted.key=value` from the command line, the value read as YAML. `form`: what is put around it."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set takes dotted.key=value, got {shown(text)}")
     try:
-        return key.strip(), parse_yaml(value)
+        return key.strip(), parse_yaml(form.format(value))
     except ValueError as error:
         raise ValueError(
             f"--set {key}: the value {shown(value)} is not valid YAML ({str(error)[:120]})"
@@ -139,9 +139,9 @@ def parse_choices(text: str) -> tuple[str, list[Any]]:
 
     So `[a, b]` is one value, a list, and `[a, b], [c]` are two.
     """
-    key, equals, value = text.partition("=")
-    name, listed = parse_assignment(f"{key}{equals}[{value}]" if equals else text)
+    name, listed = parse_assignment(text, "[{}]")
     if not isinstance(listed, list) or not listed or None in listed:
+        value = text.partition("=")[2]
         raise ValueError(f"--set {name}: {shown(value)} are no values; give some, with commas between them")
     return name, listed
 

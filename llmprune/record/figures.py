@@ -30,6 +30,12 @@ class ScoreRow(NamedTuple):
     gap: str = ""
 
 
+def skips(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as a record has it, leaves matrices dense that it could prune."""
+    rules = recipe.get("rules", [])
+    return any(isinstance(rule, Mapping) and rule.get("skip") for rule in rules)
+
+
 def score_rows(record: Mapping[str, Any]) -> list[ScoreRow]:
     """A row for every score of a record."""
     evaluation = record["evaluation"]

@@ -23,14 +23,15 @@ def published_section(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
     """
     if not rows:
         return []
-    shown = table(_HEAD, [_row(row) for row in rows], "Published figures beside ours", sortable=True)
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    caption = f"Published figures of {models} beside ours"
+    shown = table(_HEAD, [_row(row) for row in rows], caption, sortable=True)
     return [Section("Published figures", paragraph(_TOLD) + shown)]
 
 
 def _row(row: Mapping[str, Any]) -> list[object]:
     ours = row["ours"]
     measured = [own["value"] for own in ours if own["value"] is not None]
-    protocols = list(dict.fromkeys(own["protocol"] for own in ours))
     return [
         element("a", row["paper"], href=row["url"]) + f", {row['where']}",
         row["method"],
@@ -38,8 +39,14 @@ def _row(row: Mapping[str, Any]) -> list[object]:
         row["figure"],
         Cell(_number(row["published"], row["published_dense"]), row["published"]),
         Cell(_ours(ours), measured[0] if measured else None),
-        element("span", "; ".join(protocols), title=row["theirs"]),
+        element("span", joined(protocols_of(ours)), title=row["theirs"]),
     ]
+
+
+def protocols_of(ours: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The protocol of our runs beside a figure: once where it is the same, else of each run."""
+    found = list(dict.fromkeys(own["protocol"] for own in ours))
+    return found if len(found) == 1 else [f"{own['run']}: {own['protocol']}. " for own in ours]
 
 
 def _ours(ours: Sequence[Mapping[str, Any]]) -> Markup:

@@ -22,7 +22,12 @@ _NO_CALIBRATION = CalibrationSpec(source="none", samples=0, sequence_length=0)
 
 
 def opening(
-    model: Model, known: Record | None, recipe: RecoveryRecipe, rows: CalibrationSet, processes: int
+    model: Model,
+    known: Record | None,
+    recipe: RecoveryRecipe,
+    rows: CalibrationSet,
+    processes: int,
+    digest: str,
 ) -> Record:
     """What the record says before the training.
 
@@ -32,6 +37,7 @@ def opening(
         recipe: how it is trained.
         rows: the text.
         processes: how many share the work.
+        digest: the fingerprint of a dense start; empty for a pruned one, whose dense model is not known.
     """
     known = known if known is not None and "recipe" in known else None
     plain = Recipe(
@@ -42,7 +48,7 @@ def opening(
         calibration=_NO_CALIBRATION,
     )
     empty = CalibrationSet(rows.tokens[:0, :0], "none", 0, "")
-    fresh = records.opening(model, plain, empty, "", processes)
+    fresh = records.opening(model, plain, empty, digest, processes)
     kept = ("schema", "model", "recipe", "masks", "calibration", "allocation")
     start = {key: known[key] for key in kept if key in known} if known else fresh
     earlier = trainings(known) if known and "recovery" in known else []

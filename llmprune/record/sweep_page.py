@@ -90,7 +90,7 @@ def _table(shown: Table) -> Markup:
 def _cells(record: Record) -> Markup:
     """Every cell with its scores, size and time; to be sorted."""
     texts = list(record["protocol"]["perplexity"])
-    head = ("cell", "sparsity", *(f"perplexity {text}" for text in texts), "weights", "seconds", "state")
+    head = ("cell", "sparsity", *(f"perplexity {text}" for text in texts), "seconds", "weights")
     return table(
         head, [_row(cell, texts) for cell in record["cells"]], "To be sorted by any column", sortable=True
     )
@@ -98,22 +98,20 @@ def _cells(record: Record) -> Markup:
 
 def _row(cell: Mapping[str, Any], texts: Sequence[str]) -> list[object]:
     if cell["status"] != DONE:
-        blank = [Cell("", None)] * (len(texts) + 3)
-        return [cell["name"], *blank, cell["status"]]
+        blank = [Cell("", None)] * (len(texts) + 2)
+        return [cell["name"], *blank, Cell(cell["status"], None)]
     link = element("a", cell["name"], href=f"{cell['folder']}/{REPORT}")
     scores = [
         Cell(perplexity_text(cell["perplexity"].get(text)), cell["perplexity"].get(text)) for text in texts
     ]
     size, seconds = cell["bytes"]["written"], cell["seconds"]["total"]
-    state = "weights kept" if cell["weights_kept"] else "scores only"
     reached = Cell(f"{cell['sparsity_reached']:.4f}", cell["sparsity_reached"])
     return [
         Cell(link, cell["name"]),
         reached,
         *scores,
-        Cell(size_text(size), size),
         Cell(f"{seconds:,.1f}", seconds),
-        state,
+        Cell(size_text(size) if cell["weights_kept"] else "not kept", size),
     ]
 
 

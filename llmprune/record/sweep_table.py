@@ -84,7 +84,7 @@ def far_apart(dense: float, values: Sequence[float]) -> bool:
 def _task_text(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry.get("value") is None:
         return "none"
-    error = f" +-{entry['stderr']:.3f}" if entry.get("stderr") is not None else ""
+    error = f" ± {entry['stderr']:.3f}" if entry.get("stderr") is not None else ""
     return f"{entry['value']:.3f}{error}"
 
 

@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llmprune.checkpoint.contents import SCHEMA
 from llmprune.checkpoint.journal import Identity
 from llmprune.common.messages import first_line
 from llmprune.evaluation.scores import Scores
-from llmprune.literature.protocols import side_by_side
-from llmprune.record.figures import Record
+from llmprune.literature.protocols import Run, side_by_side
+from llmprune.record.figures import Record, skips
 
 WAITING, DONE, FAILED = "waiting", "done", "failed"
 _PATH = re.compile(r"(?<![\w/:.])(?:~|\.{1,2})?/(?:[^\s/'\":,;()]+/)*([^\s/'\":,;()]*)")
@@ -131,11 +131,22 @@ def scores_of(record: Record) -> Scores | None:
 
 
 def best_of(cells: Iterable[Mapping[str, Any]], ranked_by: str | None) -> dict[str, str]:
-    """The cell with the lowest perplexity of every amount, amount -> name; the first of equal ones."""
+    """The cell with the lowest perplexity of every amount, amount -> name; the first of equal ones.
+
+    Of an amount only those are ranked that prune the most weights: to leave matrices dense is no merit.
+    """
+    scored = [
+        cell
+        for cell in cells
+        if cell["status"] == DONE and (cell.get("perplexity") or {}).get(ranked_by) is not None
+    ]
+    most: dict[str, int] = {}
+    for cell in scored:
+        most[cell["amount"]] = max(cell["weights"], most.get(cell["amount"], 0))
     best: dict[str, Mapping[str, Any]] = {}
-    for cell in cells:
-        value = (cell.get("perplexity") or {}).get(ranked_by)
-        if cell["status"] != DONE or value is None:
+    for cell in scored:
+        value = cell["perplexity"][ranked_by]
+        if cell["weights"] < most[cell["amount"]]:
             continue
         if cell["amount"] not in best or value < best[cell["amount"]]["perplexity"][ranked_by]:
             best[cell["amount"]] = cell
@@ -144,13 +155,12 @@ def best_of(cells: Iterable[Mapping[str, Any]], ranked_by: str | None) -> dict[s
 
 def published_beside(record: Record) -> list[dict[str, Any]]:
     """What papers published of the model, beside the finished cells at the same sparsity."""
-    return side_by_side(
-        {cell["name"]: _as_run(record, cell) for cell in record["cells"] if cell["status"] == DONE}
-    )
+    done = [cell for cell in record["cells"] if cell["status"] == DONE]
+    return side_by_side({cell["name"]: _as_run(record, cell) for cell in done})
 
 
-def _as_run(record: Record, cell: Mapping[str, Any]) -> Record:
-    """What the record of a finished cell's run says of its model, amount and scores."""
+def _as_run(record: Record, cell: Mapping[str, Any]) -> Run:
+    """A finished cell, with its scores as the record of its run has them."""
     dense, protocol = record["dense"], record["protocol"]
     texts = {
         name: {
@@ -170,21 +180,28 @@ def _as_run(record: Record, cell: Mapping[str, Any]) -> Record:
         }
         for task, metrics in cell["tasks"].items()
     }
-    return {
-        "model": record["model"],
-        "recipe": {"pattern": cell["pattern"]},
-        "totals": {"sparsity": cell["sparsity_reached"]},
-        "evaluation": {"perplexity": texts, "tasks": tasks},
-    }
+    return Run(
+        model=record["model"]["source"],
+        pattern=cell["pattern"],
+        sparsity=cell["sparsity_reached"],
+        evaluation={"perplexity": texts, "tasks": tasks},
+        partly=skips(cell["recipe"]),
+    )
 
 
-def with_kept(record: Record) -> Record:
-    """The record where `weights_kept` of every finished cell says what `keep` asks for."""
+def with_kept(record: Record, holds: Callable[[str], bool]) -> Record:
+    """The record where `weights_kept` of every finished cell says what `keep` asks for.
+
+    Args:
+        record: of the sweep.
+        holds: whether the weights of a cell are there: one that was beaten by a cell that is lost has none.
+    """
     best = set(best_of(record["cells"], record["protocol"]["ranked_by"]).values())
     keep = record["keep"]
 
     def kept(cell: Record) -> bool:
-        return cell["status"] == DONE and (keep == "all" or (keep == "best" and cell["name"] in best))
+        wanted = keep == "all" or (keep == "best" and cell["name"] in best)
+        return cell["status"] == DONE and wanted and holds(cell["name"])
 
     return record | {"cells": [{**cell, "weights_kept": kept(cell)} for cell in record["cells"]]}
 

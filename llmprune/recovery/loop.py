@@ -255,12 +255,15 @@ class Loop:
         for key, tensor in self._leaves().items():
             if key not in self._stepped:
                 self._move_leaf(key, tensor, phase, scale)
+                self._stepped.add(key)  # where memory runs out at a later one, it must not move again
 
     @torch.no_grad()
     def _move_leaf(self, key: str, tensor: Tensor, phase: Phase, scale: float) -> None:
         """Move one tensor by its gradient times `scale`."""
-        gradient, method = tensor.grad, self.method
-        assert gradient is not None
+        method = self.method
+        assert tensor.grad is not None
+        if scale != 1:
+            tensor.grad.mul_(scale)  # before the pull, which is no gradient of the loss
         rate, lam = method.rate.at(self.step, method.steps), phase.numbers[2]
         name, _, part = key.rpartition(":")
         keep = None
@@ -269,8 +272,7 @@ class Loop:
             trainable.pull(part, phase)
             rate *= trainable.rate_of(part, self._sizes[name])
             keep = self.keeps[name] if part in trainable.masked else None
-        gradient = gradient if scale == 1 else gradient * scale
-        self._optimizer.step(key, tensor, gradient, rate, keep, lam)
+        self._optimizer.step(key, tensor, tensor.grad, rate, keep, lam)
 
     def _clipping(self, phase: Phase) -> float:
         """What gradients are multiplied with so that their norm, over the entries that move, is not too

@@ -104,6 +104,11 @@ class Schedule(Algorithm, ABC):
                     f"start and freeze must be shares with a sum below 1, got {self.start} and {self.freeze}"
                 )
 
+    @property
+    def apart(self) -> int:
+        """Steps from one move to the next at the least; where `moves` do not fit, there are fewer."""
+        return 1
+
     def span(self, steps: int) -> range:
         """The steps before which masks may be chosen anew."""
         first = round(self.config.start * steps)
@@ -114,14 +119,15 @@ class Schedule(Algorithm, ABC):
         span = self.span(steps)
         if step >= span[-1]:
             return 1.0
-        return max(0.0, (step - span.start) / (len(span) - 1))
+        return max(0.0, (step - span.start) / max(1, len(span) - 1))
 
     def moves_at(self, step: int, steps: int) -> bool:
         """Whether masks are chosen anew before a step: `moves` times, evenly spread, the last at the end."""
-        span, moves = self.span(steps), min(self.config.moves, len(self.span(steps)))
+        span = self.span(steps)
+        at, length = step - span.start, len(span) - 1
+        moves = min(self.config.moves, length // self.apart + 1)
         if not moves or step not in span:
             return False
-        at, length = step - span.start, len(span) - 1
         if moves == 1:
             return at == length
         return any(round(number * length / (moves - 1)) == at for number in _near(at, length, moves))

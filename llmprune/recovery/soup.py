@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llmprune.contracts import Pattern
 from llmprune.recovery.loop import Loop
 from llmprune.recovery.parts import Matrix
 from llmprune.recovery.phases import Phase
@@ -44,7 +45,8 @@ class Soup:
         """
         self._count += 1
         for name in loop.trained:
-            if not torch.equal(loop.keeps[name], self._base[f"keep/{name}"]):
+            keep = loop.keeps[name]
+            if not torch.equal(keep, self._base[f"keep/{name}"].to(keep.device)):
                 raise ValueError(
                     "copies of a soup must keep their masks, and this recipe moves them; take one copy"
                 )
@@ -53,7 +55,8 @@ class Soup:
             self._add(f"other/{name}", tensor.detach())
 
     def _add(self, key: str, tensor: Tensor) -> None:
-        self._sums[key] = self._sums[key] + tensor if key in self._sums else tensor.clone()
+        before = self._sums.get(key)
+        self._sums[key] = tensor.clone() if before is None else before.to(tensor.device) + tensor
 
     def averaged(self, task: Task) -> Task:
         """A task with the average of the copies; unchanged where there is none yet."""
@@ -71,7 +74,7 @@ class Soup:
         return {**tensors, "soup/count/": torch.tensor([self._count])}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `saved` returned."""
+        """Go on from what `saved` returned, which may lie on another device than the copies."""
         for key, tensor in tensors.items():
             _, part, name = key.split("/", 2)
             if part == "count":
@@ -108,8 +111,19 @@ def _pruned(matrix: Matrix, phase: int, phases: int) -> Matrix:
     wanted = 1 - (1 - matrix.sparsity) ** ((phase + 1) / phases)
     last = phase + 1 == phases
     aim = matrix.aim(Phase(step=0, reach=1.0 if last else 0.0, initial=wanted))
-    if aim is None or 1 - int(matrix.keep.sum()) / matrix.keep.numel() >= aim[1] - 1e-6:
+    if aim is None or _enough(matrix, aim, last):
         return matrix
     score = torch.where(matrix.keep, matrix.weight.float().abs(), -1.0)
     keep = aim[0].select(score, aim[1])
     return dataclasses.replace(matrix, keep=keep, weight=matrix.weight * keep)
+
+
+def _enough(matrix: Matrix, aim: tuple[Pattern, float], last: bool) -> bool:
+    """Whether a mask stays: it prunes the share of its phase, and at last it has pattern and counts too."""
+    if last:
+        try:
+            aim[0].check(matrix.keep, aim[1])
+        except ValueError:
+            return False
+        return True
+    return 1 - int(matrix.keep.sum()) / matrix.keep.numel() >= aim[1] - 1e-6

@@ -53,7 +53,6 @@ class BlockTasks:
         tokens = lesson.rows.tokens[self._share]
         self._student = BlockInputs(skeleton, tokens, skeleton.device, place.store)
         self._teacher = BlockInputs(self._base.skeleton, tokens, skeleton.device, place.store)
-        self._targets: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Task | None]]:
         """The number of every block and its task; None for one without matrices to train."""

@@ -52,6 +52,7 @@ class Lesson:
         masking: the masks of a pruned start; None for a dense one.
         aim: the pattern and sparsity that a dense start, or one that is pruned further, ends with.
         base: the dense model: teacher, and where revived weights start; None where none is needed.
+        named: whether the user named it; else it is the one that the record of the start names.
     """
 
     model: Model
@@ -62,6 +63,7 @@ class Lesson:
     masking: Masking | None
     aim: tuple[Pattern, float] | None
     base: Model | None
+    named: bool = True
 
     @functools.cached_property
     def targets(self) -> list[Target]:
@@ -154,10 +156,13 @@ class Lesson:
         return 0.0 if self.masking is None or revived else 1 - int(keep.sum()) / keep.numel()
 
     def _origin(self, target: Target) -> Callable[[], Tensor] | None:
-        """What gives the dense model's weight."""
-        if self.base is None or self.masking is None:
+        """What gives the dense model's weight, where something may start from it."""
+        dense = self.base
+        if self.masking is None:  # the start is dense itself, and only what grows later starts from it
+            dense = self.model if self.recipe.trainable.options.get("grown") == "dense" else None
+        if dense is None:
             return None
-        source, device = self.base.source, self.model.skeleton.device
+        source, device = dense.source, self.model.skeleton.device
 
         def load() -> Tensor:
             return target.oriented(target.part(source.load(target.tensor))).to(device, torch.float32)

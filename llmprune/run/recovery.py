@@ -52,7 +52,7 @@ def steps_of(lesson: Lesson) -> int:
             f"recipe {lesson.recipe.name} trains {soup.copies} copies in each of {soup.phases} phases, and "
             f"{tokens:,} tokens are {steps} steps of {each:,}; give at least tokens {trainings * each}"
         )
-    return steps
+    return steps - steps % trainings  # all trainings are of the same length
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ class Recovery(Production):
         start = lesson.model.folder
         if start is not None and (start / RECORD).is_file():
             self._beginning = read_record(start)
+        dense = self._digest() if lesson.masking is None else ""
         before = records.opening(
-            lesson.model, self._beginning or None, lesson.recipe, lesson.rows, lesson.team.size
+            lesson.model, self._beginning or None, lesson.recipe, lesson.rows, lesson.team.size, dense
         )
         before["recovery"]["text"]["held_out"] = len(lesson.split[1])
         before["recovery"] |= {
@@ -145,9 +146,26 @@ class Recovery(Production):
         if lesson.aim is not None:
             before["recovery"]["aim"] = {"pattern": str(lesson.aim[0]), "sparsity": lesson.aim[1]}
         if lesson.base is not None:
-            digest = self.team.on_first(lambda: fingerprint(lesson.base.source))  # type: ignore[union-attr]
-            before["recovery"]["teacher"] = {"source": lesson.base.label, "digest": digest}
+            before["recovery"]["teacher"] = {
+                "source": lesson.base.label,
+                "digest": self._teacher(lesson.base),
+            }
         return before | (record_of_run.packed_form() if self._packing else {})
+
+    def _teacher(self, base: Model) -> str:
+        """The fingerprint of the dense model.
+
+        Raises:
+            ValueError: the record of the start names it, and it has other weights now.
+        """
+        digest: str = self.team.on_first(lambda: fingerprint(base.source))
+        known = self._beginning.get("model", {}).get("digest")
+        if known and known != digest and not self.lesson.named:
+            raise ValueError(
+                f"{base.label}, which the record names as the dense model, has other weights than the one "
+                "that was pruned; name the right one with --teacher"
+            )
+        return digest
 
     def _masks(self) -> Record:
         """A fingerprint of the masks of the start, and what they prune; empty for a dense one."""
@@ -204,11 +222,13 @@ class Recovery(Production):
                 return self._by_blocks(before, clock, memory)
             trained = team.tell(writer.journal.find("trained") if writer else None)
             if trained is None:
-                learned = self._learn(clock)
-                learned["seconds"] = round(clock.seconds.get("train", 0.0), 3)
-                trained = team.tell(learned)
+                trained = team.tell(self._learn(clock) | {"memory": memory.peak})
                 if writer:
                     writer.journal.add({"trained": trained})
+            if writer and writer.journal.blocks:
+                clock.seconds |= writer.journal.blocks[-1]["seconds"]
+            clock.seconds["train"] = trained["seconds"]  # those of earlier processes too
+            memory.peak = max(filter(None, (memory.peak, trained["memory"])), default=None)
             before = {**before, "recovery": before["recovery"] | records.outcome(trained)}
             return team.on_first(lambda: self._write(before, clock, memory, trained))
 
@@ -234,6 +254,7 @@ class Recovery(Production):
                         task, lesson.recipe, self.steps, Keeping(memory=True), team, self.reporter
                     )
                     training.run()
+                    _check_best(training.watch.best)
                     best, watch = training.best, dataclasses.asdict(training.watch)
                 clock.lap("train")
                 weights = putting.block(number, best, records.outcome(watch | {"seconds": None}), clock)
@@ -267,6 +288,8 @@ class Recovery(Production):
         writer = self.writer
         if writer is None or writer.moved or not writer.journal.trains:
             return ""
+        if writer.journal.find("trained"):
+            return "the training is finished; what is left is to write and to score it"
         if (writer.folder / TRAINING).is_file():
             return "the training is kept as it was last saved, which it is every 5 minutes"
         return "the training was not saved yet and will begin again"
@@ -281,11 +304,9 @@ class Recovery(Production):
 
     def _write(self, before: Record, clock: Clock, memory: Any, trained: Mapping[str, Any]) -> Record:
         assert self.writer is not None
-        if trained["best"] is None:
-            raise RuntimeError(
-                "no step of the training had the sparsity that was asked for; give it more --tokens"
-            )
-        others = self._putting(before).whole(clock)
+        _check_best(trained["best"])
+        # Once all is written, the file of the best step may be gone, and nothing needs it any more.
+        others = {} if self.writer.indexed else self._putting(before).whole(clock)
         return self._finished(before, clock, memory, others)
 
     def _putting(self, before: Record) -> TrainedWriter:
@@ -294,12 +315,13 @@ class Recovery(Production):
     def _finished(self, before: Record, clock: Clock, memory: Any, others: Mapping[str, Tensor]) -> Record:
         writer, model = self.writer, self.model
         assert writer is not None
-        writer.rest(Trained(model.source, others))
-        clock.lap("write")
-        if model.files:
-            writer.copy_companions(model.files, self.options.trust_remote_code)
-        model.check()
-        writer.index()
+        if not writer.indexed:
+            writer.rest(Trained(model.source, others))
+            clock.lap("write")
+            if model.files:
+                writer.copy_companions(model.files, self.options.trust_remote_code)
+            model.check()
+            writer.index()
         for name in (TRAINING, BEST_STEP):
             remove(writer.folder / name)
         record = record_of_run.complete(before, model, writer.rows, clock.seconds, memory.peak, writer)
@@ -307,3 +329,11 @@ class Recovery(Production):
         report.write(writer.folder, record, writer.output.name)
         writer.finish()
         return record
+
+
+def _check_best(best: float | None) -> None:
+    """Raise `RuntimeError` for a training of which nothing may be saved."""
+    if best is None:
+        raise RuntimeError(
+            "no step of the training had the sparsity that was asked for; give it more --tokens"
+        )

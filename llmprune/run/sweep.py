@@ -82,6 +82,7 @@ class Sweep:
         self._started, self._before = time.monotonic(), 0.0
         self._begun = False
         self._running: Cell | None = None
+        self._ahead: Sequence[Cell] = ()  # the running cell and those that are still to be run
         self.record: Record = {}
 
     def check(self) -> None:
@@ -118,7 +119,10 @@ class Sweep:
     def _taken_over(self, found: Record, entries: list[Record]) -> list[Record]:
         """The entries, those of finished cells as the sweep that goes on has them."""
         output = self._folder.output
-        differs = difference(sweeps.identity(found), sweeps.identity(self.record))
+        before, now = sweeps.identity(found), sweeps.identity(self.record)
+        differs = difference(before, now)
+        if before["evaluation"] != now["evaluation"]:  # fingerprints, which tell a user nothing
+            differs = "it is scored on other texts or tasks, or with another --limit or --eval-seqlen"
         known = {cell["key"]: cell for cell in found["cells"]}
         missing = set(known) - {entry["key"] for entry in entries}
         if not differs and missing:
@@ -160,8 +164,9 @@ class Sweep:
         self._settle()
         dense = sweeps.scores_of(self.record) or self._score_dense()
         self._write_dense_texts()
-        for cell in self.left:
-            self._running = cell
+        queue = self.left
+        for place, cell in enumerate(queue):
+            self._running, self._ahead = cell, queue[place:]
             try:
                 entry = sweeps.done(self._entry_of(cell), self._run_cell(cell, dense, reopen))
             except BaseException as error:
@@ -200,7 +205,7 @@ class Sweep:
         options = dataclasses.replace(
             self._work.options,
             output=self._folder.cell(cell.name),
-            overwrite=cell.name in self._folder.old,
+            overwrite=cell.name in self._folder.old or self._folder.spent(cell.name),
             resume=True,
             remarks=cell.remarks,
         )
@@ -224,7 +229,9 @@ class Sweep:
     def _sharing(self, cell: Cell) -> Shared:
         """What the cell shares with those that have the same calibration rows."""
         rows = self._work.rows[cell.name]
-        others = [other for other in self.left if self._work.rows[other.name].digest == rows.digest]
+        digests = {other.name: self._work.rows[other.name].digest for other in self._ahead}
+        others = [other for other in self._ahead if digests[other.name] == rows.digest]
+        self._shared = {key: shared for key, shared in self._shared.items() if key in digests.values()}
         shared = self._shared.setdefault(rows.digest, Shared())
         using = [other for other in others if uses_dense(other)]
         if len(using) > 1 and shared.inputs is None:
@@ -237,7 +244,8 @@ class Sweep:
     def _settle(self) -> None:
         """Write record and tables, then remove the weights that are not to be kept."""
         total = round(self._before + time.monotonic() - self._started, 3)
-        self.record = sweeps.with_kept(self.record) | {"seconds": {"total": total}}
+        kept = sweeps.with_kept(self.record, self._folder.holds_weights)
+        self.record = kept | {"seconds": {"total": total}}
         if self._folder.old:
             self.record["replaces"] = self._folder.old
         texts = {"table.md": markdown(self.record), "table.csv": csv_table(self.record)}

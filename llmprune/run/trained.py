@@ -151,7 +151,7 @@ class TrainedWriter:
             "name": target.key,
             "shape": list(target.shape),
             "pattern": str(aim or exact_pattern(keep) or "unstructured"),
-            "target_sparsity": old.get("target_sparsity", 1 - int(keep.sum()) / keep.numel()),
+            "target_sparsity": self._target_sparsity(old, keep),
             "sparsity": zeros / keep.numel(),
             "zeros": zeros,
             "relative_error": None,
@@ -159,6 +159,12 @@ class TrainedWriter:
             "steps": [*old.get("steps", []), name],
             "seconds": old.get("seconds", 0.0),
         }
+
+    def _target_sparsity(self, old: Record, keep: Tensor) -> float:
+        """What was asked for: here, else of the start, else what its mask has."""
+        if self._lesson.aim is not None:
+            return self._lesson.aim[1]
+        return float(old.get("target_sparsity", 1 - int(keep.sum()) / keep.numel()))
 
     def _aim(self, target: Target, keep: Tensor) -> Pattern | None:
         """The pattern that was asked for, against which the mask is checked; None for the start's own."""

@@ -51,6 +51,7 @@ class Watch:
         stage: which training of a soup this is.
         averaged: the held-out loss of the average of a soup; None without one.
         losses, since, flipped: of the steps since the last check.
+        seconds: that it took, in earlier processes too, up to the state that was saved last.
     """
 
     start: float = math.nan
@@ -64,6 +65,7 @@ class Watch:
     losses: float = 0.0
     since: int = 0
     flipped: float = 0.0
+    seconds: float = 0.0
 
 
 class Keeping(NamedTuple):
@@ -107,14 +109,15 @@ class Training:
         block = recipe.scope == "block"
         self._measure = recipe.terms() if block else (Term(NextToken()),)
         self._soup: Soup | None = Soup() if self._stages > 1 else None
-        self._last_save = self._started = time.monotonic()
-        self._first = 0
+        self._last_save = self._started = self._entered = time.monotonic()
+        self._first, self._before = 0, 0.0
 
     def run(self) -> None:
         """Train; afterwards the weights of the best step are where `keeping` says."""
         state = self._state()
         if state is not None:
             self.watch = Watch(**state[1]["watch"])
+            self._before = self.watch.seconds
         elif self.recipe.rates:
             self._try_rates()
         self._reporter.stage("training", self.steps)
@@ -136,6 +139,7 @@ class Training:
                 self._soup.add(loop)
         if self._soup is not None and self.recipe.soup.copies > 1:
             self._check_average()
+        self._count_seconds()
 
     def _soup_task(self, task: Task, stage: int, state: Any) -> Task:
         """The task of one training of a soup: the average of the copies before, pruned a little more."""
@@ -204,7 +208,9 @@ class Training:
         try:
             return loop.advance()
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, Diverged) or not devices.out_of_memory(error) or loop.task.batch == 1:
+            final = isinstance(error, Diverged) or loop.task.batch == 1
+            # Other processes wait for the sums of this step, so that one alone cannot do it again.
+            if final or loop.task.shared or not devices.out_of_memory(error):
                 raise
             loop.halve()
             devices.free_cached_memory(next(iter(loop.keeps.values())).device)
@@ -291,8 +297,12 @@ class Training:
         save_made(self._keeping.folder / BEST_STEP, _result(loop))
         self._keeping.told()
 
+    def _count_seconds(self) -> None:
+        self.watch.seconds = round(self._before + time.monotonic() - self._entered, 3)
+
     def _save(self, loop: Loop) -> None:
         self._last_save = time.monotonic()
+        self._count_seconds()
         if self._keeping.folder is None:
             return
         tensors, values = loop.saved()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprune.comparison import tables
 from llmprune.comparison.comparing import Comparison
+from llmprune.comparison.differences import shortened
 from llmprune.comparison.writing import PAGE, SHEET, TABLE
 from llmprune.terminal.console import Screen
 from llmprune.terminal.literature import print_beside
 
+_FEW = 3  # runs whose values stand in one line, in the order of the table
 _MOST = 12  # fields that differ, and pairs of masks, that the screen lists; the page has all
 
 
@@ -34,10 +37,27 @@ def _differences(console: Screen, found: Comparison) -> None:
     if not fields:
         return
     console.verbatim()
-    rows = [(f["field"], " | ".join(f["values"][name] for name in names)) for f in fields[:_MOST]]
+    rows = [row for field in fields[:_MOST] for row in _values(field, names)]
     console.table("What differs", rows)
     if len(fields) > _MOST:
         console.say(f"and {len(fields) - _MOST} more fields, on the page")
+
+
+def _values(field: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The values of a field: of few runs in their order, else each with the runs that have it, the most
+    common one without them.
+    """
+    if len(names) <= _FEW:
+        return [(field["field"], " | ".join(shortened(field["values"][name]) for name in names), "")]
+    by_value: dict[str, list[str]] = {}
+    for name in names:
+        by_value.setdefault(shortened(field["values"][name]), []).append(name)
+    ordered = sorted(by_value.items(), key=lambda one: -len(one[1]))
+    others = len(ordered[0][1]) > 2 and len(ordered[0][1]) > len(ordered[1][1])
+    return [
+        (field["field"] if not place else "", value, "all others" if others and not place else ", ".join(own))
+        for place, (value, own) in enumerate(ordered)
+    ]
 
 
 def _overlap(console: Screen, found: Comparison) -> None:

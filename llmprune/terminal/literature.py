@@ -8,6 +8,7 @@ from typing import Any
 from llmprune.literature.figure import SEEN_IN, Protocol
 from llmprune.literature.protocols import amount_of, protocol_words
 from llmprune.literature.published import models, name_of
+from llmprune.record.literature import protocols_of
 from llmprune.terminal.console import Screen
 
 Entry = Mapping[str, Any]
@@ -65,11 +66,12 @@ def print_beside(console: Screen, rows: Sequence[Entry]) -> None:
             row["figure"],
             f"{row['published']:,.2f}",
             _ours(row["ours"]),
-            "; ".join(dict.fromkeys(own["protocol"] for own in row["ours"])),
+            " ".join(protocols_of(row["ours"])),
         )
         for row in rows
     ]
-    console.table("Published figures", cells, ("", "figure", "published", "ours", ""))
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    console.table(f"Published figures of {models}", cells, ("", "figure", "published", "ours", ""))
 
 
 def _ours(ours: Sequence[Entry]) -> str:
