@@ -13,7 +13,7 @@ from llmprune.checkpoint.journal import difference
 from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import fingerprint
 from llmprune.checkpoint.sweep_folder import SweepFolder
-from llmprune.common.messages import is_failure
+from llmprune.common.messages import duration, is_failure
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
@@ -26,7 +26,7 @@ from llmprune.record import sweeps
 from llmprune.record.figures import Record
 from llmprune.record.sweep_page import html_page
 from llmprune.record.sweep_plot import plot
-from llmprune.record.sweep_table import csv_table, markdown
+from llmprune.record.sweep_table import csv_table, markdown, perplexity_text
 from llmprune.run.cell import CellReporter, CellRun
 from llmprune.run.preparation import Options, Request, calibrated
 from llmprune.run.reporter import RunReporter
@@ -169,6 +169,7 @@ class Sweep:
             self._running, self._ahead = cell, queue[place:]
             try:
                 entry = sweeps.done(self._entry_of(cell), self._run_cell(cell, dense, reopen))
+                self._reporter.note(self._scored(entry))
             except BaseException as error:
                 if INTERRUPTS.came or not is_failure(error):
                     raise
@@ -179,6 +180,15 @@ class Sweep:
             self._settle()
         self._running = None
         self._finish()
+
+    def _scored(self, entry: Record) -> str:
+        """The time and the perplexities of a finished cell, in a line."""
+        dense = self.record["dense"]["perplexity"]
+        scores = [
+            f"perplexity {name} {perplexity_text(value)} (dense {perplexity_text(dense[name]['value'])})"
+            for name, value in entry["perplexity"].items()
+        ]
+        return ", ".join([f"{entry['name']} took {duration(entry['seconds']['total'])}", *scores])
 
     def _score_dense(self) -> Scores:
         scores = score(self._model, self._work.evaluation, "dense", self._reporter)
