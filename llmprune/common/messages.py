@@ -40,10 +40,15 @@ def nearest(kind: str, name: str, available: Iterable[str], told: str = "") -> V
 
     `told`: what is available in other words, where the names are too many.
     """
+    return ValueError(f"unknown {kind} {shown(name)}: {alternatives(name, available, told)}")
+
+
+def alternatives(name: str, available: Iterable[str], told: str = "") -> str:
+    """The names most like one that is not there, and all available names; see `nearest`."""
     names = sorted(available)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return ValueError(f"unknown {kind} {shown(name)}: {hint}available: {told or ', '.join(names)}")
+    return f"{hint}available: {told or ', '.join(names)}"
 
 
 def duration(seconds: float) -> str:

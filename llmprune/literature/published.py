@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from llmprune.common.messages import nearest
+from llmprune.common.messages import alternatives, nearest, shown
 from llmprune.common.shipped import shipped, shipped_names
 from llmprune.hub.aliases import ALIASES
 from llmprune.literature.figure import Figure
@@ -68,8 +68,8 @@ def chosen(figures: tuple[Figure, ...], metric: str | None) -> tuple[Figure, ...
 def no_figures(model: str) -> ValueError:
     """The error for a model without published figures: the nearest and the available names."""
     names = [name_of(known) for known in models()]
-    near = str(nearest("model", model, {*names, *models()}, ", ".join(names)))
-    return ValueError(f"no published figures of {near.removeprefix('unknown model ')}")
+    others = alternatives(model, {*names, *models()}, ", ".join(names))
+    return ValueError(f"no published figures of {shown(model)}: {others}")
 
 
 def name_of(model: str) -> str:

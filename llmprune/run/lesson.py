@@ -63,7 +63,7 @@ class Lesson:
     masking: Masking | None
     aim: tuple[Pattern, float] | None
     base: Model | None
-    named: bool = True
+    named: bool
 
     @functools.cached_property
     def targets(self) -> list[Target]:

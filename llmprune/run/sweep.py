@@ -92,10 +92,10 @@ class Sweep:
             ValueError: it is another sweep, or the disk is too small.
         """
         self._reporter.stage("checking weights", 1)
-        self._digest = fingerprint(self._model.source)
+        digest = fingerprint(self._model.source)
         self._reporter.step()
         first = self._work.cells[0]
-        about = records.opening(self._model, first.recipe, self._work.rows[first.name], self._digest, 1)
+        about = records.opening(self._model, first.recipe, self._work.rows[first.name], digest, 1)
         texts = list(self._work.evaluation.rows)
         key = self._work.evaluation.key(self._model.skeleton.dtype)
         self.record = sweeps.opening(
@@ -169,7 +169,6 @@ class Sweep:
             self._running, self._ahead = cell, queue[place:]
             try:
                 entry = sweeps.done(self._entry_of(cell), self._run_cell(cell, dense, reopen))
-                self._reporter.note(self._scored(entry))
             except BaseException as error:
                 if INTERRUPTS.came or not is_failure(error):
                     raise
@@ -178,6 +177,8 @@ class Sweep:
                 self._model = reopen(None)  # blocks of it may still be loaded
             self.record = sweeps.with_cell(self.record, entry)
             self._settle()
+            if entry["status"] == sweeps.DONE:
+                self._reporter.note(self._scored(entry))
         self._running = None
         self._finish()
 

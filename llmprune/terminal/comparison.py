@@ -51,11 +51,15 @@ def _values(field: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, s
         return [(field["field"], " | ".join(shortened(field["values"][name]) for name in names), "")]
     by_value: dict[str, list[str]] = {}
     for name in names:
-        by_value.setdefault(shortened(field["values"][name]), []).append(name)
+        by_value.setdefault(field["values"][name], []).append(name)
     ordered = sorted(by_value.items(), key=lambda one: -len(one[1]))
     others = len(ordered[0][1]) > 2 and len(ordered[0][1]) > len(ordered[1][1])
     return [
-        (field["field"] if not place else "", value, "all others" if others and not place else ", ".join(own))
+        (
+            field["field"] if not place else "",
+            shortened(value),
+            "all others" if others and not place else ", ".join(own),
+        )
         for place, (value, own) in enumerate(ordered)
     ]
 
