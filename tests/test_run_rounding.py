@@ -205,3 +205,17 @@ def test_the_plan_says_what_stays_dense(tiny_llama, calibration_tokens, tmp_path
             f"{len(plan.matrices) - len(listed)} of {len(plan.matrices)} pruned matrices stay dense"
             in told[0]
         )
+
+
+@pytest.mark.parametrize(
+    ("format", "values"), [("dense", None), ("packed", None), ("packed", "int8"), ("packed", "int4")]
+)
+def test_the_plan_counts_the_disk_of_the_output(tmp_path, format, values):
+    options = {"recipe": "wanda", "sparsity": 0.7, "samples": 4, "seqlen": 32, "format": format}
+    options |= {"values": values, "output": tmp_path / "out", "samples_text": 0}
+    planned = llmprune.prune("demo", dry_run=True, **options).plan.disk
+    made = llmprune.prune("demo", **options).output
+    taken = sum(path.stat().st_size for path in made.iterdir())
+    weights = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    # Beside the weights: record, report, plots, card and tokenizer.
+    assert taken <= planned < 1.02 * weights + 700_000

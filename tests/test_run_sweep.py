@@ -14,6 +14,7 @@ from outputs import Listening, contents
 import llmprune
 from llmprune.api import sweeping
 from llmprune.checkpoint import sweep_folder
+from llmprune.planning.disk import record_bytes
 from llmprune.run import corridor, observer, samples, sharing
 from llmprune.run import measures as measuring
 from llmprune.run import sweep as sweeps
@@ -111,6 +112,25 @@ def test_masks_weights_and_scores_of_a_cell_are_those_of_a_run_by_itself(recipe,
         assert record["model"] == alone.record["model"]
         assert record["recipe"] == json.loads(json.dumps(alone.record["recipe"]))
         assert cell["perplexity"]["builtin"] == record["evaluation"]["perplexity"]["builtin"]["pruned"]
+
+
+def test_cells_may_be_packed_with_several_kinds_of_values(start, tmp_path, single):
+    swept = start(recipe="wanda", sparsity=0.75, format="packed", settings={"values": ["same", "int4"]})
+    assert not swept.failed and swept.record["format"] == "packed"
+    sizes = {}
+    for cell, values in zip(swept.cells, ("same", "int4"), strict=True):
+        folder = tmp_path / "out" / "cells" / cell["name"]
+        record = json.loads((folder / "llmprune.json").read_text())
+        assert record["format"] == {"name": "packed", "values": values} and cell["weights_kept"]
+        assert not (folder / "masks.safetensors").exists()
+        alone = single(recipe="wanda", sparsity=0.75, format="packed", values=values).output
+        assert records_of(folder) == records_of(alone)
+        sizes[values] = cell["bytes"]["written"]
+    assert sizes["int4"] < sizes["same"]
+
+
+def records_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def test_a_permuted_cell_shares_no_dense_inputs(start, single, tmp_path):
@@ -345,6 +365,8 @@ def test_a_grid_may_grow(start, tmp_path):
     [
         ({"limit": 3}, "is another one: it is scored on other texts or tasks, or with another --limit"),
         ({"keep": "none"}, "is another one: keep was all and is none"),
+        ({"format": "packed"}, "is another one: format was dense and is packed"),
+        ({"overwrite": True}, "a finished sweep: resume keeps its cells and overwrite replaces them; give"),
         ({"samples": None, "calibration": "builtin", "seqlen": 32}, "its cell wanda-0.5 is not among these"),
     ],
 )
@@ -535,8 +557,10 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(start, tmp_path, monke
         dry.left == [cell.name for cell in dry.cells] and dry.seconds > 0 and not (tmp_path / "out").exists()
     )
     assert dry.plan.disk == sum(plan.disk for plan in dry.plan.plans.values())
-    assert start(dry_run=True, keep="none").plan.disk < dry.plan.disk / 2
-    assert dry.plan.disk / 2 < start(dry_run=True, keep="best").plan.disk < dry.plan.disk
+    record = record_bytes(14)
+    each = dry.plan.disk / 4 - record  # of the weights
+    assert start(dry_run=True, keep="none").plan.disk == each + 5 * record
+    assert start(dry_run=True, keep="best").plan.disk == 3 * each + 7 * record
     start(sparsity=[0.5])
     assert start(dry_run=True, resume=True).left == ["wanda-0.6", "sparsegpt-0.6"]
     assert "4 cells: wanda, sparsegpt" in repr(dry) and dry.summary()["cells"][0]["name"] == "wanda-0.5"

@@ -363,6 +363,12 @@ def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def check_format(format: str) -> None:
+    """Raise `ValueError` for a form in which weights are not saved."""
+    if format not in ("dense", "packed"):
+        raise ValueError(f"format must be dense or packed, got {shown(format)}")
+
+
 def texts(samples_text: int | None) -> Wish:
     """How many texts a report shall have. Raises `ValueError` for a number out of range."""
     if samples_text is not None and not 0 <= samples_text <= MOST:

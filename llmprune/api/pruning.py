@@ -18,7 +18,6 @@ from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
 from llmprune.checkpoint.stored_masks import masks_at
-from llmprune.common.messages import shown
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
 from llmprune.model.opening import Model, OpenOptions, open_model
@@ -143,8 +142,7 @@ def prune(
     """
     source: Any = mixture.as_text(calibration) if isinstance(calibration, Mapping) else calibration
     check_offload(offload)
-    if format not in ("dense", "packed"):
-        raise ValueError(f"format must be dense or packed, got {shown(format)}")
+    arguments.check_format(format)
     if values in ("int8", "int4") and format == "dense":
         raise ValueError(f"values {values} are for packed folders; add --format packed")
     wanted = {

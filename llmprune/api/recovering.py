@@ -198,8 +198,7 @@ def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str
         raise ValueError(f"tokens must be a whole number from 1, got {tokens}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if format not in ("dense", "packed"):
-        raise ValueError(f"format must be dense or packed, got {shown(format)}")
+    arguments.check_format(format)
 
 
 def _note_time(plan: TrainingPlan, limit: float, report: RunReporter) -> None:

@@ -21,7 +21,7 @@ from llmprune.contracts import CalibrationSet
 from llmprune.machine import device as devices
 from llmprune.machine import processes
 from llmprune.model.opening import Model, OpenOptions, open_model
-from llmprune.planning.cells import KEEPS, plan_cells
+from llmprune.planning.cells import KEEPS, Kept, plan_cells
 from llmprune.planning.grid import Cell, Grid, cells_of
 from llmprune.planning.plan import Resources, check_offload
 from llmprune.run.preparation import Options, Source, build_calibration
@@ -66,6 +66,7 @@ def sweep(
     resume: bool = False,
     restart: bool = False,
     offload: str = "auto",
+    format: str = "dense",
     dry_run: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -107,6 +108,8 @@ def sweep(
             grid may have got more cells.
         restart: throw away the unfinished sweep in that folder.
         offload: as for `prune`.
+        format: of the weights of every cell: `dense` or `packed`, as for `prune`. How kept values are packed
+            is a field of the recipe: `settings={"values": ["same", "int8", "int4"]}`.
         dry_run: plan the sweep, and write nothing.
         device: as for `prune`. dtype, tokenizer, revision, trust_remote_code, blocks, dequantize: likewise.
         reporter: as for `prune`. progress: likewise.
@@ -120,6 +123,7 @@ def sweep(
             received and what to do.
     """
     check_offload(offload)
+    arguments.check_format(format)
     if keep not in KEEPS:
         raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {shown(keep)}")
     source: Any = mixture.as_text(calibration) if isinstance(calibration, Mapping) else calibration
@@ -173,7 +177,7 @@ def sweep(
                 "keep best ranks by perplexity, and no text is scored; give one with --perplexity"
             )
         resources = Resources(offload, devices.available_memory())
-        plan = plan_cells(cells, rows, opened, prepared, resources, keep)
+        plan = plan_cells(cells, rows, opened, prepared, resources, Kept(keep, format == "packed"))
         target = Path(output).expanduser() if output else Path(f"{opened.label.rpartition('/')[2]}-sweep")
         inputs = dict.fromkeys(
             entry
@@ -182,7 +186,12 @@ def sweep(
             for entry in run_inputs(opened, named, cell.recipe, prepared)
         )
         options = Options(
-            target, list(inputs), offload=offload, trust_remote_code=trust_remote_code, samples=wish
+            target,
+            list(inputs),
+            offload=offload,
+            packed=format == "packed",
+            trust_remote_code=trust_remote_code,
+            samples=wish,
         )
         work = Work(cells, rows, prepared, plan, grid.as_dict(), keep, options)
         folder = SweepFolder(

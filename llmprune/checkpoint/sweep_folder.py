@@ -148,9 +148,14 @@ def check_sweep(
         raise ValueError(
             f"output folder {output} is not empty and holds no sweep; choose another with --output"
         )
+    finished = found["finished"]
+    if resume and overwrite and finished:
+        raise ValueError(
+            f"output folder {output} holds a finished sweep: resume keeps its cells and overwrite replaces "
+            "them; give one of the two"
+        )
     if resume:
         return found
-    finished = found["finished"]
     if not (overwrite if finished else restart):
         way = "continue it with --resume or " + (
             "replace it with --overwrite" if finished else "throw it away with --restart"

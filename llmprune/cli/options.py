@@ -80,6 +80,8 @@ CALIBRATING = (
 
 _OFFLOAD = _option("offload", str, "Where block inputs are kept: auto, ram or disk.", default="auto")
 
+_FORMAT = _option("format", str, "Of the weights that are saved: dense or packed.", default="dense")
+
 PRUNING = (
     _option("recipe", str, "Recipe by name or YAML file; by default best where it fits, else dsnot."),
     _option("sparsity", float, "Share of weights to remove, in [0, 1)."),
@@ -96,7 +98,7 @@ PRUNING = (
     ),
     *_KEPT,
     _OFFLOAD,
-    _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
+    _FORMAT,
     _option("values", str, "Kept values of a packed output: same, int8 or int4 (rounded, made up for)."),
     _option(
         "time_limit",
@@ -115,6 +117,7 @@ SWEEPING = (
     _switch("resume", "Go on with the sweep that is there; failed cells are tried again."),
     _switch("restart", "Throw away the unfinished sweep that is there, and begin anew."),
     _OFFLOAD,
+    _FORMAT,
     _switch("dry_run", "Print the cells with time and disk, then stop."),
 )
 
@@ -145,7 +148,7 @@ RECOVERING = (
     _option("seed", int, "Seed of everything random (0)."),
     _option("settings", list[str], "Any field of the recipe: dotted.key=value. Repeatable.", flag="--set"),
     *_KEPT,
-    _option("format", str, "Of the weights that are saved: dense or packed.", default="dense"),
+    _FORMAT,
     _option(
         "score",
         bool,

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.model.opening import Model
 from llmprune.planning import needs
+from llmprune.planning.disk import record_bytes, with_output
 from llmprune.planning.estimate import with_times
 from llmprune.planning.grid import Cell
 from llmprune.planning.plan import Plan, Resources, make_plan, with_scoring
 
 KEEPS = ("none", "best", "all")
-_RECORD = 2_000_000  # bytes of record and report of a cell, which stay in any case
+
+
+class Kept(NamedTuple):
+    """Whose weights a sweep keeps: of `none`, of the `best` cell of every amount, or of `all`; and how."""
+
+    weights: str
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,13 @@ def plan_cells(
     model: Model,
     evaluation: EvaluationSpec,
     resources: Resources,
-    keep: str,
+    kept: Kept,
 ) -> SweepPlan:
     """Plan every cell of a sweep, before any work.
 
     Args:
         rows: the calibration rows, by the name of the cell.
-        keep: whose weights are kept: of `none`, of the `best` cell of every amount, or of `all`.
+        kept: what stays of the cells.
 
     Raises:
         ValueError: a cell cannot be planned; the message names it.
@@ -68,6 +76,7 @@ def plan_cells(
         samples, length = rows[cell.name].tokens.shape
         try:
             plan = make_plan(cell.recipe, model.skeleton, samples, length, resources)
+            plan = with_output(plan, model, (cell.recipe.bits or 16) if kept.packed else None)
         except ValueError as error:
             raise ValueError(f"cell {cell.name}: {error}") from None
         plans[cell.name] = with_times(plan, cell.recipe, model, None, 1)
@@ -76,7 +85,7 @@ def plan_cells(
     timed = with_times(first, cells[0].recipe, model, evaluation, 1)
     seconds = None if timed.scoring_seconds is None else timed.scoring_seconds / 2  # of dense and pruned
     plans = {name: replace(plan, scoring=first.scoring) for name, plan in plans.items()}
-    return SweepPlan(plans, seconds, _disk(cells, plans, keep))
+    return SweepPlan(plans, seconds, _disk(cells, plans, kept.weights))
 
 
 def _disk(cells: Sequence[Cell], plans: Mapping[str, Plan], keep: str) -> int:
@@ -88,7 +97,8 @@ def _disk(cells: Sequence[Cell], plans: Mapping[str, Plan], keep: str) -> int:
     if keep == "best":
         for cell in cells:
             largest[cell.amount] = max(largest.get(cell.amount, 0), sizes[cell.name])
-    return sum(largest.values()) + max(sizes.values()) + _RECORD * len(cells)
+    records = sum(record_bytes(len(plan.matrices)) for plan in plans.values())  # which stay in any case
+    return sum(largest.values()) + max(sizes.values()) + records
 
 
 def uses_dense(cell: Cell) -> bool:

@@ -1,4 +1,4 @@
-"""What a run needs: the input statistics it collects, and predictions of its memory and disk."""
+"""What a run needs: the input statistics it collects, and predictions of its memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from llmprune.checkpoint.reader import TensorInfo, WeightSource
+from llmprune.checkpoint.reader import TensorInfo
 from llmprune.contracts import Need
 from llmprune.evaluation.perplexity import STORE_BYTES
 from llmprune.evaluation.zeroshot import BATCH
@@ -36,12 +36,6 @@ def needs_of(recipe: Recipe) -> Need:
 def needs_dense(recipe: Recipe) -> bool:
     """Whether the dense model's block inputs must be computed beside the pruned model's."""
     return bool(recipe.build_block_steps()) or Need.CROSS in needs_of(recipe)
-
-
-def predict_disk(source: WeightSource, shapes: Shapes) -> int:
-    """Bytes of the output: every tensor in its stored dtype, a bit per entry of the masks, small files."""
-    masks = sum(rows * -(-columns // 8) for rows, columns in shapes.values())
-    return sum(t.bytes for t in source.tensors.values()) + masks + 10_000_000
 
 
 def exact_bytes(recipe: Recipe, skeleton: Skeleton, shapes: Shapes) -> int:

@@ -64,6 +64,7 @@ class Plan:
         skipped: matrices that rules leave out. dense: what else stays dense, beside embeddings and head.
         memory: peak of private resident memory while pruning.
         device_memory: the same on the GPU, None on a CPU.
+        disk: what the output takes (`with_output` adds it), and what lies beside it while it is made.
         available: free memory of the machine, per process.
         offload: where the block inputs are kept, `ram` or `disk`.
         pausing: whether forward passes halt at each group of matrices (`order: group`). Otherwise the part
@@ -123,7 +124,7 @@ def make_plan(
     resources: Resources = Resources(),
     findings: Findings = NOTHING_FOUND,
 ) -> Plan:
-    """Plan a run with a recipe on so many calibration samples of so many tokens.
+    """Plan a run with a recipe on so many calibration samples of so many tokens; without its output's disk.
 
     Raises:
         ValueError: in_features that a pattern's M does not divide, a rule that matches nothing, a stored
@@ -148,7 +149,7 @@ def make_plan(
     pausing = halted is not None and halted <= free
     if pausing and halted is not None:
         host, device = (host + halted, None) if device is None else (host, device + halted)
-    disk = needs.predict_disk(skeleton.source, shapes) + needs.exact_bytes(recipe, skeleton, shapes)
+    disk = needs.exact_bytes(recipe, skeleton, shapes)
     if offload == "disk":
         disk += activations
     return Plan(

@@ -20,7 +20,9 @@ WAITING, DONE, FAILED = "waiting", "done", "failed"
 _PATH = re.compile(r"(?<![\w/:.])(?:~|\.{1,2})?/(?:[^\s/'\":,;()]+/)*([^\s/'\":,;()]*)")
 
 
-def opening(run: Record, grid: Record, keep: str, key: str, ranked_by: str | None) -> Record:
+def opening(
+    run: Record, grid: Record, keep: str, key: str, ranked_by: str | None, packed: bool = False
+) -> Record:
     """The record of a sweep that has begun.
 
     Args:
@@ -28,12 +30,14 @@ def opening(run: Record, grid: Record, keep: str, key: str, ranked_by: str | Non
         grid: what was varied. keep: whose weights are kept.
         key: of the evaluation; the same for the same scores.
         ranked_by: the text whose perplexity ranks the cells; None where no text is scored.
+        packed: whether the weights of the cells are stored packed.
     """
     return {
         "schema": SCHEMA,
         "model": run["model"],
         "grid": grid,
         "keep": keep,
+        **({"format": "packed"} if packed else {}),
         "protocol": {"key": key, "ranked_by": ranked_by, "perplexity": {}, "tasks": {}},
         "dense": None,
         "cells": [],
@@ -50,6 +54,7 @@ def identity(record: Record) -> Identity:
         "model": record["model"]["digest"],
         "evaluation": record["protocol"]["key"],
         "keep": record["keep"],
+        "format": record.get("format", "dense"),
         "versions": {name: environment["versions"][name] for name in ("llmprune", "torch", "transformers")},
         "dtype": environment["dtype"],
         "device": environment["device"].partition(",")[0],

@@ -20,7 +20,7 @@ from llmprune.model.target import Target, bits_of
 from llmprune.model.targets import targets_of
 from llmprune.numerics.counts import zeros_of
 from llmprune.patterns import exact_pattern
-from llmprune.planning.needs import predict_disk
+from llmprune.planning.disk import predict_disk
 from llmprune.planning.plan import check_stored_dtype
 from llmprune.recipe.given import NAME
 from llmprune.recipe.types import AlgorithmSpec, CalibrationSpec, Recipe
@@ -50,8 +50,8 @@ class Application(Production):
     def apply(self) -> Record:
         """Write the folder; returns its record."""
         model, masking = self.model, self._masking
-        shapes = {target.key: target.shape for target in masking.targets}
-        check_space(self.options.output, predict_disk(model.source, shapes))
+        dense = dict.fromkeys((target.name for target in masking.targets), 0.0)
+        check_space(self.options.output, predict_disk(model, dense))
         before = records.origin(masking.masks)
         before["masks"] |= {"dense": masking.dense} if masking.dense else {}
         recipe = self._recipe()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +12,17 @@ from torch import Tensor
 
 from llmprune import calibration as calibrations
 from llmprune.calibration.sampling import Sampler
-from llmprune.checkpoint.packed_tensor import Layout
-from llmprune.checkpoint.packing import Packing
 from llmprune.checkpoint.replacement import Inputs
 from llmprune.contracts import CalibrationSet
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
 from llmprune.model.opening import Model
-from llmprune.model.target import Target
-from llmprune.model.targets import all_targets, packed_layouts
 from llmprune.planning.advice import on_texts
+from llmprune.planning.disk import with_output
 from llmprune.planning.estimate import with_times
 from llmprune.planning.given import Given
-from llmprune.planning.plan import Findings, Plan, Resources, make_plan, with_scoring
+from llmprune.planning.plan import Findings, Resources, make_plan, with_scoring
 from llmprune.recipe.types import CalibrationSpec, Recipe
 from llmprune.run.measures import measure
 from llmprune.run.reporter import RunReporter
@@ -127,9 +123,8 @@ def planned(
     unnamed = request.calibration is None and request.recipe.calibration.source == "auto"
     remarks = on_texts(model, unnamed and not model.remote, evaluation)
     remarks += given.remarks if given else ()
-    if options.packed:
-        layouts = Packing(packed_layouts(model.skeleton), recipe.bits or 16).layouts
-        remarks += _staying_dense(plan, all_targets(model.skeleton), layouts)
+    plan = with_output(plan, model, (recipe.bits or 16) if options.packed else None)
+    remarks += plan.remarks
     plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
     plan = team.on_first(lambda: with_times(plan, recipe, model, prepared, team.size))
     reporter.plan(model, recipe, plan, rows, options.output)
@@ -148,25 +143,6 @@ def calibrated(recipe: Recipe, rows: CalibrationSet) -> Recipe:
         **sampled,
     )
     return dataclasses.replace(recipe, calibration=spec)
-
-
-def _staying_dense(plan: Plan, targets: Iterable[Target], layouts: Mapping[str, Layout]) -> tuple[str, ...]:
-    """A line where packing would not make some of the pruned matrices smaller; none where it makes all so."""
-    kept: dict[str, int] = {}
-    pruned: dict[str, int] = {}
-    for target in targets:
-        weights, planned = target.shape[0] * target.shape[1], plan.matrices.get(target.name)
-        left = weights - round((planned.sparsity if planned else 0.0) * weights)
-        kept[target.tensor] = kept.get(target.tensor, 0) + left
-        pruned[target.tensor] = pruned.get(target.tensor, 0) + (planned is not None)
-    large = [
-        name
-        for name, layout in layouts.items()
-        if layout.bytes_of(kept[name], (kept[name] + 1) // 2)
-        >= math.prod(layout.shape) * layout.dtype.itemsize
-    ]
-    count, of = sum(pruned[name] for name in large), sum(pruned.values())
-    return (f"{count} of {of} pruned matrices stay dense: packed they would not be smaller",) if count else ()
 
 
 def _findings(run: Run, resources: Resources) -> Findings:

@@ -21,7 +21,7 @@ from llmprune.machine import device as devices
 from llmprune.model.activations import in_memory, on_disk
 from llmprune.model.opening import Model
 from llmprune.model.targets import packed_layouts
-from llmprune.planning.needs import predict_disk
+from llmprune.planning.disk import predict_disk
 from llmprune.record import record as record_of_run
 from llmprune.record import recovery as records
 from llmprune.record import report
@@ -92,7 +92,7 @@ class Recovery(Production):
             reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
-        team.on_first(lambda: check_space(self.options.output, self._disk(shapes)))
+        team.on_first(lambda: check_space(self.options.output, self._disk()))
         before = self._before()
         record = team.on_first(lambda: self._made_before(before))
         scored = self._beside(evaluation) if evaluation else None
@@ -121,10 +121,11 @@ class Recovery(Production):
             dense = {"start": lambda: lesson.model}
         return {**dense, "pruned": lambda: reopen(self.options.output.resolve())}
 
-    def _disk(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Bytes of the result, of its best step in float32 and of a state with two moments."""
-        weights = sum(rows * columns for rows, columns in shapes.values())
-        return predict_disk(self.model.source, shapes) + 4 * weights * (1 + 3)
+    def _disk(self) -> int:
+        """At most the bytes of the result, of its best step in float32 and of a state with two moments."""
+        targets = self.lesson.targets
+        weights = sum(rows * columns for rows, columns in (target.shape for target in targets))
+        return predict_disk(self.model, dict.fromkeys((t.name for t in targets), 0.0)) + 4 * weights * (1 + 3)
 
     def _before(self) -> Record:
         """What the record says before the work."""

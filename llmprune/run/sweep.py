@@ -98,9 +98,8 @@ class Sweep:
         about = records.opening(self._model, first.recipe, self._work.rows[first.name], digest, 1)
         texts = list(self._work.evaluation.rows)
         key = self._work.evaluation.key(self._model.skeleton.dtype)
-        self.record = sweeps.opening(
-            about, self._work.grid, self._work.keep, key, texts[0] if texts else None
-        )
+        work, ranked_by = self._work, texts[0] if texts else None
+        self.record = sweeps.opening(about, work.grid, work.keep, key, ranked_by, work.options.packed)
         found = self._folder.found
         entries = [self._entry(cell) for cell in self._work.cells]
         if found is not None:
