@@ -299,6 +299,34 @@ def wait_for(condition, seconds):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "demo", "--sparsity", "abc"], "--sparsity': a number is wanted, got 'abc'; llmprune run -h"),
+        (["eval", "demo", "--limit", "1.5"], "--limit': a whole number is wanted, got '1.5'; llmprune eval"),
+        (["run"], "Missing argument"),
+        (["run", "demo", "--sparsityy", "1"], "No such option: --sparsityy"),
+        (["rnu"], "No such command 'rnu'"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_what_was_received(typed, arguments, said):
+    code, out, err = typed(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err and err.startswith("llmprune: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "demo", "--samples-text", "9"], "--samples-text must be a whole number from 0 to 8, got 9"),
+        (["run", "demo", "--sparsity", "1.5"], "--sparsity must be in [0, 1), the share of weights"),
+        (["generate", "demo", "hi", "--max-new-tokens", "0"], "--max-new-tokens must be a whole number from"),
+    ],
+)
+def test_errors_name_the_options_that_were_typed(typed, arguments, said):
+    code, out, err = typed(*arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1) and said in err
+
+
 @pytest.mark.parametrize("module", ["typer", "torch", "transformers", "llmprune.run.production"])
 def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_still_an_interrupt(tmp_path, module):
     """SIGTERM in the middle of an import, which ends in another error, as lazy imports make of it."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.cli.frame import emit, flag, with_terminal
+from llmprune.cli.options import REAL, WHOLE
 
 NO_PLOT = "none"
 
@@ -23,7 +24,7 @@ def bench(
         str, typer.Option(help="Kept values of a dense folder, for packing: same, int8 or int4.")
     ] = "same",
     seconds: Annotated[
-        float, typer.Option(help="For measuring speed; writing, loading and scoring come on top.")
+        float, typer.Option(help="For measuring speed; writing, loading and scoring come on top.", **REAL)
     ] = 60.0,
     products_only: Annotated[
         bool, flag("--products-only", "Measure products of matrices alone: no whole model, no copy on disk.")
@@ -35,9 +36,10 @@ def bench(
             "else builtin. Repeatable."
         ),
     ] = None,
-    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per evaluation window.")] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(help="Tokens per evaluation window.", **WHOLE)] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Windows per text at most; by default as in the record, else 8.")
+        int | None,
+        typer.Option(help="Windows per text at most; by default as in the record, else 8.", **WHOLE),
     ] = None,
     plot: Annotated[
         str | None, typer.Option(help="PNG to draw, or none; by default NAME-bench.png in this folder.")

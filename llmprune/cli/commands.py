@@ -330,7 +330,9 @@ def main() -> None:
     # rich prints the help texts on a console of its own.
     Console.on_broken_pipe = Screen.on_broken_pipe  # type: ignore[method-assign, assignment]
     try:
-        app()
+        raise SystemExit(app(prog_name="llmprune", standalone_mode=False))
+    except frame.UsageError as error:
+        frame.wrong_usage(error)
     except OutputClosed as closed:
         ending.reader_gone(closed)
         raise SystemExit(141) from None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmprune.machine.interrupts import INTERRUPTS
@@ -24,10 +25,11 @@ def follows() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
-def guarded(work: Callable[[], Any], debug: bool) -> None:
+def guarded(work: Callable[[], Any], debug: bool, flags: Mapping[str, str] = {}) -> None:
     """Run a command. A failure or interrupt ends it with one line on stderr and an exit code.
 
     With `debug`, a failure shows its traceback instead; an error that is a fault of the program always does.
+    Errors name parameters of Python; `flags` has the options by which the user gave them.
     """
     with INTERRUPTS.watched():
         try:
@@ -40,12 +42,24 @@ def guarded(work: Callable[[], Any], debug: bool) -> None:
             if debug or not isinstance(error, _FAILURES):
                 raise
             if _speaks():
-                line = " ".join(str(error).split()) or type(error).__name__
+                line = _with_flags(" ".join(str(error).split()), flags) or type(error).__name__
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     line += "; make room on that disk"
                 kept = f"; {_next_step(error)}" if hasattr(error, "kept") else ""
                 print(f"llmprune: {_of_several(error, line)}{kept}", file=sys.stderr)
             raise SystemExit(1) from None
+
+
+def _with_flags(line: str, flags: Mapping[str, str]) -> str:
+    """An error with options in the place of Python's names.
+
+    A name of one word may be a word of the language, so it counts only in `NAME must be ...`.
+    """
+    for name, flag in flags.items():
+        line = re.sub(rf"^{name} must be(?=\s)", f"{flag} must be", line)
+        if "_" in name:
+            line = re.sub(rf"(?<![\w.\-]){name}(?![\w.=])", flag, line)
+    return line
 
 
 def _end_interrupted(error: BaseException) -> None:

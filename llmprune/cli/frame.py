@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -13,6 +14,8 @@ import typer
 from llmprune.cli import ending
 from llmprune.terminal.console import OutputClosed, Screen, draw_alone
 
+# That of click, which newer versions of typer bring themselves.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 debug = False  # whether tracebacks are shown; set by the program's own option
 
 
@@ -36,9 +39,11 @@ def command(
         for group in groups:
             parameters |= {p.name: p for p in group}
 
+        flags = {name: _flag_of(p) for name, p in parameters.items() if name != "model"}
+
         @functools.wraps(function)
         def call(**options: Any) -> None:
-            ending.guarded(lambda: function(**options), debug)
+            ending.guarded(lambda: function(**options), debug, flags)
 
         call.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters.values()}
@@ -47,6 +52,25 @@ def command(
         return call
 
     return register
+
+
+def _flag_of(parameter: inspect.Parameter) -> str:
+    """The option of a parameter, as typer names it."""
+    shown = next(
+        (m for m in getattr(parameter.annotation, "__metadata__", ()) if hasattr(m, "param_decls")), None
+    )
+    named = [text for text in (shown.param_decls or () if shown else ()) if text.startswith("--")]
+    return named[0] if named else f"--{parameter.name.replace('_', '-')}"
+
+
+def wrong_usage(error: Any) -> None:
+    """End after a command line that cannot be read: with one line on stderr, and exit code 2."""
+    # Without arguments the help was printed already.
+    if type(error).__name__ != "NoArgsIsHelpError":
+        told = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx else "llmprune"
+        print(f"llmprune: {told}; {command} -h lists the options", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def flag(name: str, help: str, **more: Any) -> Any:

@@ -28,6 +28,23 @@ def count(text: str) -> int:
     return int(number)
 
 
+def _number(kind: type[int] | type[float]) -> dict[str, Any]:
+    """How typer reads a number; its own reader does not say what it received."""
+
+    def read(text: str) -> int | float:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise typer.BadParameter(f"{wanted} is wanted, got {str(text)!r}") from None
+
+    return {"parser": read, "metavar": f"<{kind.__name__}>"}
+
+
+WHOLE, REAL = _number(int), _number(float)
+_READERS: dict[Any, dict[str, Any]] = {int: WHOLE, float: REAL}
+
+
 def _option(
     name: str,
     kind: Any,
@@ -38,7 +55,7 @@ def _option(
     **more: Any,
 ) -> inspect.Parameter:
     """An option with a value. Without `flag`, typer derives it from the name: `--dry-run` for `dry_run`."""
-    shown = typer.Option(*([flag] if flag else []), help=help, **more)
+    shown = typer.Option(*([flag] if flag else []), help=help, **(_READERS.get(kind, {}) | more))
     wanted = kind if default is not None else kind | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[wanted, shown]

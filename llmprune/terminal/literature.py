@@ -41,7 +41,7 @@ def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
         first = rows[0]
         source, told = first["source"], protocol_words(Protocol(**first["protocol"]))
         mean = f"{metric}, mean of" if len(on) > 1 else f"{metric} on"
-        places = {entry["source"]["where"] for entry in rows}
+        places = {entry["source"]["where"]: _amount(entry) for entry in reversed(rows)}
         place = f" ({source['where']})" if len(places) == 1 else ""
         console.verbatim()
         console.say(f"{paper}{place}: {mean} {', '.join(on)}", "bold")
@@ -49,8 +49,10 @@ def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
             console.say(told)
         console.verbatim(source["url"])
         console.say(f"read in {SEEN_IN[source['via']]} on {source['seen']}")
-        cells = [_row(entry, bool(place)) for entry in rows]
-        console.table("", cells, ("", "sparsity", "pruned", "dense", ""))
+        if not place:
+            console.say(", ".join(f"{amount}: {where}" for where, amount in reversed(places.items())))
+        heads, cells = _by_amount(rows)
+        console.table("", cells, ("", *heads, ""))
     console.verbatim()
     console.say(_LEGEND)
 
@@ -91,11 +93,18 @@ def _blocks(figures: Sequence[Entry]) -> dict[tuple[Any, ...], list[Entry]]:
     return found
 
 
-def _row(entry: Entry, placed: bool) -> tuple[str, ...]:
-    """The cells of a figure; where it stands only if the title does not say so."""
-    amount = amount_of(entry["pattern"], entry["sparsity"])
-    where = "" if placed else entry["source"]["where"]
-    return (entry["method"], amount, _number(entry["value"]), _number(entry["dense"]), where)
+def _by_amount(rows: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the cells of a table with a row for the dense model and for every method."""
+    amounts = [*dict.fromkeys(_amount(entry) for entry in rows)]
+    dense = {_amount(entry): entry["dense"] for entry in rows if entry["dense"] is not None}
+    values: dict[str, dict[str, float]] = {"dense": dense} if dense else {}
+    for entry in rows:
+        values.setdefault(entry["method"], {})[_amount(entry)] = entry["value"]
+    return amounts, [[name, *(_number(row.get(a)) for a in amounts), ""] for name, row in values.items()]
+
+
+def _amount(entry: Entry) -> str:
+    return amount_of(entry["pattern"], entry["sparsity"])
 
 
 def _number(value: float | None) -> str:
