@@ -292,6 +292,26 @@ def test_ctrl_c_ends_with_130_one_line_and_no_partial_folder(tiny_llama, tmp_pat
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_text_that_a_terminal_cannot_show_ends_no_command(encoding):
+    code = """
+from llmprune.terminal.console import Screen, print_anywhere
+print_anywhere()
+Screen().table("", [("accuracy ± 0.1", "1 × 2"), ("中", "…")])
+"""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    lines = {
+        "ascii": ["accuracy +- 0.1  1 x 2", "?               ..."],
+        "latin-1": ["accuracy ± 0.1  1 × 2", "?               ..."],
+        "utf-8": ["accuracy ± 0.1  1 × 2", "中               …"],
+    }[encoding]
+    assert done.returncode == 0, done.stderr
+    assert [" ".join(line.split()) for line in done.stdout.decode(encoding).splitlines()] == [
+        " ".join(line.split()) for line in lines
+    ]
+
+
 def wait_for(condition, seconds):
     end = time.monotonic() + seconds
     while not condition():

@@ -78,7 +78,7 @@ def test_run_tells_plan_progress_and_result(tiny_run):
         r"ETA",
         r"sparsity +6\d\.\d+%|sparsity +59\.\d+%",
         r"perplexity builtin +\d+\.\d\d +\d+\.\d\d",
-        r"demo_continuation acc +\d\.\d+ +\d\.\d+ +\+- \d",
+        r"demo_continuation acc +\d\.\d+ +\d\.\d+ +± \d",
         r"seconds",
         r"weights on disk",
         rf"output +{folder.name}\b",

@@ -203,3 +203,15 @@ def test_prompts_are_many_and_fit_the_model():
     assert len(set(prompts("demo", MOST))) == len(set(prompts("other", MOST))) == MOST == 8
     assert not set(prompts("demo", MOST)) & set(prompts("other", MOST))
     assert not any(prompt.endswith((" ", "\n")) for prompt in prompts("demo", MOST) + prompts("x", MOST))
+
+
+@pytest.mark.parametrize(("number", "writers"), [(2, ["dense", "start", "pruned"]), (4, ["start", "pruned"])])
+def test_a_recovery_without_the_dense_model_has_its_texts_from_the_record(written, tmp_path, number, writers):
+    options = {"text": "builtin", "tokens": 200, "seqlen": 16, "score": False, "samples_text": number}
+    found = llmprune.recover(
+        written.output, recipe="masked-finetuning", output=tmp_path / "out", **options
+    ).record["samples"]
+    assert [[key for key in text if key != "prompt"] for text in found["texts"]] == [writers] * number
+    before = written.record["samples"]["texts"]
+    for text, known in zip(found["texts"], before, strict=False):
+        assert text["start"] == known["pruned"] and text.get("dense", known["dense"]) == known["dense"]

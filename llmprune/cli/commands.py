@@ -29,7 +29,7 @@ from llmprune.cli.options import (
     WRITING,
 )
 from llmprune.cli.producing import produce
-from llmprune.terminal.console import OutputClosed, Screen
+from llmprune.terminal.console import OutputClosed, Screen, print_anywhere
 
 app = typer.Typer(
     add_completion=False,
@@ -327,6 +327,7 @@ def main() -> None:
     If the reader of stdout is gone (`llmprune ... | head`), it ends silently with exit code 141, like other
     programs.
     """
+    print_anywhere()
     # rich prints the help texts on a console of its own.
     Console.on_broken_pipe = Screen.on_broken_pipe  # type: ignore[method-assign, assignment]
     try:

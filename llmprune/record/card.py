@@ -35,7 +35,7 @@ def protocol_lines(record: Record) -> list[str]:
         mean, dtype = entry["protocol"]["mean"], entry["protocol"]["dtype"]
         lines.append(f"perplexity: {mean}; documents joined, no overlap; forward passes in {dtype}")
     if record["evaluation"]["tasks"]:
-        lines.append("+- is a standard error; a change of at most two of them is called within its error")
+        lines.append("± is a standard error; a change of at most two of them is called within its error")
     for task, metrics in record["evaluation"]["tasks"].items():
         protocol = metrics["protocol"]
         version = f"lm-eval {versions['lm_eval']}, task version {protocol['version']}"

@@ -70,7 +70,7 @@ def _task_row(name: str, entry: Mapping[str, Any], protocol: Mapping[str, Any]) 
         name=name,
         dense=dense,
         pruned=pruned,
-        error=f"+- {entry['stderr']:.3f}" if entry["stderr"] is not None else "",
+        error=f"± {entry['stderr']:.3f}" if entry["stderr"] is not None else "",
         change=_task_change(entry, documents),
         note=f"{documents} documents{direction(protocol, metric)}",
         start=start if "start" in entry else "",

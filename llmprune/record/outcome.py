@@ -47,10 +47,9 @@ def _scores(record: Record) -> Markup:
 def _score(row: ScoreRow, begun: bool, gaps: bool) -> list[object]:
     """The cells of a score: what is said beside a figure stands below it."""
     change, _, remark = row.change.partition(", ")
-    error = row.error.replace("+-", "±")
     cells: list[object] = [_noted(row.name, row.note), row.dense]
     cells += [row.start] if begun else []
-    cells += [_noted(element("b", row.pruned), error), _noted(change, remark)]
+    cells += [_noted(element("b", row.pruned), row.error), _noted(change, remark)]
     return [*cells, row.gap] if gaps else cells
 
 

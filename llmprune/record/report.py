@@ -99,7 +99,7 @@ def _time(record: Record) -> Markup:
 
 def _protocol(record: Record) -> Markup:
     """How the scores were measured, and what a user must know of size and speed."""
-    measured = listed(line.replace("+-", "±") for line in protocol_lines(record))
+    measured = listed(protocol_lines(record))
     return measured + joined(map(paragraph, [size_remark(record), *_speed(record)]))
 
 

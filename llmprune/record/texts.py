@@ -13,8 +13,9 @@ _WRITERS = ("dense", "start", "pruned")  # in this order
 
 def sections(record: Record) -> list[Section]:
     """The section on texts, where the record of a run has any or says why not."""
-    trained = "recovery" in record
-    return section(record, {name: "trained" if trained and name == "pruned" else name for name in _WRITERS})
+    begun = any("start" in text for text in record.get("samples", {}).get("texts", ()))
+    last = "recovered" if begun else "trained" if "recovery" in record else "pruned"
+    return section(record, dict(zip(_WRITERS, ("dense", "start", last), strict=True)))
 
 
 def section(record: Record, writers: Mapping[str, str]) -> list[Section]:

@@ -33,7 +33,7 @@ from llmprune.run.lesson import Lesson, whole_model
 from llmprune.run.preparation import Options
 from llmprune.run.production import Production
 from llmprune.run.reporter import RunReporter
-from llmprune.run.samples import Writers
+from llmprune.run.samples import Writers, dense_texts
 from llmprune.run.trained import Trained, TrainedWriter
 from llmprune.run.training import Keeping, Training
 
@@ -120,6 +120,13 @@ class Recovery(Production):
         else:
             dense = {"start": lambda: lesson.model}
         return {**dense, "pruned": lambda: reopen(self.options.output.resolve())}
+
+    def _dense_samples(self) -> Record | None:
+        """The texts of the dense model in the record of the start, where it is not at hand itself."""
+        lesson, wish = self.lesson, self.options.samples
+        if lesson.masking is None or lesson.base is not None:
+            return None
+        return dense_texts(self._beginning, wish)
 
     def _disk(self) -> int:
         """At most the bytes of the result, of its best step in float32 and of a state with two moments."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import io
 import os
 import sys
 import time
@@ -24,6 +26,23 @@ from llmprune.terminal import layout
 
 _UNFOLDED = 1 << 20  # the width for files and pipes, in which a row of a table is one line
 _BARS_WIDTH = 78  # columns that a line of progress takes, with its bar
+
+
+_PLAIN = {"±": "+-", "×": "x", "–": "-", "…": "...", "’": "'"}
+
+
+def print_anywhere() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is replaced, and ends no command."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        lost = error.object[error.start : error.end]
+        return "".join(_PLAIN.get(letter, "?") for letter in lost), error.end
+
+    codecs.register_error("llmprune", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="llmprune")
 
 
 class OutputClosed(BaseException):

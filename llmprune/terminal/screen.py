@@ -211,7 +211,7 @@ def print_scores(console: Screen, scores: Mapping[str, Any]) -> None:
     for task, metrics in scores["tasks"].items():
         for metric, entry in metrics.items():
             if metric != "protocol":
-                stderr = f"+- {entry['stderr']:.4f}, " if entry["stderr"] is not None else ""
+                stderr = f"± {entry['stderr']:.4f}, " if entry["stderr"] is not None else ""
                 better = direction(metrics["protocol"], metric).replace(", higher is better", "")
                 note = f"{stderr}{metrics['protocol']['documents']} documents{better}"
                 rows.append((f"{task} {metric}", f"{entry['value']:.4f}", note))
