@@ -488,10 +488,11 @@ def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, 
     assert chosen(teacher=tiny_llama).name == "recover-best"
     alone = chosen()  # the record names a folder of this machine, which is no teacher for others
     assert alone.name == "masked-finetuning" and "name it with --teacher" in alone.chosen
-    needed = llmprune.recover(starts / "half", recipe="masklora", **given).plan.memory
+    needed = llmprune.recover(starts / "half", recipe="masked-finetuning", **given).plan.memory
     monkeypatch.setattr(device, "available_memory", lambda: needed + 1000)
-    assert chosen().name == "masklora" and "needs" in chosen().chosen
-    assert chosen(time_limit=60).name == "masklora"
+    fitting = chosen(teacher=tiny_llama)
+    assert fitting.name == "masked-finetuning" and "needs" in fitting.chosen
+    assert chosen(teacher=tiny_llama, time_limit=60).name == "masked-finetuning"
     with pytest.raises(
         ValueError, match=r"within time limit 1e-06 here: perp, the quickest, would take about"
     ):

@@ -30,6 +30,7 @@ class Extent:
         taught: whether a teacher is in memory.
         recompute: whether activations are computed twice instead of kept.
         processes: that do a step together.
+        kept: the share of weights that the masks of the start keep.
     """
 
     targets: Sequence[Target]
@@ -41,6 +42,7 @@ class Extent:
     taught: bool
     recompute: bool
     processes: int = 1
+    kept: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def training_plan(
     skeleton: Skeleton, recipe: RecoveryRecipe, extent: Extent, steps: int, available: int
 ) -> TrainingPlan:
     """The plan of a recovery. It checks nothing."""
-    trainable, targets = recipe.method(1).trainable(), extent.targets
+    method, targets = recipe.method(1), extent.targets
+    trainable = method.trainable()
+    alone = trainable.shrinks and method.still  # kept weights alone are held
+    share_kept = extent.kept if alone else 1.0
     item, tokens = skeleton.dtype.itemsize, extent.batch * extent.length
     by_block: dict[str, int] = {}
     for target in targets:
@@ -108,10 +113,9 @@ def training_plan(
         by_block[block] = by_block.get(block, 0) + target.shape[0] * target.shape[1]
     widest = max((t.shape[0] * t.shape[1] for t in targets), default=0)
     weights, largest = sum(by_block.values()), max(by_block.values(), default=0)
-    each = [trainable.sizes(target.shape, extent.pattern)[0] for target in targets]
-    numbers, beside = (
-        sum(trainable.sizes(target.shape, extent.pattern)[place] for target in targets) for place in (0, 1)
-    )
+    sizes = [trainable.sizes(target.shape, extent.pattern) for target in targets]
+    each = [round(share_kept * numbers) for numbers, _ in sizes]
+    numbers, beside = sum(each), sum(held for _, held in sizes)
     moments = 2 if recipe.optimizer.name == "adamw" else 1
     one = recipe.scope == "block"
     share = largest / max(1, weights) if one else 1.0
@@ -120,11 +124,12 @@ def training_plan(
     freed = not (recipe.clip or recipe.moves or extent.processes > 1)
     gradients = max(*each, extent.others, 0) if freed else trained
     stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
+    made = largest if extent.recompute or one else weights  # with the mask that the backward pass needs
     parts = {
         "trained": 4 * (trained * (1 + moments) + gradients + round(share * beside)),
         "weights": round(share * stored) + _rest_bytes(skeleton, targets) * (not one),
-        "masks": weights // 8 + largest,
-        "made weights": (largest if extent.recompute or one else weights) * (1 + item) + widest * (8 + item),
+        "masks": (1 + alone) * weights // 8 + largest,
+        "made weights": made * (item + (not alone)) + widest * (8 + item),
         "activations": _activations(skeleton, extent, one),
         "logits": 0 if one else tokens * skeleton.vocabulary * 2 * item + 16 * (1 << 23),
         "process": _PROCESS,

@@ -75,7 +75,7 @@ class Loop:
         for name, matrix in task.matrices.items():  # one after the other: each may be read from a file
             self.keeps[name], self._sizes[name] = matrix.keep, self._size(matrix)
             self.trained[name] = method.trainable()
-            self.trained[name].start(matrix, self._generator(name, -1))
+            self.trained[name].start(replace(matrix, still=method.still), self._generator(name, -1))
             self.matrices[name] = replace(matrix, weight=nothing, keep=nothing)
         self._optimizer = Optimizer(method.optimizer, method.numbers.lam > 0)
         self._shuffle = torch.Generator().manual_seed(method.seed)

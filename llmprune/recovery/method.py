@@ -76,3 +76,8 @@ class Method:
     batch: int
     clip: float = 0.0
     seed: int = 0
+
+    @property
+    def still(self) -> bool:
+        """Whether no mask moves, and nothing but kept weights counts."""
+        return not self.schedule.config.moves and self.numbers == Numbers()

@@ -38,6 +38,7 @@ class Matrix:
         origin: the dense model's weight, where it is known; grown weights may start from it.
         scales, bits: where it is rounded, as in `contracts.BlockJob`.
         least: the sparsity below which no schedule goes: that of a pruned start, if nothing comes back.
+        still: whether its mask never moves, and nothing but kept weights counts.
     """
 
     weight: Tensor
@@ -49,6 +50,7 @@ class Matrix:
     scales: Tensor | None = None
     bits: int = 0
     least: float = 0.0
+    still: bool = False
 
     def first_mask(self) -> Tensor:
         """Its keep mask; of a dense one that of the largest weights, with the pattern and sparsity of the
@@ -151,9 +153,11 @@ class Trainable(Algorithm, ABC):
         masked: the names of tensors of the matrix's own shape, whose pruned entries the numbers rule.
         based: whether it holds the weight of the start too, in the dtype in which that is stored.
         revives: whether it trains pruned weights too, and wants those of the dense model to begin with.
+        shrinks: whether it holds no pruned weights of a matrix that is `still`.
     """
 
-    masked: ClassVar[frozenset[str]] = frozenset()
+    masked: frozenset[str] = frozenset()
+    shrinks: ClassVar[bool] = False
     based: ClassVar[bool] = False
     revives: ClassVar[bool] = False
 

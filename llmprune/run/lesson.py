@@ -110,6 +110,7 @@ class Lesson:
             taught=self.recipe.teaches,
             recompute=self.recompute,
             processes=self.team.size,
+            kept=1 - self.masking.masks.sparsity if self.masking else 1.0,
         )
         return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
 

@@ -13,7 +13,7 @@ from llmprune.recovery.trainables.kept import Kept
 class Dense(Kept):
     """As `kept`, but starts with every weight: in place of pruned ones with those of the dense model."""
 
-    revives = True
+    revives, shrinks = True, False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

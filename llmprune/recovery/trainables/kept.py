@@ -7,15 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmprune.recovery.compact import Expanded, Places
 from llmprune.recovery.masking import Masked
 from llmprune.recovery.parts import Matrix, Trainable, View
 from llmprune.recovery.phases import Phase
 
+_DENSE = 0.9  # the share of kept weights from which there is little to gain
+
 
 class Kept(Trainable):
-    """V is theta, zero where it is pruned."""
+    """V is theta, zero where it is pruned. Where no mask moves, theta has its kept values alone."""
 
     masked = frozenset({"theta"})
+    shrinks = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -35,21 +39,29 @@ class Kept(Trainable):
         if self.config.grown == "dense" and matrix.origin is None:
             raise ValueError("grown weights start at the dense model's; name it with --teacher")
         self._origin = matrix.origin
+        self._places: Places | None = None
         theta = matrix.weight.detach().to(torch.float32, copy=True)
-        self.tensors = {"theta": theta.masked_fill_(~matrix.keep, 0.0).requires_grad_()}
+        if self.shrinks and matrix.still and theta.ndim == 2 and matrix.keep.float().mean() < _DENSE:
+            self._places, self.masked = Places(matrix.keep), frozenset()
+            self.tensors = {"theta": self._places.values(theta).requires_grad_()}
+        else:
+            self.tensors = {"theta": theta.masked_fill_(~matrix.keep, 0.0).requires_grad_()}
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         beta, gamma, _, _ = phase.numbers
-        weight: Tensor = Masked.apply(self.tensors["theta"], keep, beta, gamma)
+        theta, places = self.tensors["theta"], self._places
+        weight: Tensor = (
+            Masked.apply(theta, keep, beta, gamma) if places is None else Expanded.apply(theta, places)
+        )
         return weight
 
     def compared(self, keep: Tensor) -> Tensor:
-        return self.tensors["theta"].detach()
+        return self.merge(keep) if self._places else self.tensors["theta"].detach()
 
     @torch.no_grad()
     def settle(self, keep: Tensor, phase: Phase) -> None:
         rho = phase.numbers[3]
-        if rho < 1:
+        if rho < 1 and self._places is None:
             theta = self.tensors["theta"]
             theta.copy_(torch.where(keep, theta, theta * rho if rho else 0.0))
 
@@ -62,4 +74,5 @@ class Kept(Trainable):
             theta.copy_(torch.where(new & ~old, self._origin().to(theta), theta))
 
     def merge(self, keep: Tensor) -> Tensor:
-        return torch.where(keep, self.tensors["theta"].detach(), 0.0)
+        theta = self.tensors["theta"].detach()
+        return torch.where(keep, theta, 0.0) if self._places is None else self._places.matrix(theta)
