@@ -178,12 +178,17 @@ def parse(text: str, scope: str = "row") -> Pattern:
     return NM(int(match[1]), int(match[2]))
 
 
+_WIDEST = 64
+
+
 def exact_pattern(keep: Tensor) -> NM | None:
-    """The N:M pattern that a keep mask [R, C] satisfies exactly, of M = 4, 8 and 16 the first; else None."""
-    for width in (4, 8, 16):
-        if keep.shape[1] % width == 0:
-            counts = true_per_row(keep.reshape(-1, width))
-            kept = int(counts[0])
-            if 0 < kept < width and bool((counts == kept).all()):
-                return NM(kept, width)
+    """The N:M pattern that a keep mask [R, C] satisfies exactly, with the smallest M up to 64; else None."""
+    columns = keep.shape[1]
+    # Of a single group in a row nothing tells whether it is one, or a row that keeps so many.
+    for width in (w for w in range(2, min(_WIDEST, columns // 2) + 1) if columns % w == 0):
+        kept = int(keep[0, :width].sum())
+        if not 0 < kept < width or bool((true_per_row(keep[:1].reshape(-1, width)) != kept).any()):
+            continue  # the first row tells of most masks
+        if bool((true_per_row(keep.reshape(-1, width)) == kept).all()):
+            return NM(kept, width)
     return None

@@ -434,3 +434,48 @@ def test_views_are_what_rules_are_told(monkeypatch):
     before = run.of("a", "theta")[3], run.weights[4]["a"]
     stay = run.keeps[3]["a"] & run.keeps[4]["a"]
     assert np.array_equal(before[0][stay], before[1][stay]), "the optimizer pauses where the gradient decides"
+
+
+# --- memory that runs out in a move, and NaN
+
+
+class Scarce(Exception):
+    """Memory ran out."""
+
+
+@pytest.mark.parametrize("name", ["grow-gradient", "grow-unfired", "grow-ee", "grow-momentum"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_move_done_again_after_memory_ran_out_moves_nothing_twice(name, last, monkeypatch):
+    options = {"schedule": {"moves": 3, "freeze": 0.0 if last else 0.3, "decay": "constant", "apart": 2}}
+    chosen = method("kept", name, "exchange", 8, options)
+    given = toy(count=3)
+    whole, again = Loop(task(given), chosen), Loop(task(given), chosen)
+    while not whole.done:
+        whole.advance()
+    put, calls = again._put, []
+
+    def scarce(key, *arguments):
+        calls.append(key)
+        if len(calls) % 4 == 2:  # the second matrix of a move, and once more later on
+            raise Scarce
+        put(key, *arguments)
+
+    monkeypatch.setattr(again, "_put", scarce)
+    failures = 0
+    while not again.done or again._placed:
+        try:
+            again.advance()
+        except Scarce:
+            failures += 1
+    assert failures and again.step == whole.step == 8 and again.flipped == whole.flipped
+    assert_left(left(again), left(whole))
+
+
+def test_a_weight_that_is_nan_diverges_where_masks_move():
+    chosen = method("kept", "magnitude", options={"schedule": {"moves": 2}})
+    loop = Loop(task(toy()), chosen)
+    with torch.no_grad():
+        loop.trained["a"].tensors["theta"][0, 0] = float("nan")
+    with pytest.raises(Diverged, match="a weight became NaN by step 0 of 10"):
+        while not loop.done:
+            loop.advance()

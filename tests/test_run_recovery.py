@@ -1,13 +1,16 @@
 """Recovery as a whole: exact results, resumed after being cut off, in blocks, in soups, with bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from other_models import make
 from safetensors.torch import load_file
 
 import llmprune
 from llmprune.checkpoint.masks import read_masks
+from llmprune.recipe import recovery as recipes
 from llmprune.run import recovery as recovering
 from llmprune.run import training
 
@@ -266,7 +269,6 @@ def test_a_teacher_that_the_record_names_must_be_the_very_model(
 
 
 def test_the_revision_in_the_record_is_the_one_that_is_opened(starts, tmp_path):
-    import shutil
 
     from llmprune.api import recovery_start
 
@@ -502,3 +504,88 @@ def test_without_a_recipe_the_best_is_taken_that_fits(starts, tiny_llama, text, 
     monkeypatch.setattr(device, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match="training needs about"):
         chosen()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "granitemoe", "llama4_text"])
+@pytest.mark.parametrize("recipe", ["recover-best", "masked-finetuning", "gmp", "masklora"])
+def test_mixtures_of_experts_are_trained(kind, recipe, text, tmp_path):
+    made = make(kind, tmp_path / "dense")
+    start, more = tmp_path / "dense", {"sparsity": 0.5}
+    if recipe != "gmp":
+        options = {"recipe": "magnitude", "sparsity": 0.5, "output": tmp_path / "start"}
+        start, more = llmprune.prune(made, calibration=text, **options).output, {}
+    record = recover(start, text, tmp_path / "out", recipe=recipe, teacher=tmp_path / "dense", **more)
+    assert record["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert (
+        record["recovery"]["held_out"]["best"] <= record["recovery"]["held_out"]["start"] or recipe == "gmp"
+    )
+    assert torch.isfinite(llmprune.load(tmp_path / "out")(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_a_rule_that_looks_at_inputs_is_refused_for_stacked_experts_before_any_work(text, tmp_path):
+    make("mixtral", tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"rule wanda looks at the inputs of layers, and .* is stacked with"):
+        recover(tmp_path / "dense", text, tmp_path / "out", recipe="sparse-llama", sparsity=0.5, dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "8:32"])
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "iss-p"])
+def test_the_pattern_of_the_start_is_that_of_the_end(tiny_llama, text, tmp_path, pattern, recipe):
+    options = {"recipe": "magnitude", "pattern": pattern, "output": tmp_path / "start"}
+    made = llmprune.prune(tiny_llama, calibration=text, **options).output
+    record = recover(made, text, tmp_path / "out", recipe=recipe, teacher=tiny_llama)
+    assert {row["pattern"] for row in record["matrices"]} == {pattern}
+    n, m = map(int, pattern.split(":"))
+    for name, keep in read_masks(tmp_path / "out" / "masks.safetensors").items():
+        assert (keep.reshape(-1, m).sum(1) == n).all(), name
+
+
+def test_a_start_with_a_dense_matrix_is_kept_where_no_step_is_better(tiny_llama, text, tmp_path):
+    rules = [{"match": "*q_proj", "sparsity": 0.0}]
+    recipe = {"name": "some", "pruner": "magnitude", "sparsity": 0.5, "rules": rules}
+    start = llmprune.prune(tiny_llama, recipe=recipe, calibration=text, output=tmp_path / "start").output
+    record = recover(start, text, tmp_path / "out", settings={"rate.rate": 10.0})
+    assert record["recovery"]["best_step"] == 0
+
+
+def test_a_rate_that_is_named_is_taken():
+    assert recipes.load("masked-finetuning").rates
+    assert recipes.load("masked-finetuning", {"rate.rate": 1e-7}).rates == ()
+    assert recipes.load("masked-finetuning", {"rate": 1e-7}).rates == ()
+    both = {"rate.rate": 1e-7, "rates": [1e-4, 1e-5]}
+    assert recipes.load("masked-finetuning", both).rates == (1e-4, 1e-5)
+    assert recipes.load("masked-finetuning", {"rate.decay": "linear"}).rates
+
+
+def test_a_teacher_that_the_record_names_is_opened_in_its_revision(starts, tmp_path):
+    from llmprune.api import recovery_start
+
+    shutil.copytree(starts / "half", tmp_path / "start")
+    record = json.loads((tmp_path / "start/llmprune.json").read_text())
+    record["model"] |= {"source": "huggyllama/llama-7b", "revision": "v1"}
+    (tmp_path / "start/llmprune.json").write_text(json.dumps(record))
+
+    class Opened:
+        folder = tmp_path / "start"
+
+    for named in ("huggyllama/llama-7b", "llama-7b"):
+        assert recovery_start.is_recorded(Opened(), named)
+    assert not recovery_start.is_recorded(Opened(), "huggyllama/llama-13b")
+
+
+def test_masks_that_are_not_those_of_the_weights_are_refused(starts, tiny_llama, text, tmp_path):
+    with pytest.raises(ValueError, match=r"has masks of its own, and those of .* are others; leave them out"):
+        recover(starts / "half", text, tmp_path / "out", masks=starts / "pairs")
+    with pytest.raises(ValueError, match=r"prunes are not zero in .*; prune them first: llmprune mask apply"):
+        recover(tiny_llama, text, tmp_path / "out", masks=starts / "half" / "masks.safetensors")
+
+
+def test_a_pattern_that_does_not_fit_is_refused_before_any_work(tiny_llama, text, tmp_path):
+    with pytest.raises(ValueError, match=r"in_features 64, not divisible by 7 as pattern 2:7 requires"):
+        recover(tiny_llama, text, tmp_path / "out", recipe="gmp", pattern="2:7", dry_run=True)
+
+
+def test_what_is_not_scored_has_no_texts_to_score(starts, text, tmp_path):
+    with pytest.raises(ValueError, match="limit is for scoring, and nothing is to be scored"):
+        recover(starts / "half", text, tmp_path / "out", limit=2)

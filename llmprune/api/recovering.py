@@ -13,7 +13,7 @@ import torch
 from llmprune import calibration as calibrations
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
-from llmprune.api.recovery_start import aim_of, base_of, chosen_lesson, masking_of
+from llmprune.api.recovery_start import aim_of, base_of, check_pruned, chosen_lesson, masking_of
 from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
@@ -130,6 +130,13 @@ def recover(
     minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
     texts = arguments.texts(samples_text)
+    asked = [
+        name
+        for name, value in (("perplexity", perplexity), ("tasks", tasks), ("suite", suite), ("limit", limit))
+        if value
+    ]
+    if not score and asked:
+        raise ValueError(f"{asked[0]} is for scoring, and nothing is to be scored; leave out one of the two")
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -149,6 +156,8 @@ def recover(
         model = team.in_turn(lambda: opened_at(path, revision))
         masking = masking_of(model, masks)
         aim = aim_of(chosen, masking, sparsity, pattern, path)
+        if masks is not None and masking is not None:
+            team.on_first(lambda: check_pruned(model, masking, masks))
         rows = team.on_first(lambda: training_rows(model, chosen, text, tokens, (epochs, seqlen)))
         prepared = team.in_turn(lambda: spec.prepare(model)) if score else None
         if prepared is not None:

@@ -16,6 +16,7 @@ from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.stored_masks import holds_masks, masks_at
 from llmprune.common.messages import duration, shown, size_text
 from llmprune.contracts import Pattern
+from llmprune.hub import aliases
 from llmprune.model.masking import Masking
 from llmprune.model.opening import Model
 from llmprune.model.targets import all_targets
@@ -81,10 +82,27 @@ def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
             "before rounding, or make it dense first (llmprune convert --to dense)"
         )
     if masks is not None:
+        given, own = masks_at(Path(masks).expanduser()), model.folder
+        if own is not None and holds_masks(own) and masks_at(own).digest != given.digest:
+            raise ValueError(
+                f"{model.label} has masks of its own, and those of {masks} are others; leave them out"
+            )
         return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
     if model.folder is None or not holds_masks(model.folder):
         return None
     return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)
+
+
+def check_pruned(model: Model, masking: Masking, masks: AnyPath) -> None:
+    """Raise `ValueError` where masks of a file of their own prune weights that are not zero."""
+    for target in masking.targets:
+        weight = target.oriented(target.part(model.source.load(target.tensor)))
+        left = int(((weight != 0) & ~masking.keep(target.name)).sum())
+        if left:
+            raise ValueError(
+                f"{left:,} weights of {target.key} that {masks} prunes are not zero in {model.label}; "
+                f"prune them first: llmprune mask apply {model.label} --masks {masks} --output DIR"
+            )
 
 
 def aim_of(
@@ -115,8 +133,10 @@ def aim_of(
             "a recipe that prunes, such as --recipe gmp"
         )
     if masking is not None and wanted < masking.masks.sparsity - 1e-3:
+        given = f"pattern {pattern}, that is sparsity {wanted:g}," if pattern else f"sparsity {wanted:g}"
         raise ValueError(
-            f"{path} is {masking.masks.sparsity:.2%} sparse, and sparsity {wanted:g} is less; leave it out"
+            f"{path} is {masking.masks.sparsity:.2%} sparse, and {given} is less; leave it out, or train the "
+            "dense model"
         )
     found = patterns.parse(name)
     if masking is None and recipe.schedule.name == "exchange":
@@ -145,7 +165,8 @@ def base_of(
         )
     if teacher is None and (masking is None or not needed):
         return None
-    name, revision = (teacher, None) if teacher is not None else _recorded(model)
+    own = teacher is None or is_recorded(model, teacher)
+    name, revision = _recorded(model) if own else (teacher, None)
     if name is None:
         raise ValueError(
             f"recipe {recipe.name} needs the dense model of {model.label}; name it with --teacher"
@@ -161,6 +182,14 @@ def base_of(
         ) from None
     _check_alike(model, base)
     return base
+
+
+def is_recorded(model: Model, teacher: AnyPath) -> bool:
+    """Whether a teacher that was named is the model that the record names, which is then opened in that
+    revision.
+    """
+    named = str(teacher)
+    return (aliases.ALIASES[named].repository if named in aliases.ALIASES else named) == _recorded(model)[0]
 
 
 def _recorded(model: Model) -> tuple[str | None, str | None]:

@@ -17,11 +17,13 @@ class BitmaskPacking:
     """Stores matrices as bits and nonzero values where that is smaller, as `Packing` does in its own format.
 
     Args:
-        names: of the tensors that may be stored so; each is one matrix, and its name ends in `.weight`.
+        names: of the tensors that may be stored so; each is one matrix, and its name ends in `.weight`. They
+            are an attribute, too.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(names)
+        self.names = tuple(names)
+        self._names = frozenset(self.names)
 
     def parts(
         self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], scales: Mapping[str, Tensor]

@@ -59,6 +59,17 @@ class Entry:
         return float(self.record["totals"]["sparsity"])
 
     @property
+    def pruned(self) -> float:
+        """The share of weights that the masks prune; of what is kept, rounding may make some more zero."""
+        rows = self.record["matrices"]
+        known = [(row["shape"][0] * row["shape"][1], row.get("target_sparsity")) for row in rows]
+        forms = (self.record["recipe"], self.record.get("format", {}))
+        rounded = any(form.get("values", "same") != "same" for form in forms)
+        if not rounded or not known or any(share is None for _, share in known):
+            return self.sparsity
+        return float(sum(size * share for size, share in known) / sum(size for size, _ in known))
+
+    @property
     def seconds(self) -> float:
         """Of the whole run, scoring included."""
         return float(self.record["totals"]["seconds"]["total"])

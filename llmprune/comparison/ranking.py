@@ -44,7 +44,7 @@ def groups_of(entries: Sequence[Entry]) -> list[Group]:
     labels: dict[tuple[str, str], str] = {}
     # A run that prunes fewer matrices to a sparsity has an easier task than one that prunes all of them.
     amounts = {
-        entry.name: f"{entry.pattern} {entry.sparsity:.2f} of {entry.record['totals']['weights']}"
+        entry.name: f"{entry.pattern} {entry.pruned:.2f} of {entry.record['totals']['weights']}"
         for entry in entries
     }
     for entry in entries:

@@ -29,6 +29,7 @@ def filled(model: Model) -> Skeleton:
     else:
         config = old.model.config
     new = Skeleton(config, model.source, old.dtype, old.device, trust, old.given_blocks)
+    all_targets(new)  # before the weights are loaded: finding those of experts frees what it has read
     new.load(list(new.group_of))
     return new
 

@@ -212,7 +212,7 @@ def _matrices(
         own = recipe.pattern_for(rule), fixed.get(target.name, recipe.sparsity)
         pattern, sparsity = allocated.get(target.name, own)
         matrices[target.name] = MatrixPlan(target.name, target.shape, pattern, sparsity, reason)
-    _check_widths(list(matrices.values()))
+    check_widths(list(matrices.values()))
     if not matrices:
         raise ValueError("the rules skip every matrix; nothing would be pruned")
     if recipe.permute and not any(isinstance(m.pattern, NM) for m in matrices.values()):
@@ -268,7 +268,7 @@ def _allocated(
     wishes = allocator.allocate(shapes, blocks, findings.measures, recipe.sparsity, trial)
     if all(wish == recipe.sparsity for wish in wishes.values()):
         return {name: (asked[name], recipe.sparsity) for name in shapes}
-    _check_widths([MatrixPlan(name, shapes[name], asked[name], 0.0, "") for name in shapes])
+    check_widths([MatrixPlan(name, shapes[name], asked[name], 0.0, "") for name in shapes])
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     grouped = {name for name in shapes if asked[name].width > 1}
     units = {}  # what a matrix can lose one more of: a column of every group, a weight of every row, a weight
@@ -289,7 +289,8 @@ def _allocated(
     return found
 
 
-def _check_widths(matrices: Sequence[MatrixPlan]) -> None:
+def check_widths(matrices: Sequence[MatrixPlan]) -> None:
+    """Raise `ValueError` for a matrix whose columns are no whole groups of its pattern."""
     uneven = [m for m in matrices if m.shape[1] % m.pattern.width]
     if uneven:
         first = uneven[0]

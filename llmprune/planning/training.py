@@ -120,10 +120,13 @@ def training_plan(
     one = recipe.scope == "block"
     share = largest / max(1, weights) if one else 1.0
     trained = round(share * numbers) + (0 if one else extent.others)
+    wants = method.rule.wants if method.rule and recipe.moves else frozenset()
     # A gradient is freed once its tensor has moved, unless all are needed together.
-    freed = not (recipe.clip or recipe.moves or extent.processes > 1)
-    gradients = max(*each, extent.others, 0) if freed else trained
+    together = recipe.clip or extent.processes > 1 or wants & {"gradient", "moments"}
+    gradients = trained if together or trainable.penalises else max(*each, extent.others, 0)
     stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
+    if trainable.based and recipe.moves:  # what was trained is added to them at a move
+        stored = max(stored, 4 * weights)
     made = largest if extent.recompute or one else weights  # with the mask that the backward pass needs
     parts = {
         "trained": 4 * (trained * (1 + moments) + gradients + round(share * beside)),
@@ -134,6 +137,10 @@ def training_plan(
         "logits": 0 if one else tokens * skeleton.vocabulary * 2 * item + 16 * (1 << 23),
         "process": _PROCESS,
     }
+    if "active" in wants:
+        parts["trained"] += 4 * weights
+    if recipe.soup.copies * recipe.soup.phases > 1:  # the sum of the copies, and where they start
+        parts["soup"] = 5 * weights + _stored_bytes(skeleton, targets)
     if extent.taught:
         parts["teacher"] = largest * item if one else _model_bytes(skeleton)
     if one:

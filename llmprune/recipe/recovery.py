@@ -173,7 +173,8 @@ def load(
 
     Args:
         recipe: the name of a shipped recipe, a YAML file, or a mapping of its fields.
-        overrides: values that replace the recipe's, by dotted key, such as `{"rate.rate": 1e-4}`.
+        overrides: values that replace the recipe's, by dotted key, such as `{"rate.rate": 1e-4}`; with a
+            rate, no others are tried.
 
     Raises:
         ValueError: an unknown recipe, key, part or option, or a value out of range.
@@ -184,7 +185,11 @@ def load(
         values, label = dict(recipe), recipe.get("name") or "custom"
     else:
         raise ValueError(f"a recipe of recovery is a name, a file or a mapping, got {shown(recipe)}")
-    for key, value in (overrides or {}).items():
+    overrides = dict(overrides or {})
+    named = "rate.rate" in overrides or is_number(overrides.get("rate"))
+    if named and "rates" not in overrides:
+        values["rates"] = []  # else those of the recipe would be tried in its place
+    for key, value in overrides.items():
         _override(values, str(key), value)
     return from_dict({**values, "name": label})
 

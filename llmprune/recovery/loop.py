@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,9 @@ class _Weights(Mapping[str, Tensor]):
     """The weights of a step by name, made when they are read."""
 
     def __init__(self, loop: Loop, phase: Phase) -> None:
-        self._loop, self._phase = loop, phase
+        # The student keeps this until it is called again, and must not keep a loop that is done with it.
+        self._loop: Loop = weakref.proxy(loop)
+        self._phase = phase
 
     def __getitem__(self, name: str) -> Tensor:
         loop = self._loop
@@ -82,7 +85,9 @@ class Loop:
         self._queue: list[int] = []
         self._batch: list[int] = []  # of the step that is being done
         self._stepped: set[str] = set()  # tensors that have moved in the step that is being done
-        self._moved = -1  # the step before which masks moved last
+        self._moved, self._loss = -1, 0.0  # the step before which masks moved last; the loss of the last step
+        self._placed: set[str] = set()  # matrices whose mask has moved, in a move that is being done
+        self._flips = [0, 0]  # entries of those masks that have changed, and all
         self._gradients: dict[str, Tensor] = {}
         self._active: dict[str, Tensor] = {}
         wants = method.rule.wants if method.rule else frozenset()
@@ -112,28 +117,37 @@ class Loop:
         return self.step >= self.method.steps
 
     def advance(self) -> float:
-        """Do one step; returns its loss.
+        """Do one step; returns its loss. Where memory ran out in a step, the same step is gone on with.
 
         Raises:
-            Diverged: the loss is NaN or Inf; nothing has moved then.
+            Diverged: the loss or a weight is NaN or Inf; no weight has moved then.
         """
+        if self.done:  # all but the last move of the masks
+            return self._end()
         phase = self.phase(self.step)
         if phase.move and self._moved < self.step:  # else a step is done again, after memory ran out
             self._move(phase)
             self._moved = self.step
         coming = self.phase(self.step + 1).move and "gradient" in self._wants
         loss = self._backward(phase, coming)
-        paused = coming and self.method.rule is not None and self.method.rule.pauses
-        if not paused:
+        if not self._pauses(coming):
             self._update(phase)
             for name, trainable in self.trained.items():
                 trainable.settle(self.keeps[name], phase)
         self._free_gradients()
         self._stepped.clear()
-        self._batch, self.step = [], self.step + 1
-        if self.done and self.phase(self.step).move:
+        self._batch, self.step, self._loss = [], self.step + 1, loss
+        return self._end() if self.done else loss
+
+    def _end(self) -> float:
+        """Move the masks after the last step, where the schedule says so."""
+        if self.phase(self.step).move:
             self._move(self.phase(self.step))
-        return loss
+        return self._loss
+
+    def _pauses(self, coming: bool) -> bool:
+        """Whether the optimizer does not move, where a move is `coming` that the gradient decides."""
+        return coming and self.method.rule is not None and self.method.rule.pauses
 
     def _free_gradients(self) -> None:
         for tensor in self._leaves().values():
@@ -186,7 +200,7 @@ class Loop:
     def _moving_at_once(self, phase: Phase, dense: bool, last: bool) -> Iterator[None]:
         """Move every tensor as soon as its gradient is whole, and free that, where nothing else needs it."""
         needed = dense or "moments" in self._wants or self.method.clip or self.task.shared
-        if needed or not last or any(type(t).penalty is not Trainable.penalty for t in self.trained.values()):
+        if needed or not last or any(t.penalises for t in self.trained.values()):
             yield
             return
 
@@ -207,14 +221,17 @@ class Loop:
                 handle.remove()
 
     def _part_from_pruned(self, dense: bool, gamma: float) -> None:
-        """Keep dense gradients for the next move; those of pruned weights do not move them."""
+        """Keep dense gradients for the next move; those of pruned weights do not move them.
+
+        Nothing is copied that need not be: nobody changes a gradient in place from here on.
+        """
         for name, trainable in self.trained.items():
             for part in trainable.masked:
                 tensor = trainable.tensors[part]
                 assert tensor.grad is not None
                 if dense:
-                    self._gradients[name] = tensor.grad.clone()
-                if gamma != 1 and "moments" not in self._wants:
+                    self._gradients[name] = tensor.grad
+                if gamma != 1 and "moments" not in self._wants and not self._pauses(dense):
                     tensor.grad = torch.where(self.keeps[name], tensor.grad, tensor.grad * gamma)
 
     def _add_penalties(self, phase: Phase) -> None:
@@ -224,7 +241,7 @@ class Loop:
         if not self.task.mine([self.task.sequences[0]]):
             return
         for name, trainable in self.trained.items():
-            if type(trainable).penalty is Trainable.penalty or phase.frozen:
+            if not trainable.penalises or phase.frozen:
                 continue
             with torch.enable_grad():
                 found = trainable.penalty(trainable.weight(self.keeps[name], phase), phase)
@@ -263,7 +280,7 @@ class Loop:
         method = self.method
         assert tensor.grad is not None
         if scale != 1:
-            tensor.grad.mul_(scale)  # before the pull, which is no gradient of the loss
+            tensor.grad = tensor.grad * scale  # before the pull, which is no gradient of the loss
         rate, lam = method.rate.at(self.step, method.steps), phase.numbers[2]
         name, _, part = key.rpartition(":")
         keep = None
@@ -305,8 +322,9 @@ class Loop:
         if "inputs" in self._wants:
             assert self.task.inputs is not None
             inputs = self.task.inputs(_Weights(self, phase))
-        changed = entries = 0
         for name, matrix in self.matrices.items():
+            if name in self._placed:  # the move is done again, after memory ran out
+                continue
             old = self.keeps[name]
             view = self._view(name, matrix.aim(phase), phase, inputs.get(name))
             new = self._chosen(view)
@@ -314,9 +332,13 @@ class Loop:
             if view.aim is not None:
                 view.aim[0].check(new, view.aim[1])
             flips = new != old
-            changed, entries = changed + int(flips.sum()), entries + flips.numel()
             self._put(name, old, new, phase, view)
-        self.flipped = changed / max(1, entries)
+            self._placed.add(name)
+            self._gradients.pop(name, None)
+            self._flips = [self._flips[0] + int(flips.sum()), self._flips[1] + flips.numel()]
+        self.flipped = self._flips[0] / max(1, self._flips[1])
+        self._placed.clear()
+        self._flips = [0, 0]
 
     def _put(self, name: str, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
         trainable = self.trained[name]
@@ -350,7 +372,7 @@ class Loop:
             aim=aim,
             phase=phase,
             generator=self._generator(name, phase.step),
-            gradient=self._gradients.pop(name, None),
+            gradient=self._gradients.get(name),
             mean=moments[0] if moments else None,
             square=moments[1] if moments else None,
             inputs=inputs,
@@ -363,6 +385,8 @@ class Loop:
             return torch.ones_like(view.keep)
         assert self.method.rule is not None
         score = self.method.rule.score(view)
+        if bool(score.isnan().any()):
+            raise Diverged(f"a weight became NaN by step {self.step} of {self.method.steps}")
         return view.aim[0].select(score.contiguous(), view.aim[1])
 
     # -- results --------------------------------------------------------------------------------------------

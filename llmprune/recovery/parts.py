@@ -208,6 +208,11 @@ class Trainable(Algorithm, ABC):
     def moved(self, old: Tensor, new: Tensor, phase: Phase, view: View) -> None:
         """What becomes of the tensors when the mask changes from `old` to `new`."""
 
+    @property
+    def penalises(self) -> bool:
+        """Whether it adds anything to the loss."""
+        return type(self).penalty is not Trainable.penalty
+
     def penalty(self, weight: Tensor, phase: Phase) -> Tensor | None:
         """What is added to the loss for V; None for nothing."""
         return None

@@ -21,6 +21,7 @@ from llmprune.model.student import Student, filled
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
+from llmprune.planning.plan import MatrixPlan, check_widths
 from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recovery.parts import Matrix, exact_sparsity
@@ -98,7 +99,20 @@ class Lesson:
         return self.team.on_first(devices.available_memory)
 
     def plan(self, steps: int) -> TrainingPlan:
-        """What it will hold in memory."""
+        """What it will hold in memory.
+
+        Raises:
+            ValueError: a matrix that cannot have the pattern asked for, or that the recipe cannot train.
+        """
+        if self.aim is not None:
+            check_widths([MatrixPlan(t.key, t.shape, self.aim[0], self.aim[1], "") for t in self.targets])
+        rule = self.recipe.method(1).rule
+        stacked = next((t.key for t in self.targets if t.layer is None), None)
+        if rule is not None and self.recipe.moves and "inputs" in rule.wants and stacked:
+            raise ValueError(
+                f"rule {self.recipe.rule and self.recipe.rule.name} looks at the inputs of layers, and "
+                f"{stacked} is stacked with other experts; take a recipe with rule magnitude (sr-ste, gmp)"
+            )
         skeleton, others = self.model.skeleton, plain_tensors(self.model.skeleton, self.recipe.others)
         extent = Extent(
             targets=self.targets,
@@ -127,7 +141,7 @@ class Lesson:
         """
         weight = load(target)
         keep = self._keep(target, weight)
-        pattern, sparsity = self._aim_of(target, keep)
+        pattern, sparsity = self.aim_of(keep)
         return Matrix(
             weight=weight,
             keep=keep.to(weight.device),
@@ -143,7 +157,8 @@ class Lesson:
             return torch.ones(target.shape, dtype=torch.bool)
         return self.masking.keep(target.name)
 
-    def _aim_of(self, target: Target, keep: Tensor) -> tuple[Pattern | None, float]:
+    def aim_of(self, keep: Tensor) -> tuple[Pattern | None, float]:
+        """The pattern and sparsity that a matrix ends with, by its mask at the start; no pattern for none."""
         if self.aim is not None:
             return self.aim
         if self.masking is None:

@@ -59,6 +59,8 @@ class Conversion:
         targets = all_targets(skeleton)
         given = self._masks(targets)
         shapes = self._shapes(targets, given)
+        if isinstance(packer := self._packer(targets), BitmaskPacking):
+            self._check_sparse(packer)
         check_space(writer.output, sum(t.bytes for t in model.source.tensors.values()))
         shards = len(skeleton.blocks) + 1
         writer.begin(
@@ -94,6 +96,15 @@ class Conversion:
             return Packing(packed_layouts(self.model.skeleton), VALUES[self.values])
         names = (t.tensor for t in targets if t.index is None and t.tensor.endswith(WEIGHT))
         return BitmaskPacking(names) if self.to == FORMATS[0] else None
+
+    def _check_sparse(self, packer: BitmaskPacking) -> None:
+        """Raise `ValueError` where not one matrix becomes smaller; most often the first one does."""
+        load = self.model.source.load
+        if not any(name not in packer.parts({name: load(name)}, {}, {}) for name in packer.names):
+            raise ValueError(
+                f"no matrix of {self.model.label} would be smaller in {FORMATS[0]}, since it is not sparse; "
+                "prune it first: llmprune prune"
+            )
 
     def _masks(self, targets: list[Target]) -> Masking | None:
         """The keep masks beside a dense checkpoint; None where it has none.

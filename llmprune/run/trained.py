@@ -16,7 +16,7 @@ from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.contracts import Pattern
 from llmprune.model.target import Target
 from llmprune.numerics.counts import all_finite, zeros_of
-from llmprune.patterns import exact_pattern
+from llmprune.patterns import NM, exact_pattern
 from llmprune.record.figures import Record
 from llmprune.run.clock import Clock
 from llmprune.run.lesson import Lesson, plain_tensors
@@ -174,8 +174,12 @@ class TrainedWriter:
             return lesson.aim[0]
         if lesson.masking is not None:
             given = lesson.masking.keep(target.name)
+            pattern, sparsity = lesson.aim_of(given)
             if int(given.sum()) != int(keep.sum()):
                 raise RuntimeError(
                     f"the mask of {target.key} keeps {int(keep.sum())}, not {int(given.sum())}"
                 )
+            if isinstance(pattern, NM):
+                pattern.check(keep, sparsity)
+                return pattern
         return None

@@ -263,6 +263,7 @@ class Training:
         task = part_pruned(self.task, 0, phases) if phases > 1 else self.task
         self._reporter.stage("trying learning rates", steps * len(self.recipe.rates))
         for rate in self.recipe.rates:
+            loop = None  # its memory is free before the next one begins
             loop = Loop(task, self.recipe.method(steps, rate))
             try:
                 while not loop.done:
@@ -343,7 +344,8 @@ def _result(loop: Loop) -> dict[str, Made]:
 
 def _grows(loop: Loop) -> bool:
     """Whether the start is no result, since matrices that shall be sparse are dense."""
-    return any(m.pattern is not None and bool(loop.keeps[n].all()) for n, m in loop.matrices.items())
+    sparse = (name for name, m in loop.matrices.items() if m.pattern is not None and m.sparsity > 0)
+    return any(bool(loop.keeps[name].all()) for name in sparse)
 
 
 def _sparsity(loop: Loop) -> float:
