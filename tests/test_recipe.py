@@ -186,3 +186,11 @@ def test_a_wrong_case_is_refused(tmp_path, case, told):
     (tmp_path / "mine.yaml").write_text(f"pruner: wanda\ncases: [{case}]\n")
     with pytest.raises(ValueError, match=told):
         recipes.load(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "1:30"])
+def test_an_nm_pattern_is_a_text_and_no_number_in_base_60(text):
+    assert recipes.parse_assignment(f"pattern={text}") == ("pattern", text)
+    assert recipes.parse_choices(f"pattern={text},unstructured") == ("pattern", [text, "unstructured"])
+    assert recipes.parse_assignment("seed=12") == ("seed", 12)
+    assert recipes.parse_assignment("a=1.5e-3") == ("a", 0.0015)

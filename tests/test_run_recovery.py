@@ -589,3 +589,24 @@ def test_a_pattern_that_does_not_fit_is_refused_before_any_work(tiny_llama, text
 def test_what_is_not_scored_has_no_texts_to_score(starts, text, tmp_path):
     with pytest.raises(ValueError, match="limit is for scoring, and nothing is to be scored"):
         recover(starts / "half", text, tmp_path / "out", limit=2)
+
+
+def test_fewer_tokens_than_a_step_are_refused(starts, text, tmp_path):
+    with pytest.raises(ValueError, match=r"tokens 100 are less than one step, of 4 sequences of 32; give at"):
+        llmprune.recover(
+            starts / "half",
+            text=text,
+            tokens=100,
+            recipe="masked-finetuning",
+            settings={"batch": 4},
+            output=tmp_path / "out",
+            score=False,
+        )
+
+
+def test_text_from_the_model_and_sequences_over_its_limit_are_refused(starts, tmp_path):
+    given = {"tokens": 5000, "output": tmp_path / "out", "score": False}
+    with pytest.raises(ValueError, match="asks for text sampled from the model, with which only calibration"):
+        llmprune.recover(starts / "half", text="builtin=0.5+self=0.5", **given)
+    with pytest.raises(ValueError, match=r"sequence length 1000 is over the model's limit of 64; use --seqlen"):
+        llmprune.recover(starts / "half", text="builtin", seqlen=1000, **given)

@@ -583,3 +583,26 @@ def test_nothing_written_names_a_local_folder(start, tmp_path, make_llama):
     for name in ("sweep.json", "table.md", "table.csv", "report.html"):
         text = Path(result.output / name).read_text()
         assert str(tmp_path) not in text and str(make_llama().parent) not in text, name
+
+
+def test_a_field_given_twice_is_refused(start, tmp_path, tiny_llama):
+    for given in ({"sparsity": [0.5], "settings": {"sparsity": [0.6]}}, {"settings": {"seed": 1}, "seed": 2}):
+        with pytest.raises(ValueError, match=r"is given twice: .* in settings \(--set\); give it once"):
+            start(recipe="wanda", **given)
+    with pytest.raises(ValueError, match="sparsity is given twice: 0.5, and 0.6 in settings"):
+        llmprune.prune(tiny_llama, recipe="wanda", sparsity=0.5, settings={"sparsity": 0.6}, dry_run=True)
+
+
+def test_a_sweep_and_a_cell_without_weights_are_no_models(start, tmp_path):
+    start(recipe="wanda", sparsity=0.5, keep="none")
+    with pytest.raises(ValueError, match=r"out is a sweep; name one of its cells: .*/out/cells/NAME"):
+        llmprune.inspect(tmp_path / "out")
+    for call in (llmprune.inspect, llmprune.evaluate, lambda path: llmprune.generate(path, "x")):
+        with pytest.raises(ValueError, match="has a record and no weights: it is a cell of a sweep that kept"):
+            call(tmp_path / "out" / "cells" / "wanda-0.5")
+
+
+def test_cells_with_rounded_values_rank_with_the_others(start):
+    swept = start(recipe="magnitude", pattern="2:4", format="packed", settings={"values": ["same", "int4"]})
+    (group,) = llmprune.compare([swept.output], output=None).record["scores"]
+    assert group["best"] and {cell["sparsity_reached"] for cell in swept.cells} != {0.5}

@@ -363,6 +363,16 @@ def checked(**others: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def check_once(given: Mapping[str, Any], settings: Mapping[str, Any] | None) -> None:
+    """Raise `ValueError` for a field of the recipe that has a parameter and is in `settings` too."""
+    for key, value in (settings or {}).items():
+        if key in given and value != given[key]:
+            raise ValueError(
+                f"{key} is given twice: {shown(given[key])}, and {shown(value)} in settings (--set); give it "
+                "once"
+            )
+
+
 def check_format(format: str) -> None:
     """Raise `ValueError` for a form in which weights are not saved."""
     if format not in ("dense", "packed"):

@@ -57,10 +57,10 @@ def generate(
     sampling = Sampling(tokens=max_new_tokens, temperature=temperature, seed=seed)
     sampling.check()
     located = locate(os.fspath(path), revision, trust_remote_code)
+    limit = token_limit(read_config(located.folder, trust_remote_code))
     tokenizer = read_tokenizer(located.folder, trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, which text needs; put its files into the folder")
-    limit = token_limit(read_config(located.folder, trust_remote_code))
     _check_length(tokenizer, prompt, max_new_tokens, limit)
     packed = packing_entry(read_json(located.folder / CONFIG)) is not None
     started = time.monotonic()

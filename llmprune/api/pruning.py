@@ -159,7 +159,9 @@ def prune(
         "values": values,
         "calibration.source": source if isinstance(source, (str, type(None))) else "in-memory",
     }
-    overrides = {key: value for key, value in wanted.items() if value is not None} | dict(settings or {})
+    overrides = {key: value for key, value in wanted.items() if value is not None}
+    arguments.check_once(overrides, settings)
+    overrides |= dict(settings or {})
     asked = os.environ.get("LLMPRUNE_TIME_LIMIT") if time_limit is None else time_limit
     limit, texts = arguments.minutes(asked, choice.TIME_LIMIT), arguments.texts(samples_text)
     named: Any = choice.LIGHT if recipe is None else recipe

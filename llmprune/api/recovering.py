@@ -244,6 +244,16 @@ def training_rows(
     epochs, length = reading
     ready = is_ready(text)
     length = length or default_length(model.limit)
+    if not ready and model.limit and length > model.limit:
+        raise ValueError(
+            f"sequence length {length} is over the model's limit of {model.limit}; use --seqlen "
+            f"{model.limit} or less"
+        )
+    if isinstance(text, str) and "self" in plain_sources(text):
+        raise ValueError(
+            f"text {shown(text)} asks for text sampled from the model, with which only calibration is done; "
+            "name another source, such as a file"
+        )
     samples = math.ceil(tokens / (length * epochs))
     if samples < 2 and not ready:
         raise ValueError(

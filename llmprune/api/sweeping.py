@@ -136,6 +136,9 @@ def sweep(
     }
     if source is not None and "calibration.source" in (settings or {}):
         raise ValueError("calibration and settings calibration.source both name the source; give one of them")
+    axes = {"sparsity": sparsity, "pattern": pattern, "pruner": pruner}
+    fields = {**common, **axes}
+    arguments.check_once({key: value for key, value in fields.items() if value is not None}, settings)
     grid = Grid(
         recipes=_listed(recipe),
         sparsities=_listed(sparsity),

@@ -239,11 +239,27 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder / RECORD} has schema {shown(schema)}, and this llmprune reads schema {SCHEMA}; "
             "update llmprune"
         )
-    if schema != SCHEMA or isinstance(schema, bool):
+    if schema != SCHEMA or isinstance(schema, bool) or not _is_whole(record):
         raise ValueError(
             f"{folder / RECORD} is not a record of this program; remove it or restore the original"
         )
     return record
+
+
+_SECTIONS = ("model", "recipe", "calibration", "evaluation", "totals", "environment", "recovery", "samples")
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether the parts of a record that others read are of the right type, where they are there."""
+    parts = [record.get(name) for name in _SECTIONS]
+    if not all(part is None or isinstance(part, Mapping) for part in parts):
+        return False
+    rows, totals = record.get("matrices", []), record.get("totals") or {}
+    named = isinstance(rows, list) and all(
+        isinstance(row, Mapping) and isinstance(row.get("name"), str) for row in rows
+    )
+    share = totals.get("sparsity", 0.0)
+    return named and isinstance(share, (int, float)) and not isinstance(share, bool)
 
 
 def read_ahead(source: WeightSource, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:

@@ -140,7 +140,7 @@ SWEEPING = (
 
 _TEXT = (
     "To train on: builtin, c4, wikitext2, fineweb-edu, ID:column, a .txt/.jsonl/.parquet/.safetensors file; "
-    "c4=0.7+self=0.3 mixes."
+    "c4=0.7+notes.txt=0.3 mixes."
 )
 _TOKENS = "To train on, all epochs together: 200000, 500k, 2M."
 

@@ -5,6 +5,7 @@ The files are found both in a checkout and in an installed wheel.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """What yaml knows a plain value by; that of a number takes no colons."""
+    number = tag.rpartition(":")[2] in ("int", "float")
+    return re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags) if number else pattern
+
+
 class _Loader(yaml.SafeLoader):
-    """yaml's safe loader, but a key given twice is refused: yaml itself silently drops the first value."""
+    """yaml's safe loader, but a key given twice is refused, where yaml itself silently drops the first value,
+    and 2:4 is a text, where yaml reads a number in base 60.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -48,6 +57,12 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise ValueError(f"key {shown(twice)} stands twice (line {node.start_mark.line + 1}); keep one")
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, _without_base_60(tag, pattern)) for tag, pattern in found]
+    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str) -> Any:

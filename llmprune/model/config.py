@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.contents import RECORD, SWEEP
 from llmprune.checkpoint.packed_entry import packing_entry
 from llmprune.checkpoint.reader import read_json
 from llmprune.common.messages import first_line, shown
@@ -65,7 +66,7 @@ def check_folder(
     _check_adapter(folder, where)
     check_files(folder, where)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{where} has no config.json; expected a Hugging Face checkpoint folder")
+        raise ValueError(_no_model(folder, where))
     raw = read_json(folder / "config.json")
     if dequantize:
         dequantising(raw, where)
@@ -73,6 +74,18 @@ def check_folder(
         check_dense(raw, where, folder)
     _check_type(raw, where, trust_remote_code)
     return raw
+
+
+def _no_model(folder: Path, where: str) -> str:
+    """Why a folder without config.json is no model, and which one is meant."""
+    if (folder / SWEEP).is_file():
+        return f"{where} is a sweep; name one of its cells: {where}/cells/NAME"
+    if (folder / RECORD).is_file():
+        return (
+            f"{where} has a record and no weights: it is a cell of a sweep that kept those of others "
+            "(--keep best or none); name one that kept its own"
+        )
+    return f"{where} has no config.json; expected a Hugging Face checkpoint folder"
 
 
 def check_whole(model: Any) -> None:

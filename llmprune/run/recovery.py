@@ -46,7 +46,12 @@ def steps_of(lesson: Lesson) -> int:
     """
     tokens = lesson.asked.tokens
     each, soup = lesson.rows.tokens.shape[1] * lesson.recipe.batch, lesson.recipe.soup
-    steps, trainings = max(1, tokens // each), soup.phases * soup.copies
+    steps, trainings = tokens // each, soup.phases * soup.copies
+    if not steps:
+        raise ValueError(
+            f"tokens {tokens:,} are less than one step, of {lesson.recipe.batch} sequences of "
+            f"{lesson.rows.tokens.shape[1]}; give at least {each}, or a smaller --seqlen or --set batch="
+        )
     if steps < trainings:
         raise ValueError(
             f"recipe {lesson.recipe.name} trains {soup.copies} copies in each of {soup.phases} phases, and "

@@ -167,7 +167,7 @@ class Lines:
         if self._done == self._steps or now - self._printed >= self.EVERY:
             self._printed, passed = now, now - self._started
             left = passed / self._done * (self._steps - self._done)
-            self._console.verbatim(
+            self._console.say(
                 f"{self._title}  {self._done}/{self._steps}  {_clock(passed)}  ETA {_clock(left)}"
             )
 
