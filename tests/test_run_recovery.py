@@ -608,5 +608,5 @@ def test_text_from_the_model_and_sequences_over_its_limit_are_refused(starts, tm
     given = {"tokens": 5000, "output": tmp_path / "out", "score": False}
     with pytest.raises(ValueError, match="asks for text sampled from the model, with which only calibration"):
         llmprune.recover(starts / "half", text="builtin=0.5+self=0.5", **given)
-    with pytest.raises(ValueError, match=r"sequence length 1000 is over the model's limit of 64; use --seqlen"):
+    with pytest.raises(ValueError, match=r"sequence length 1000 is over the model's limit of 64; use"):
         llmprune.recover(starts / "half", text="builtin", seqlen=1000, **given)

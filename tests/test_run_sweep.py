@@ -589,7 +589,7 @@ def test_a_field_given_twice_is_refused(start, tmp_path, tiny_llama):
     for given in ({"sparsity": [0.5], "settings": {"sparsity": [0.6]}}, {"settings": {"seed": 1}, "seed": 2}):
         with pytest.raises(ValueError, match=r"is given twice: .* in settings \(--set\); give it once"):
             start(recipe="wanda", **given)
-    with pytest.raises(ValueError, match="sparsity is given twice: 0.5, and 0.6 in settings"):
+    with pytest.raises(ValueError, match=r"sparsity is given twice: 0\.5, and 0\.6 in settings"):
         llmprune.prune(tiny_llama, recipe="wanda", sparsity=0.5, settings={"sparsity": 0.6}, dry_run=True)
 
 
@@ -598,7 +598,7 @@ def test_a_sweep_and_a_cell_without_weights_are_no_models(start, tmp_path):
     with pytest.raises(ValueError, match=r"out is a sweep; name one of its cells: .*/out/cells/NAME"):
         llmprune.inspect(tmp_path / "out")
     for call in (llmprune.inspect, llmprune.evaluate, lambda path: llmprune.generate(path, "x")):
-        with pytest.raises(ValueError, match="has a record and no weights: it is a cell of a sweep that kept"):
+        with pytest.raises(ValueError, match="has a record and no weights: it is a cell of a sweep"):
             call(tmp_path / "out" / "cells" / "wanda-0.5")
 
 
