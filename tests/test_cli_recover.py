@@ -525,3 +525,22 @@ def test_pruning_and_training_as_one_job(typed, tiny_llama, tmp_path):
         "llmprune: tokens is for training after pruning, and no recipe to train by was given; add --recover "
         "NAME, or leave tokens out\n"
     )
+
+
+def test_a_dry_run_of_both_plans_both(typed, tiny_llama, tmp_path):
+    args = (
+        "--recipe",
+        "magnitude",
+        "--sparsity",
+        "0.75",
+        "--samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--output",
+        "out",
+    )
+    more = ("--recover", "masked-finetuning", "--text", "builtin", "--tokens", "2k", "--dry-run")
+    code, out, err = typed("run", tiny_llama, *args, *more)
+    assert code == 0 and list(tmp_path.iterdir()) == []
+    assert "then training by recipe masked-finetuning" in out and "bytes per weight" in out

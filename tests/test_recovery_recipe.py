@@ -354,3 +354,27 @@ def test_what_a_recipe_cannot_train_is_refused_before_any_work(tiny_llama, start
     spp = {"trainable": {"name": "scaled", "groups": 5}, "objective": "next-token"}
     tried(starts["2:4"], r"rows are divisible by groups 5, got \[64, 64\]; set trainable.groups", recipe=spp)
     tried(tiny_llama, r"recipe rigl exchanges weights of a pruned model", recipe="rigl", sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        (
+            "masked-finetuning",
+            {"schedule.start": 0.1},
+            r"schedule\.start 0\.1 is of masks that move, and they",
+        ),
+        ("masked-finetuning", {"schedule.freeze": 0.5}, r"schedule\.freeze 0\.5 is of masks that move"),
+        (
+            "masked-finetuning",
+            {"trainable.grown": "dense"},
+            r"grown dense is of weights that grow, and no mask",
+        ),
+        ("mdgf", {"numbers.ramp": 0.5}, r"numbers\.ramp 0\.5 lets lam rise, which is 0; set numbers\.lam"),
+        ("gmp", {"numbers.beta_fall": "linear"}, r"numbers\.beta_fall linear lets beta fall, which is 0"),
+        ("ebft", {"recompute": "on"}, r"recompute on is for scope model, got scope block; leave it out"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(name, settings, said):
+    with pytest.raises(ValueError, match=said):
+        recipes.load(name, settings)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmprune.api.recovering import is_ready, recover, training_rows
+from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
 from llmprune.recipe import recovery as recipes
+from llmprune.run.lesson import Asked, Lesson
+from llmprune.run.recovery import steps_of
 
 
 class Training(NamedTuple):
@@ -75,11 +78,14 @@ def prune_and_recover(
         raise ValueError(
             "--recover trains values as they are; round them afterwards: llmprune convert --values"
         )
-    _check_text(model, training, options)
+    planned = _planned(model, training, options)
     output = Path(os.fspath(options["output"])).expanduser()
     start = output.with_name(f"{output.name}-pruned")
     pruned = prune(model, **{**options, "output": start, "format": "dense"})
     if isinstance(pruned, DryRun):
+        with reporting(options.get("reporter"), options.get("progress"), processes.current()) as report:
+            for line in planned(pruned.plan.sparsity):
+                report.note(line)
         return pruned
     shared = {key: options[key] for key in _SHARED if options.get(key) is not None}
     if is_ready(training.text):  # then `seqlen` is of the calibration text alone
@@ -98,8 +104,12 @@ def prune_and_recover(
     )
 
 
-def _check_text(model: Any, training: Training, options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where recipe or text will not do, which is known before anything is pruned."""
+def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Callable[[float], list[str]]:
+    """What tells the plan of the training, in words, given how sparse its start will be.
+
+    Raises:
+        ValueError: recipe or text will not do, which is known before anything is pruned.
+    """
     recipe = recipes.load(training.recipe)
     opening = OpenOptions(
         revision=options.get("revision"),
@@ -111,4 +121,12 @@ def _check_text(model: Any, training: Training, options: Mapping[str, Any]) -> N
     team = processes.current()
     opened = team.in_turn(lambda: open_model(model, opening))
     tokens, reading = training.tokens or 0, (training.epochs, length)
-    team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))
+    rows = team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))
+    asked = Asked(tokens, training.epochs)
+    lesson = Lesson(opened, recipe, rows, asked, team, None, None, opened if recipe.teaches else None, False)
+    steps = steps_of(lesson)
+
+    def lines(sparsity: float) -> list[str]:
+        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, 1 - sparsity).lines()]
+
+    return lines

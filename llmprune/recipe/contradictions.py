@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from llmprune import registry
@@ -24,11 +25,36 @@ def check(recipe: Any) -> None:
             f"rule {recipe.rule.name} has nothing to do where masks do not move; "
             "set schedule.moves above 0, or leave out the rule"
         )
+    _check_rest(recipe)
     _check_growth(recipe, trainable)
     _check_knowledge(recipe, trainable)
     _check_numbers(recipe, trainable)
     _check_learning(recipe, trainable)
     _check_scope(recipe)
+
+
+def _check_rest(recipe: Any) -> None:
+    """What is said of moves, of growth, of recomputing is for recipes that have them."""
+    if not recipe.moves:
+        usual: Any = registry.find("recovery.schedules", recipe.schedule.name)
+        plain = dataclasses.asdict(usual.Config())
+        for key in ("start", "freeze"):
+            if recipe.schedule.options[key] != plain[key]:
+                raise ValueError(
+                    f"schedule.{key} {recipe.schedule.options[key]:g} is of masks that move, and they do "
+                    "not; leave it out, or set schedule.moves"
+                )
+        if recipe.trainable.options.get("grown") == "dense":
+            raise ValueError("trainable.grown dense is of weights that grow, and no mask moves; leave it out")
+    numbers = recipe.numbers
+    if numbers.ramp and not numbers.lam:
+        raise ValueError(f"numbers.ramp {numbers.ramp:g} lets lam rise, which is 0; set numbers.lam")
+    if numbers.beta_fall != "none" and not numbers.beta:
+        raise ValueError(
+            f"numbers.beta_fall {numbers.beta_fall} lets beta fall, which is 0; set numbers.beta"
+        )
+    if recipe.scope == "block" and recipe.recompute != "auto":
+        raise ValueError(f"recompute {recipe.recompute} is for scope model, got scope block; leave it out")
 
 
 def _check_growth(recipe: Any, trainable: type[Trainable]) -> None:

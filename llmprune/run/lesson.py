@@ -98,8 +98,11 @@ class Lesson:
         """Free memory in bytes, of the first process."""
         return self.team.on_first(devices.available_memory)
 
-    def plan(self, steps: int) -> TrainingPlan:
+    def plan(self, steps: int, kept: float = 1.0) -> TrainingPlan:
         """What it will hold in memory.
+
+        Args:
+            kept: the share of weights that a start keeps which is not there yet.
 
         Raises:
             ValueError: a matrix that cannot have the pattern asked for, or that the recipe cannot train.
@@ -124,7 +127,7 @@ class Lesson:
             taught=self.recipe.teaches,
             recompute=self.recompute,
             processes=self.team.size,
-            kept=1 - self.masking.masks.sparsity if self.masking else 1.0,
+            kept=1 - self.masking.masks.sparsity if self.masking else kept,
         )
         return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
 
