@@ -541,6 +541,6 @@ def test_a_dry_run_of_both_plans_both(typed, tiny_llama, tmp_path):
         "out",
     )
     more = ("--recover", "masked-finetuning", "--text", "builtin", "--tokens", "2k", "--dry-run")
-    code, out, err = typed("run", tiny_llama, *args, *more)
+    code, out, _ = typed("run", tiny_llama, *args, *more)
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert "then training by recipe masked-finetuning" in out and "bytes per weight" in out

@@ -364,7 +364,11 @@ def test_what_a_recipe_cannot_train_is_refused_before_any_work(tiny_llama, start
             {"schedule.start": 0.1},
             r"schedule\.start 0\.1 is of masks that move, and they",
         ),
-        ("masked-finetuning", {"schedule.freeze": 0.5}, r"schedule\.freeze 0\.5 is of masks that move"),
+        (
+            "masked-finetuning",
+            {"schedule": {"name": "fixed", "freeze": 0.5}},
+            r"schedule\.freeze 0\.5 is of masks that move",
+        ),
         (
             "masked-finetuning",
             {"trainable.grown": "dense"},
