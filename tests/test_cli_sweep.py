@@ -101,7 +101,7 @@ def test_a_failing_cell_ends_with_exit_code_1_after_the_others(typed, tiny_llama
         (("--recipe", "wanda,wandaa"), 1, "unknown recipe 'wandaa': did you mean 'wanda'?"),
         (("--sparsity", "0.5"), 1, "nothing to compare: name recipes with --recipe"),
         (("--recipe", "wanda", "--sparsity", "0.5,half"), 2, "--sparsity takes numbers with commas between"),
-        (("--recipe", "wanda,,magnitude"), 2, "values with commas between them are wanted, got"),
+        (("--recipe", "wanda,,magnitude"), 2, "--recipe takes values with commas between them, got"),
         (("--recipe", "wanda", "--set", "pruner.damp"), 1, "--set takes dotted.key=value, got 'pruner.damp'"),
         (("--recipe", "wanda", "--keep", "some"), 1, "keep must be one of none, best, all, got 'some'"),
         (("--recipe", "wanda", "--resume", "--restart"), 1, "give one of the two"),

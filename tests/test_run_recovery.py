@@ -581,6 +581,11 @@ def test_masks_that_are_not_those_of_the_weights_are_refused(starts, tiny_llama,
         recover(tiny_llama, text, tmp_path / "out", masks=starts / "half" / "masks.safetensors")
 
 
+def test_a_dry_run_refuses_what_the_run_refuses(starts, text, tmp_path):
+    with pytest.raises(ValueError, match="resume continues an unfinished run and restart throws it away"):
+        recover(starts / "half", text, tmp_path / "out", resume=True, restart=True, dry_run=True)
+
+
 def test_a_pattern_that_does_not_fit_is_refused_before_any_work(tiny_llama, text, tmp_path):
     with pytest.raises(ValueError, match=r"in_features 64, not divisible by 7 as pattern 2:7 requires"):
         recover(tiny_llama, text, tmp_path / "out", recipe="gmp", pattern="2:7", dry_run=True)

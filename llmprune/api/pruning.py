@@ -16,7 +16,7 @@ from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun, Result
 from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.packed import Packed
-from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, input_files
+from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, check_ways, input_files
 from llmprune.checkpoint.stored_masks import masks_at
 from llmprune.evaluation.scores import EvaluationSpec
 from llmprune.machine import processes
@@ -218,6 +218,7 @@ def prune(
         )
         request = Request(chosen, source, evaluation, begun)
         if dry_run:
+            check_ways(resume, restart)
             check_output(target, overwrite or resume, options.inputs)
             work, _ = planned(opened, request, options, team, report)
             return DryRun(work.plan, work.recipe, target)

@@ -18,7 +18,7 @@ from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
 from llmprune.calibration.packing import Shortage
-from llmprune.checkpoint.replacement import MODEL, check_output, input_files
+from llmprune.checkpoint.replacement import MODEL, check_output, check_ways, input_files
 from llmprune.common.messages import duration, shown
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
@@ -185,6 +185,7 @@ def recover(
             trust_remote_code=trust_remote_code,
         )
         if dry_run:
+            check_ways(resume, restart)
             check_output(target, overwrite or resume, options.inputs)
             return RecoveryDryRun(lesson.plan(steps_of(lesson)), lesson.recipe, target)
         recovery = Recovery(lesson, options, report)

@@ -14,7 +14,7 @@ from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.stored_masks import holds_masks, masks_at
-from llmprune.common.messages import duration, shown, size_text
+from llmprune.common.messages import duration, first_line, shown, size_text
 from llmprune.contracts import Pattern
 from llmprune.hub import aliases
 from llmprune.model.masking import Masking
@@ -178,7 +178,7 @@ def base_of(
             raise
         raise ValueError(
             f"recipe {recipe.name} needs the dense model {shown(name)}, which the record names and which "
-            f"cannot be opened ({str(error)[:120]}); name it with --teacher"
+            f"cannot be opened ({first_line(error)}); name it with --teacher"
         ) from None
     _check_alike(model, base)
     return base

@@ -129,6 +129,12 @@ def _is_of_system(target: Path) -> bool:
     return any(root / name in target.parents for name in _SEALED)
 
 
+def check_ways(resume: bool, restart: bool) -> None:
+    """Raise `ValueError` where an unfinished run is to go on and to be thrown away."""
+    if resume and restart:
+        raise ValueError("resume continues an unfinished run and restart throws it away; give one of the two")
+
+
 def check_output(output: Path, overwrite: bool, inputs: Inputs = ()) -> None:
     """Raise `ValueError` if an output cannot be used: no folder can be made there, or it may not be replaced.
 

@@ -71,10 +71,7 @@ class CheckpointWriter:
         restart: bool = False,
         inputs: replacement.Inputs = (),
     ) -> None:
-        if resume and restart:
-            raise ValueError(
-                "resume continues an unfinished run and restart throws it away; give one of the two"
-            )
+        replacement.check_ways(resume, restart)
         self._given, self.overwrite, self._begun = output, overwrite, False
         target = output.resolve()
         complete = resume and (target / INDEX).is_file() and (target / RECORD).is_file()

@@ -43,10 +43,10 @@ def sweep(
     from llmprune.terminal.sweep import print_plan, print_sweep
 
     grid: dict[str, Any] = {
-        "recipe": _parts(recipe),
+        "recipe": _parts(recipe, "--recipe"),
         "sparsity": _numbers(sparsity),
-        "pattern": _parts(pattern),
-        "pruner": _parts(pruner),
+        "pattern": _parts(pattern, "--pattern"),
+        "pruner": _parts(pruner, "--pruner"),
         "settings": _together([parse_choices(text) for text in settings or ()]),
     }
     console, result = frame.with_terminal(
@@ -68,18 +68,20 @@ def sweep(
         )
 
 
-def _parts(text: str | None) -> list[str] | None:
+def _parts(text: str | None, option: str) -> list[str] | None:
     if not text:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise typer.BadParameter(f"values with commas between them are wanted, got {text!r}; one is empty")
+        raise typer.BadParameter(
+            f"{option} takes values with commas between them, got {text!r}; one is empty"
+        )
     return parts
 
 
 def _numbers(text: str | None) -> list[float] | None:
     found = []
-    for part in _parts(text) or ():
+    for part in _parts(text, "--sparsity") or ():
         try:
             found.append(float(part))
         except ValueError:
