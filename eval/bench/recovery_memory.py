@@ -16,7 +16,7 @@ STEPS = """
 import json, sys, torch, llmprune
 model, recipe, output, tokens, length, sequences = sys.argv[1:7]
 text = torch.randint(0, 1000, (int(sequences), int(length)), generator=torch.Generator().manual_seed(0))
-settings = {"batch": 1, "held_out": 0.2, "recompute": "on"}
+settings = {"batch": 1, "held_out": 0.2, **({} if recipe == "ebft" else {"recompute": "on"})}
 options = dict(text=text, tokens=int(tokens), output=output, recipe=recipe, settings=settings, score=False,
                teacher=sys.argv[7] or None, overwrite=True, restart=True)
 plan = llmprune.recover(model, dry_run=True, **options).plan
