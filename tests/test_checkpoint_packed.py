@@ -380,7 +380,7 @@ def test_a_mask_is_kept_where_it_is_known_or_saves_bytes(tmp_path):
     llmprune.convert(folder, to="packed", values="int4", output=tmp_path / "packed")
     layouts = open_model(tmp_path / "packed").source.layouts
     assert layouts[few].whole and not layouts[many].whole
-    prune(folder, tmp_path / "dense", settings={"sparsity": 0.05})
+    prune(folder, tmp_path / "dense", sparsity=0.05)
     llmprune.convert(tmp_path / "dense", to="packed", values="int4", output=tmp_path / "pruned")
     source = open_model(tmp_path / "pruned").source
     assert not any(layout.whole for layout in source.layouts.values())

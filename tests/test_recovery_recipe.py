@@ -361,7 +361,7 @@ def test_what_a_recipe_cannot_train_is_refused_before_any_work(tiny_llama, start
     [
         (
             "masked-finetuning",
-            {"schedule.start": 0.1},
+            {"schedule": {"name": "fixed", "start": 0.1}},
             r"schedule\.start 0\.1 is of masks that move, and they",
         ),
         (

@@ -161,10 +161,10 @@ def test_after_a_recovery_start_and_result_stand_beside_the_dense_model(written,
     assert set(text) == {"prompt", "dense", "start", "pruned"}
     assert (text["dense"], text["start"]) == (before["dense"], before["pruned"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert re.findall("<figcaption>(dense|start|trained|pruned)</figcaption>", page) == [
+    assert re.findall("<figcaption>(dense|start|recovered|pruned)</figcaption>", page) == [
         "dense",
         "start",
-        "trained",
+        "recovered",
     ]
 
 
