@@ -145,7 +145,9 @@ def same(ran: Ran, history: list[Step], beta: list[float] | None = None, part: s
     for t, step in enumerate(history, 1):
         np.testing.assert_array_equal(run.keeps[t]["a"], step.keep, err_msg=f"mask of step {t}")
         gone = t >= ran.frozen and part == "theta"
-        close(run.tensors[t]["a"][part], np.where(step.keep, step.theta, 0.0) if gone else step.theta)
+        wanted = np.where(step.keep, step.theta, 0.0) if gone else step.theta
+        found = run.tensors[t]["a"][part]
+        close(found, wanted[step.keep] if found.ndim == 1 else wanted)  # kept weights alone, or all
         if part == "theta":
             fades = beta[t] if t < STEPS else 0.0
             close(run.weights[t]["a"], np.where(step.keep, step.theta, fades * step.theta))

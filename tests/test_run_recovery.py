@@ -452,7 +452,7 @@ def test_the_texts_of_an_iterator_are_pruned_and_trained_with(tiny_llama, calibr
         calibration=calibration_tokens,
         recover="masked-finetuning",
         text=words,
-        tokens=300,
+        tokens=600,
         perplexity="builtin",
         eval_seqlen=32,
         limit=2,

@@ -80,10 +80,6 @@ def bench(
         ValueError: bad input, nothing sparse, or too little room, before any long work.
     """
     texts = cast("Sequence[str]", perplexity)  # as `checked` makes them
-    if products_only and (limit or eval_seqlen or any(text != "none" for text in texts or ())):
-        raise ValueError(
-            "perplexity is that of the whole model, and products_only measures products alone; leave out one"
-        )
     started, picture = time.monotonic(), Path(plot).expanduser() if plot else None
     wanted = _wanted(values, seconds, picture, perplexities.wanted(texts, eval_seqlen, limit))
     how = OpenOptions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import importlib.util
 import io
 import os
@@ -41,8 +42,10 @@ def print_anywhere() -> None:
 
     codecs.register_error("llmprune", plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="llmprune")
+        # With UTF-8 there is nothing to do; a stream that is closed already cannot be changed.
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="llmprune")
 
 
 class OutputClosed(BaseException):
