@@ -215,3 +215,16 @@ def test_a_recovery_without_the_dense_model_has_its_texts_from_the_record(writte
     before = written.record["samples"]["texts"]
     for text, known in zip(found["texts"], before, strict=False):
         assert text["start"] == known["pruned"] and text.get("dense", known["dense"]) == known["dense"]
+
+
+@pytest.mark.parametrize("before", [0, None])
+def test_a_recovery_of_a_start_without_texts_writes_its_own(tiny_llama, tmp_path, before):
+    """`prune` writes none; of a model that writes none the record says why."""
+    start = llmprune.prune(tiny_llama, output=tmp_path / "start", samples_text=0, **QUICK).output
+    if before is None:
+        record = json.loads((start / "llmprune.json").read_text()) | {"samples": {"skipped": "too slow"}}
+        (start / "llmprune.json").write_text(json.dumps(record))
+    options = {"text": "builtin", "tokens": 200, "seqlen": 16, "score": False, "samples_text": 1}
+    found = llmprune.recover(start, recipe="masked-finetuning", output=tmp_path / "out", **options)
+    (text,) = found.record["samples"]["texts"]
+    assert set(text) == {"prompt", "start", "pruned"}

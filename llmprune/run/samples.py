@@ -83,8 +83,9 @@ def dense_texts(record: Record, wish: Wish) -> Record | None:
     """Of the texts in a record those of the dense model; None where they are not the ones that are wanted."""
     found = record.get("samples", {})
     texts = [text for text in found.get("texts", ()) if "dense" in text][: wish.number]
-    wanted = prompts(record["model"]["source"], wish.number) if texts else ()
-    if [text["prompt"] for text in texts] != list(wanted) or found["tokens"] != TOKENS:
+    if not texts or found["tokens"] != TOKENS:
+        return None
+    if [text["prompt"] for text in texts] != list(prompts(record["model"]["source"], wish.number)):
         return None
     return {"tokens": TOKENS, "texts": [{key: text[key] for key in ("prompt", "dense")} for text in texts]}
 
