@@ -20,6 +20,7 @@ SCOPES = ("row", "matrix", "published")
 # operations of this size on one thread: starting a second one thousands of times costs more than it gains,
 # most of all on a busy machine.
 _CHUNK = 1 << 16
+_WIDEST = 64  # the largest M of an N:M that is looked for in a mask
 
 
 def _threshold(score: Tensor, pruned: int) -> Tensor:
@@ -176,9 +177,6 @@ def parse(text: str, scope: str = "row") -> Pattern:
     if not match:
         raise ValueError(f"pattern must be 'unstructured' or 'N:M' (2:4, 4:8, ...), got {shown(text)}")
     return NM(int(match[1]), int(match[2]))
-
-
-_WIDEST = 64
 
 
 def exact_pattern(keep: Tensor) -> NM | None:

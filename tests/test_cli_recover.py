@@ -544,3 +544,5 @@ def test_a_dry_run_of_both_plans_both(typed, tiny_llama, tmp_path):
     code, out, _ = typed("run", tiny_llama, *args, *more)
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert "then training by recipe masked-finetuning" in out and "bytes per weight" in out
+    learned = ("--pattern", "2:4", "--recover", "maskllm", "--text", "builtin", "--tokens", "2k", "--dry-run")
+    assert typed("run", tiny_llama, "--recipe", "magnitude", *args[4:], *learned)[0] == 0

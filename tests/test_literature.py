@@ -15,6 +15,7 @@ from llmprune.hub.aliases import ALIASES
 from llmprune.literature import protocols, published
 from llmprune.literature.figure import SEEN_IN
 from llmprune.literature.reading import read_figures
+from llmprune.terminal import literature
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "published.md").read_text()
@@ -425,6 +426,16 @@ def test_json_is_one_object_and_the_table_goes_to_stderr(typed):
         "papers": ["BESA", "OWL", "Wanda"],
     }
     assert err == ""
+
+
+def test_no_two_figures_of_a_table_have_the_same_place():
+    """A table has a row for a method and a column for an amount."""
+    for model in published.models():
+        for rows in literature._blocks(llmprune.published(model)).values():
+            cells = [(row["method"], literature._amount(row)) for row in rows]
+            assert len(cells) == len(set(cells))
+            dense = {(literature._amount(row), row["dense"]) for row in rows if row["dense"] is not None}
+            assert len(dense) == len({amount for amount, _ in dense})
 
 
 def test_an_unknown_model_is_one_line(typed):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import llmprune
 from llmprune.kernels import library
+from llmprune.recovery import compact
 from llmprune.recovery.compact import Expanded, Places
 from llmprune.recovery.loop import Loop
 from llmprune.recovery.optimizer import OptimizerSpec
@@ -25,13 +26,15 @@ def drawn(rows: int, columns: int, share: float = 0.4) -> tuple[Tensor, Tensor]:
     return matrix, torch.rand(rows, columns, generator=generator) < share
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("way", ["native", "without a compiler", "as on a GPU"])
 @pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (3, 7), (8, 64), (5, 65), (16, 130), (2, 1024), (300, 9)]
 )
-def test_values_and_their_places_make_the_matrix(rows, columns, native, monkeypatch):
-    if not native:
+def test_values_and_their_places_make_the_matrix(rows, columns, way, monkeypatch):
+    if way == "without a compiler":
         monkeypatch.setattr(library, "available", lambda: False)
+    if way == "as on a GPU":
+        monkeypatch.setattr(compact, "_packs", lambda keep: False)
     matrix, keep = drawn(rows, columns)
     places = Places(keep)
     assert torch.equal(places.values(matrix), matrix[keep])

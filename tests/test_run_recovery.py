@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from other_models import make
 from safetensors.torch import load_file
 
 import llmprune
+from llmprune.api import recovery_start
 from llmprune.checkpoint.masks import read_masks
 from llmprune.recipe import recovery as recipes
 from llmprune.run import recovery as recovering
@@ -254,8 +256,6 @@ def test_mixed_formats_and_wrong_starts_are_refused(starts, tiny_llama, text, tm
 def test_a_teacher_that_the_record_names_must_be_the_very_model(
     starts, tiny_llama, text, tmp_path, monkeypatch
 ):
-    from llmprune.api import recovery_start
-
     options = {"recipe": "squarehead", "steps": 2}
     monkeypatch.setattr(recovery_start, "_recorded", lambda model: (str(tiny_llama), None))
     recover(starts / "half", text, tmp_path / "right", **options)
@@ -268,19 +268,18 @@ def test_a_teacher_that_the_record_names_must_be_the_very_model(
     assert not (tmp_path / "wrong").exists()
 
 
+def recorded(starts, folder, source):
+    """A start whose record names this dense model in revision v1."""
+    shutil.copytree(starts / "half", folder)
+    record = json.loads((folder / "llmprune.json").read_text())
+    record["model"] |= {"source": source, "revision": "v1"}
+    (folder / "llmprune.json").write_text(json.dumps(record))
+    return SimpleNamespace(folder=folder)
+
+
 def test_the_revision_in_the_record_is_the_one_that_is_opened(starts, tmp_path):
-
-    from llmprune.api import recovery_start
-
-    shutil.copytree(starts / "half", tmp_path / "start")
-    record = json.loads((tmp_path / "start/llmprune.json").read_text())
-    record["model"] |= {"source": "org/model", "revision": "v1"}
-    (tmp_path / "start/llmprune.json").write_text(json.dumps(record))
-
-    class Opened:
-        folder = tmp_path / "start"
-
-    assert recovery_start._recorded(Opened()) == ("org/model", "v1")
+    start = recorded(starts, tmp_path / "start", "org/model")
+    assert recovery_start._recorded(start) == ("org/model", "v1")
 
 
 def test_a_dense_start_is_the_model_of_its_record(tiny_llama, text, tmp_path):
@@ -559,19 +558,10 @@ def test_a_rate_that_is_named_is_taken():
 
 
 def test_a_teacher_that_the_record_names_is_opened_in_its_revision(starts, tmp_path):
-    from llmprune.api import recovery_start
-
-    shutil.copytree(starts / "half", tmp_path / "start")
-    record = json.loads((tmp_path / "start/llmprune.json").read_text())
-    record["model"] |= {"source": "huggyllama/llama-7b", "revision": "v1"}
-    (tmp_path / "start/llmprune.json").write_text(json.dumps(record))
-
-    class Opened:
-        folder = tmp_path / "start"
-
+    start = recorded(starts, tmp_path / "start", "huggyllama/llama-7b")
     for named in ("huggyllama/llama-7b", "llama-7b"):
-        assert recovery_start.is_recorded(Opened(), named)
-    assert not recovery_start.is_recorded(Opened(), "huggyllama/llama-13b")
+        assert recovery_start.is_recorded(start, named)
+    assert not recovery_start.is_recorded(start, "huggyllama/llama-13b")
 
 
 def test_masks_that_are_not_those_of_the_weights_are_refused(starts, tiny_llama, text, tmp_path):

@@ -12,6 +12,7 @@ from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
+from llmprune.planning.plan import Plan
 from llmprune.recipe import recovery as recipes
 from llmprune.run.lesson import Asked, Lesson
 from llmprune.run.recovery import steps_of
@@ -84,7 +85,7 @@ def prune_and_recover(
     pruned = prune(model, **{**options, "output": start, "format": "dense"})
     if isinstance(pruned, DryRun):
         with reporting(options.get("reporter"), options.get("progress"), processes.current()) as report:
-            for line in planned(pruned.plan.sparsity):
+            for line in planned(pruned.plan):
                 report.note(line)
         return pruned
     shared = {key: options[key] for key in _SHARED if options.get(key) is not None}
@@ -104,8 +105,8 @@ def prune_and_recover(
     )
 
 
-def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Callable[[float], list[str]]:
-    """What tells the plan of the training, in words, given how sparse its start will be.
+def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Callable[[Plan], list[str]]:
+    """What tells the plan of the training, in words, given that of the pruning before it.
 
     Raises:
         ValueError: recipe or text will not do, which is known before anything is pruned.
@@ -126,7 +127,7 @@ def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Call
     lesson = Lesson(opened, recipe, rows, asked, team, None, None, opened if recipe.teaches else None, False)
     steps = steps_of(lesson)
 
-    def lines(sparsity: float) -> list[str]:
-        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, 1 - sparsity).lines()]
+    def lines(pruning: Plan) -> list[str]:
+        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, pruning).lines()]
 
     return lines

@@ -18,6 +18,7 @@ from llmprune.api.reporting import reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
 from llmprune.calibration.packing import Shortage
+from llmprune.calibration.rows import check_length
 from llmprune.checkpoint.replacement import MODEL, check_output, check_ways, input_files
 from llmprune.common.messages import duration, shown
 from llmprune.contracts import CalibrationSet
@@ -130,13 +131,18 @@ def recover(
     minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
     texts = arguments.texts(samples_text)
-    asked = [
-        name
-        for name, value in (("perplexity", perplexity), ("tasks", tasks), ("suite", suite), ("limit", limit))
-        if value
-    ]
+    scoring = {
+        "perplexity": perplexity,
+        "tasks": tasks,
+        "suite": suite,
+        "eval_seqlen": eval_seqlen,
+        "include_tasks": include_tasks,
+        "task_data": task_data,
+        "limit": limit,
+    }
+    asked = next((name for name, value in scoring.items() if value), None)
     if not score and asked:
-        raise ValueError(f"{asked[0]} is for scoring, and nothing is to be scored; leave out one of the two")
+        raise ValueError(f"{asked} is for scoring, and nothing is to be scored; leave out one of the two")
     spec = arguments.evaluation(
         perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
     )
@@ -245,11 +251,8 @@ def training_rows(
     epochs, length = reading
     ready = is_ready(text)
     length = length or default_length(model.limit)
-    if not ready and model.limit and length > model.limit:
-        raise ValueError(
-            f"sequence length {length} is over the model's limit of {model.limit}; use --seqlen "
-            f"{model.limit} or less"
-        )
+    if not ready:
+        check_length(length, model.limit)
     if isinstance(text, str) and "self" in plain_sources(text):
         raise ValueError(
             f"text {shown(text)} asks for text sampled from the model, with which only calibration is done; "

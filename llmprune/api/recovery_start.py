@@ -87,7 +87,7 @@ def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
             raise ValueError(
                 f"{model.label} has masks of its own, and those of {masks} are others; leave them out"
             )
-        return Masking(masks_at(Path(masks).expanduser()), all_targets(model.skeleton), model.label)
+        return Masking(given, all_targets(model.skeleton), model.label)
     if model.folder is None or not holds_masks(model.folder):
         return None
     return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)

@@ -52,11 +52,7 @@ class Maker:
 
     def check(self, source: Plain, samples: int, length: int) -> None:
         """Raise `ValueError` for everything that can be known to fail before any long work."""
-        if self.limit and length > self.limit:
-            raise ValueError(
-                f"sequence length {length} is over the model's limit of {self.limit}; use --seqlen "
-                f"{self.limit} or less"
-            )
+        check_length(length, self.limit)
         if source == "self":
             if self.sampler is None:
                 raise ValueError(
@@ -123,6 +119,14 @@ class Maker:
         seed = self.seed if finite else None
         tokens = pack(documents, self.tokenizer, samples, length, name, seed)
         return tokens, {"chat": chats.layout} if chats.layout else {}
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """Raise `ValueError` for sequences longer than the model was made for."""
+    if limit and length > limit:
+        raise ValueError(
+            f"sequence length {length} is over the model's limit of {limit}; use --seqlen {limit} or less"
+        )
 
 
 def _strings(documents: Iterator[Any]) -> Iterator[str]:

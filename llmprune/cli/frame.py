@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
 from llmprune.cli import ending
 from llmprune.terminal.console import OutputClosed, Screen, draw_alone
@@ -39,7 +40,7 @@ def command(
         for group in groups:
             parameters |= {p.name: p for p in group}
 
-        flags = {name: _flag_of(p) for name, p in parameters.items() if name != "model"}
+        flags = {name: flag for name, p in parameters.items() if (flag := _flag_of(p))}
 
         @functools.wraps(function)
         def call(**options: Any) -> None:
@@ -55,11 +56,11 @@ def command(
 
 
 def _flag_of(parameter: inspect.Parameter) -> str:
-    """The option of a parameter, as typer names it."""
-    shown = next(
-        (m for m in getattr(parameter.annotation, "__metadata__", ()) if hasattr(m, "param_decls")), None
-    )
-    named = [text for text in (shown.param_decls or () if shown else ()) if text.startswith("--")]
+    """The option of a parameter, as typer names it; empty for an argument, which has no name of its own."""
+    shown = next(m for m in parameter.annotation.__metadata__ if hasattr(m, "param_decls"))
+    if isinstance(shown, ArgumentInfo):
+        return ""
+    named = [text for text in shown.param_decls or () if text.startswith("--")]
     return named[0] if named else f"--{parameter.name.replace('_', '-')}"
 
 

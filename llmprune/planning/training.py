@@ -127,11 +127,12 @@ def training_plan(
     stored = _stored_bytes(skeleton, targets) if trainable.based or one else 0
     if trainable.based and recipe.moves:  # what was trained is added to them at a move
         stored = max(stored, 4 * weights)
-    made = largest if extent.recompute or one else weights  # with the mask that the backward pass needs
+    made = largest if extent.recompute or one else weights
     parts = {
         "trained": 4 * (trained * (1 + moments) + gradients + round(share * beside)),
         "weights": round(share * stored) + _rest_bytes(skeleton, targets) * (not one),
         "masks": (1 + alone) * weights // 8 + largest,
+        # With the mask that the backward pass needs, where not kept weights alone are held.
         "made weights": made * (item + (not alone)) + widest * (8 + item),
         "activations": _activations(skeleton, extent, one),
         "logits": 0 if one else tokens * skeleton.vocabulary * 2 * item + 16 * (1 << 23),

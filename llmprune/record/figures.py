@@ -78,6 +78,11 @@ def _task_row(name: str, entry: Mapping[str, Any], protocol: Mapping[str, Any]) 
     )
 
 
+def last_model(record: Mapping[str, Any], begun: bool) -> str:
+    """What the model of a record is called beside others; `begun`: beside that which was trained, too."""
+    return "recovered" if begun else "trained" if "recovery" in record else "pruned"
+
+
 def from_dense(rows: Sequence[ScoreRow]) -> bool:
     """Whether the model that was trained was the dense one, by the scores."""
     return all(row.start == row.dense for row in rows)

@@ -11,6 +11,7 @@ from llmprune.pages.tables import Tile, table, tiles
 from llmprune.record.figures import (
     ScoreRow,
     from_dense,
+    last_model,
     method_of,
     score_rows,
     share_of_all,
@@ -33,7 +34,7 @@ def _scores(record: Record) -> Markup:
         return paragraph("Not scored: made without evaluation.")
     trained = "recovery" in record
     begun = trained and not from_dense(rows)
-    last = "recovered" if begun else "trained" if trained else "pruned"
+    last = last_model(record, begun)
     head = ["score", "dense", *(["start"] if begun else []), last, "change"]
     gaps = begun and any(row.gap for row in rows)
     head += ["gap closed"] if gaps else []

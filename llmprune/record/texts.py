@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.pages.document import Markup, Section, abreast, element, escaped, paragraph
+from llmprune.record.figures import last_model
 
 Record = Mapping[str, Any]
 _WRITERS = ("dense", "start", "pruned")  # in this order
@@ -14,8 +15,8 @@ _WRITERS = ("dense", "start", "pruned")  # in this order
 def sections(record: Record) -> list[Section]:
     """The section on texts, where the record of a run has any or says why not."""
     begun = any("start" in text for text in record.get("samples", {}).get("texts", ()))
-    last = "recovered" if begun else "trained" if "recovery" in record else "pruned"
-    return section(record, dict(zip(_WRITERS, ("dense", "start", last), strict=True)))
+    names = dict(zip(_WRITERS, ("dense", "start", last_model(record, begun)), strict=True))
+    return section(record, names)
 
 
 def section(record: Record, writers: Mapping[str, str]) -> list[Section]:

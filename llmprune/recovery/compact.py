@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels import packing
+from llmprune.recovery.keeps import Keeps
 
 
 class Places:
@@ -18,23 +19,26 @@ class Places:
     """
 
     def __init__(self, keep: Tensor) -> None:
-        self._shape, self._device = (keep.shape[0], keep.shape[1]), keep.device
-        self._bits = packing.bits_of(keep)
+        self._shape = (keep.shape[0], keep.shape[1])
+        # Native code packs on a CPU alone; elsewhere the bits stay on the device of the matrix.
+        self._bits = packing.bits_of(keep) if _packs(keep) else None
+        self._keeps = Keeps({} if _packs(keep) else {"": keep})
 
     def values(self, matrix: Tensor) -> Tensor:
         """The kept values of a matrix, float32 [kept]."""
-        if self._device.type == "cpu":
+        if self._bits is not None:
             return packing.compress(matrix, self._bits)
-        return matrix.masked_select(self._keep())
+        return matrix.masked_select(self._keeps[""])
 
     def matrix(self, values: Tensor) -> Tensor:
         """The matrix [R, C] of kept values, zero elsewhere."""
-        if self._device.type == "cpu":
+        if self._bits is not None:
             return packing.expand(values, self._bits, self._shape, values.dtype)
-        return values.new_zeros(self._shape).masked_scatter_(self._keep(), values)
+        return values.new_zeros(self._shape).masked_scatter_(self._keeps[""], values)
 
-    def _keep(self) -> Tensor:
-        return packing.keep_of(self._bits, self._shape[1]).to(self._device)
+
+def _packs(keep: Tensor) -> bool:
+    return keep.is_cpu
 
 
 class Expanded(torch.autograd.Function):

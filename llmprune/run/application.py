@@ -50,8 +50,7 @@ class Application(Production):
     def apply(self) -> Record:
         """Write the folder; returns its record."""
         model, masking = self.model, self._masking
-        dense = dict.fromkeys((target.name for target in masking.targets), 0.0)
-        check_space(self.options.output, predict_disk(model, dense))
+        check_space(self.options.output, predict_disk(model, masking.targets))
         before = records.origin(masking.masks)
         before["masks"] |= {"dense": masking.dense} if masking.dense else {}
         recipe = self._recipe()

@@ -21,7 +21,7 @@ from llmprune.model.student import Student, filled
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
-from llmprune.planning.plan import MatrixPlan, check_widths
+from llmprune.planning.plan import MatrixPlan, Plan, check_widths
 from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recovery.parts import Matrix, exact_sparsity
@@ -98,11 +98,11 @@ class Lesson:
         """Free memory in bytes, of the first process."""
         return self.team.on_first(devices.available_memory)
 
-    def plan(self, steps: int, kept: float = 1.0) -> TrainingPlan:
+    def plan(self, steps: int, pruning: Plan | None = None) -> TrainingPlan:
         """What it will hold in memory.
 
         Args:
-            kept: the share of weights that a start keeps which is not there yet.
+            pruning: what makes the start, where that is not there yet.
 
         Raises:
             ValueError: a matrix that cannot have the pattern asked for, or that the recipe cannot train.
@@ -117,9 +117,14 @@ class Lesson:
                 f"{stacked} is stacked with other experts; take a recipe with rule magnitude (sr-ste, gmp)"
             )
         skeleton, others = self.model.skeleton, plain_tensors(self.model.skeleton, self.recipe.others)
+        pattern, kept = self.aim[0] if self.aim else self._pattern(), 1.0
+        if pruning is not None:
+            pattern, kept = next(iter(pruning.matrices.values())).pattern, 1 - pruning.sparsity
+        elif self.masking is not None:
+            kept = 1 - self.masking.masks.sparsity
         extent = Extent(
             targets=self.targets,
-            pattern=self.aim[0] if self.aim else self._pattern(),
+            pattern=pattern,
             others=sum(skeleton.source.tensors[name].elements for name in others),
             batch=self.batch,
             length=self.rows.tokens.shape[1],
@@ -127,7 +132,7 @@ class Lesson:
             taught=self.recipe.teaches,
             recompute=self.recompute,
             processes=self.team.size,
-            kept=1 - self.masking.masks.sparsity if self.masking else kept,
+            kept=kept,
         )
         return training_plan(skeleton, self.recipe, extent, steps, self.available // self.team.size)
 

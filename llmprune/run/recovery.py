@@ -137,7 +137,7 @@ class Recovery(Production):
         """At most the bytes of the result, of its best step in float32 and of a state with two moments."""
         targets = self.lesson.targets
         weights = sum(rows * columns for rows, columns in (target.shape for target in targets))
-        return predict_disk(self.model, dict.fromkeys((t.name for t in targets), 0.0)) + 4 * weights * (1 + 3)
+        return predict_disk(self.model, targets) + 4 * weights * (1 + 3)
 
     def _before(self) -> Record:
         """What the record says before the work."""

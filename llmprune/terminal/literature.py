@@ -41,8 +41,8 @@ def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
         first = rows[0]
         source, told = first["source"], protocol_words(Protocol(**first["protocol"]))
         mean = f"{metric}, mean of" if len(on) > 1 else f"{metric} on"
-        places = {entry["source"]["where"]: _amount(entry) for entry in reversed(rows)}
-        place = f" ({source['where']})" if len(places) == 1 else ""
+        places = {_amount(entry): entry["source"]["where"] for entry in rows}
+        place = f" ({source['where']})" if len(set(places.values())) == 1 else ""
         console.verbatim()
         console.say(f"{paper}{place}: {mean} {', '.join(on)}", "bold")
         if told:
@@ -50,7 +50,7 @@ def print_figures(console: Screen, figures: Sequence[Entry]) -> None:
         console.verbatim(source["url"])
         console.say(f"read in {SEEN_IN[source['via']]} on {source['seen']}")
         if not place:
-            console.say(", ".join(f"{amount}: {where}" for where, amount in reversed(places.items())))
+            console.say(", ".join(f"{amount}: {where}" for amount, where in places.items()))
         heads, cells = _by_amount(rows)
         console.table("", cells, ("", *heads, ""))
     console.verbatim()

@@ -40,12 +40,13 @@ class Kept(Trainable):
             raise ValueError("grown weights start at the dense model's; name it with --teacher")
         self._origin = matrix.origin
         self._places: Places | None = None
-        theta = matrix.weight.detach().to(torch.float32, copy=True)
-        if self.shrinks and matrix.still and theta.ndim == 2 and matrix.keep.float().mean() < _DENSE:
-            self._places, self.masked = Places(matrix.keep), frozenset()
-            self.tensors = {"theta": self._places.values(theta).requires_grad_()}
+        weight, keep = matrix.weight.detach(), matrix.keep
+        if self.shrinks and matrix.still and weight.ndim == 2 and keep.sum() < _DENSE * keep.numel():
+            self._places, self.masked = Places(keep), frozenset()
+            theta = self._places.values(weight.float())
         else:
-            self.tensors = {"theta": theta.masked_fill_(~matrix.keep, 0.0).requires_grad_()}
+            theta = weight.to(torch.float32, copy=True).masked_fill_(~keep, 0.0)
+        self.tensors = {"theta": theta.requires_grad_()}
 
     def weight(self, keep: Tensor, phase: Phase) -> Tensor:
         beta, gamma, _, _ = phase.numbers

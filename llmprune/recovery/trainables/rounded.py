@@ -37,7 +37,7 @@ class Rounded(Kept):
             if not 0 <= self.scale_rate <= 1:
                 raise ValueError(f"scale_rate must be in [0, 1], got {self.scale_rate}")
 
-    shrinks = False  # scales are of columns
+    shrinks = False  # its grid is that of whole rows
 
     def start(self, matrix: Matrix, generator: torch.Generator) -> None:
         super().start(matrix, generator)
