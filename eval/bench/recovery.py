@@ -3,16 +3,19 @@
 `demo`: 80 % and 2:4, 0.5 M tokens of text like that the model was trained on. `english --model DIR
 --text FILE`: 70 %, 80 % and 2:4, 2 M tokens. Rows are appended to FOLDER/rows.jsonl as they come; rows that
 are there already are not measured again, and `--table` prints what is there. Every row stands beside its
-start, masked fine-tuning from the same start, and the dense model trained with the same tokens. `memory` is
-the peak of the process so far: only the first row of a process says what its own recipe takes. The table's
-seconds are those of processors where they were counted.
+start, masked fine-tuning from the same start, and the dense model trained with the same tokens. Every row is
+measured in a process of its own, whose peak of private memory is `memory`. `--memory` measures that alone, in
+12 steps of 8 sequences at the rate that is there, for all rows that are there. The table's seconds are those
+of processors where they were counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,7 @@ class Bench:
             return row | {"perplexity": self.perplexity(start), "seconds": 0.0}
         aims = ({"sparsity": 0} if aim == "dense" else AIMS[aim]) if kind == "dense" else {}
         out = self.a.folder / "out"
+        rate = self.known.get((aim, kind, recipe), {}).get("rate")
         record = llmprune.recover(
             start,
             recipe=recipe,
@@ -104,9 +108,13 @@ class Bench:
             overwrite=True,
             restart=True,
             dtype=self.a.dtype,
+            settings={"rate.rate": rate} if rate else None,
             **aims,
         ).record
         recovery = record["recovery"]
+        row["memory"] = record["totals"]["peak_private_memory_bytes"]
+        if self.a.memory:
+            return row
         return row | {
             "perplexity": self.perplexity(str(out)),
             "held_out": recovery.get("held_out"),
@@ -117,23 +125,34 @@ class Bench:
             "dtype": self.a.dtype,
             "seconds": round(time.monotonic() - started, 1),
             "processor_seconds": round(time.process_time() - worked, 1),
-            "memory": record["totals"]["peak_private_memory_bytes"],
         }
+
+    def alone(self, key: tuple[str, str, str]) -> dict[str, Any]:
+        """One row, measured in a process of its own."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(self.measure, *key).result()
+            except (ValueError, RuntimeError) as error:
+                return dict(zip(("aim", "start", "recipe"), key, strict=True)) | {"error": str(error)}
 
     def run(self, wanted: list[tuple[str, str, str]]) -> None:
         """Measure what is not known yet."""
         self.a.folder.mkdir(parents=True, exist_ok=True)
         for key in wanted:
-            if key in self.known:
-                continue
-            try:
-                row = self.measure(*key)
-            except (ValueError, RuntimeError) as error:
-                row = dict(zip(("aim", "start", "recipe"), key, strict=True)) | {"error": str(error)}
-            self.known[key] = row
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            if key not in self.known:
+                self.known[key] = row = self.alone(key)
+                with self.file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+
+    def memories(self, wanted: list[tuple[str, str, str]]) -> None:
+        """Measure the memory of known rows again, in a few steps each."""
+        self.a.tokens, self.a.epochs = 12 * 8 * self.a.seqlen, 1
+        for key in wanted:
+            if key[2] and key in self.known:
+                self.known[key]["memory"] = self.alone(key)["memory"]
+                print(*key, self.known[key]["memory"], flush=True)
+                self.file.write_text("".join(json.dumps(row) + "\n" for row in self.known.values()))
 
     def table(self, wanted: list[tuple[str, str, str]]) -> None:
         """Print what is known as a table in Markdown."""
@@ -176,7 +195,8 @@ def main() -> None:
     parser.add_argument("--aims", default="")
     parser.add_argument("--only", default="", help="recipes, separated by commas")
     parser.add_argument("--starts", default="best,wanda,dense")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of what is there")
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or (500_000 if arguments.case == "demo" else 2_000_000)
     usual = "80%,2:4" if arguments.case == "demo" else "80%,2:4,70%"
@@ -184,7 +204,9 @@ def main() -> None:
     wanted = [row for row in rows((arguments.aims or usual).split(",")) if not only or row[2] in only | {""}]
     wanted = [row for row in wanted if row[1] in arguments.starts.split(",")]
     bench = Bench(arguments)
-    if not arguments.table:
+    if arguments.memory:
+        bench.memories(wanted)
+    elif not arguments.table:
         bench.run(wanted)
     bench.table(wanted)
 
