@@ -546,3 +546,16 @@ def test_a_dry_run_of_both_plans_both(typed, tiny_llama, tmp_path):
     assert "then training by recipe masked-finetuning" in out and "bytes per weight" in out
     learned = ("--pattern", "2:4", "--recover", "maskllm", "--text", "builtin", "--tokens", "2k", "--dry-run")
     assert typed("run", tiny_llama, "--recipe", "magnitude", *args[4:], *learned)[0] == 0
+
+
+def test_what_training_cannot_do_is_said_before_anything_is_pruned(typed, tiny_llama, tmp_path, monkeypatch):
+    args = ("--recipe", "magnitude", "--samples", 4, "--seqlen", 32, "--output", "out")
+    training = ("--text", "builtin", "--tokens", "2k", "--recover")
+    code, _, err = typed("run", tiny_llama, *args, *training, "maskllm")
+    assert code == 1 and "patterns are learned for N:M masks, got pattern unstructured" in err
+    code, _, err = typed("run", tiny_llama, *args, "--set", "pattern=2:4", *training, "maskllm", "--dry-run")
+    assert (code, err) == (0, "")
+    monkeypatch.setattr("llmprune.run.lesson.devices.available_memory", lambda: 10**8)
+    code, _, err = typed("run", tiny_llama, *args, *training, "perp")
+    assert code == 1 and "training needs about" in err
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ part is there twice; `tests/test_docs_tables.py` fails where a page does not hol
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from llmprune.terminal.literature import models_of, print_models
 
 DOCS = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- from the code: ([\w-]+) -->\n\n).*?(\n\n<!-- end -->)", re.S)
+RESULTS = DOCS.parent / "eval" / "results"
 FOLDED = 120  # columns of what is printed in folded lines
 
 
@@ -75,6 +77,43 @@ def read_where() -> str:
     return table(("paper", "figures of", "read in", "figures"), rows)
 
 
+def recovered(case: str, *aims: str) -> str:
+    """What `eval/bench/recovery.py` measured, by start (by aim where there are several), the best first."""
+    listed = [json.loads(line) for line in (RESULTS / f"recovery-{case}.jsonl").read_text().splitlines()]
+    by = {(row["aim"], row["start"], row["recipe"]): row for row in listed}
+    dense = by["dense", "dense", "masked-finetuning"]["perplexity"]
+    order = {"dense": 0, "best": 1, "wanda": 2}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        last = row["start"] == "dense" and row["aim"] != "dense"  # pruned in training: beside no start
+        return aims.index(row["aim"]), last, order[row["start"]], bool(row["recipe"]), row["perplexity"]
+
+    rows = []
+    for row in sorted((row for row in listed if row["aim"] in aims), key=place):
+        aim, start, recipe = row["aim"], row["start"], row["recipe"]
+        name = f"`{recipe}`" if recipe else "(itself)"
+        if aim == "dense" and recipe:
+            name += " with sparsity 0, the control"
+        before = by.get((aim, start, ""), {}).get("perplexity")
+        gap = f"{(before - row['perplexity']) / (before - dense):.0%}" if recipe and start == "best" else ""
+        rows.append(
+            (
+                ("dense" if start == "dense" else f"`{start}`") if len(aims) <= 2 else aim,
+                name if recipe or len(aims) <= 2 or start == "dense" else f"(`{start}` itself)",
+                f"{row['perplexity']:.2f}",
+                gap,
+                f"{row['rate']:g}" if row.get("rate") else "",
+                f"{row['best_step']} of {row['steps']}" if row.get("best_step") is not None else "",
+                f"{row.get('processor_seconds') or row['seconds']:.0f}" if recipe else "",
+                f"{row['memory'] / 1e9:.2f} GB" if row.get("memory") else "",
+            )
+        )
+    first = "start" if len(aims) <= 2 else "aim"
+    return table(
+        (first, "recipe", "perplexity", "of the gap", "rate", "best step", "seconds", "memory"), rows
+    )
+
+
 def recipes_of_pruning() -> str:
     """The first table of `llmprune recipes` with its legend; the second is that of `recoveries`."""
     return (
@@ -92,6 +131,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "read-where": read_where,
     "recipes": recipes_of_pruning,
     "recoveries": recoveries,
+    "recovered-demo-80": lambda: recovered("demo", "dense", "80%"),
+    "recovered-demo-24": lambda: recovered("demo", "2:4"),
+    "recovered-english": lambda: recovered("english", "dense", "70%", "80%", "2:4"),
     "suites": suites,
 }
 

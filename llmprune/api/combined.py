@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmprune import patterns
 from llmprune.api.recovering import is_ready, recover, training_rows
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun
+from llmprune.contracts import Pattern
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
+from llmprune.planning import choice
 from llmprune.planning.plan import Plan
+from llmprune.recipe import loading as pruning_recipes
 from llmprune.recipe import recovery as recipes
 from llmprune.run.lesson import Asked, Lesson
 from llmprune.run.recovery import steps_of
@@ -109,12 +113,13 @@ def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Call
     """What tells the plan of the training, in words, given that of the pruning before it.
 
     Raises:
-        ValueError: recipe or text will not do, which is known before anything is pruned.
+        ValueError: recipe, text or memory will not do, which is known before anything is pruned.
     """
     recipe = recipes.load(training.recipe)
     opening = OpenOptions(
         revision=options.get("revision"),
-        device="cpu",
+        device=str(options.get("device", "auto")),
+        dtype=str(options.get("dtype", "auto")),
         trust_remote_code=options.get("trust_remote_code", False),
         blocks=options.get("blocks"),
     )
@@ -125,9 +130,26 @@ def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Call
     rows = team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))
     asked = Asked(tokens, training.epochs)
     lesson = Lesson(opened, recipe, rows, asked, team, None, None, opened if recipe.teaches else None, False)
-    steps = steps_of(lesson)
+    steps, start = steps_of(lesson), _start(options)
+    if start is not None:
+        lesson.plan(steps, start).check()
 
     def lines(pruning: Plan) -> list[str]:
-        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, pruning).lines()]
+        start = next(iter(pruning.matrices.values())).pattern, pruning.sparsity
+        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, start).lines()]
 
     return lines
+
+
+def _start(options: Mapping[str, Any]) -> tuple[Pattern, float] | None:
+    """The pattern and sparsity that pruning will give every matrix; None where matrices differ.
+
+    Args:
+        options: of `prune`.
+    """
+    given = {key: options[key] for key in ("pattern", "sparsity") if options.get(key) is not None}
+    named = options.get("recipe") or choice.LIGHT
+    pruning = pruning_recipes.load(named, given | dict(options.get("settings") or {}))
+    if pruning.rules or options.get("masks") is not None:
+        return None
+    return patterns.parse(pruning.pattern), pruning.sparsity

@@ -21,7 +21,7 @@ from llmprune.model.student import Student, filled
 from llmprune.model.target import Target
 from llmprune.model.targets import all_targets
 from llmprune.patterns import exact_pattern
-from llmprune.planning.plan import MatrixPlan, Plan, check_widths
+from llmprune.planning.plan import MatrixPlan, check_widths
 from llmprune.planning.training import Extent, TrainingPlan, activations, training_plan
 from llmprune.recipe.recovery import RecoveryRecipe
 from llmprune.recovery.parts import Matrix, exact_sparsity
@@ -98,11 +98,11 @@ class Lesson:
         """Free memory in bytes, of the first process."""
         return self.team.on_first(devices.available_memory)
 
-    def plan(self, steps: int, pruning: Plan | None = None) -> TrainingPlan:
+    def plan(self, steps: int, coming: tuple[Pattern, float] | None = None) -> TrainingPlan:
         """What it will hold in memory.
 
         Args:
-            pruning: what makes the start, where that is not there yet.
+            coming: the pattern and sparsity of a start that is not there yet.
 
         Raises:
             ValueError: a matrix that cannot have the pattern asked for, or that the recipe cannot train.
@@ -118,8 +118,8 @@ class Lesson:
             )
         skeleton, others = self.model.skeleton, plain_tensors(self.model.skeleton, self.recipe.others)
         pattern, kept = self.aim[0] if self.aim else self._pattern(), 1.0
-        if pruning is not None:
-            pattern, kept = next(iter(pruning.matrices.values())).pattern, 1 - pruning.sparsity
+        if coming is not None:
+            pattern, kept = coming[0], 1 - coming[1]
         elif self.masking is not None:
             kept = 1 - self.masking.masks.sparsity
         extent = Extent(
