@@ -95,7 +95,10 @@ def test_a_rounded_run_resumes_to_the_same_bytes(tmp_path, more):
 
 def test_a_dense_model_is_rounded_without_pruning_it(tiny_llama, calibration_tokens, tmp_path):
     options = {"recipe": "wanda", "sparsity": 0.0, "calibration": calibration_tokens}
-    llmprune.prune(tiny_llama, settings={"values": "int4"}, output=tmp_path / "dense", **options)
+    with pytest.warns(
+        UserWarning, match="to int4, and a dense folder stores them no smaller; --format packed"
+    ):
+        llmprune.prune(tiny_llama, settings={"values": "int4"}, output=tmp_path / "dense", **options)
     written, source = tensors(tmp_path / "dense"), open_model(tiny_llama).source
     name = "model.layers.1.mlp.down_proj.weight"
     weight = written[name].float()

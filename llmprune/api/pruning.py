@@ -203,6 +203,13 @@ def prune(
             target = Path(output).expanduser()
         # The user knows of the limit: it was given, or is the reason why `best` was chosen.
         limited = time_limit is not None or (recipe is None and chosen.name == choice.BEST)
+        remarks = choice.inherited(overrides, chosen) if recipe is None else ()
+        if chosen.bits in (4, 8) and format == "dense":
+            remarks = (
+                *remarks,
+                f"kept values are rounded to int{chosen.bits}, and a dense folder stores them no smaller; "
+                "--format packed does",
+            )
         options = Options(
             output=target,
             inputs=[*run_inputs(opened, recipe, chosen, evaluation), *input_files(starting.inputs(start))],
@@ -214,7 +221,7 @@ def prune(
             trust_remote_code=trust_remote_code,
             samples=texts,
             time_limit=(limit * 60 or None) if limited else None,
-            remarks=choice.inherited(overrides, chosen) if recipe is None else (),
+            remarks=remarks,
         )
         request = Request(chosen, source, evaluation, begun)
         if dry_run:
