@@ -376,3 +376,20 @@ def test_two_processes_train_as_one_does(ranks, tiny_llama, tmp_path, recipe):
     for a, b in zip(one["recovery"].get("curve", []), two["recovery"].get("curve", []), strict=True):
         assert a["step"] == b["step"] and a["held_out_loss"] == pytest.approx(b["held_out_loss"], rel=1e-3)
     assert two["environment"]["processes"] == 2
+
+
+def test_two_processes_choose_the_same_recipe(ranks, tiny_llama, tmp_path):
+    """Without the dense model the usual recipe cannot be followed, which each process finds out by itself."""
+    text = tmp_path / "tokens.safetensors"
+    llmprune.prune(tiny_llama, recipe="magnitude", calibration=text, output=tmp_path / "in")
+    given = ["--text", "tokens.safetensors", "--tokens", "1000", "--epochs", "6", "--no-score"]
+    code, _, err = ranks(2, "recover", "in", *given, "--set", "rates=[]", "--output", "out")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert record["recovery"]["recipe"]["name"] == "masked-finetuning"
+    more = ["--recipe", "ebft", "--teacher", str(tiny_llama), "--output", "other"]
+    save_file({"tokens": torch.zeros(2, 32, dtype=torch.int64)}, tmp_path / "two.safetensors")
+    code, _, err = ranks(
+        3, "recover", "in", "--text", "two.safetensors", "--tokens", "32", "--no-score", *more
+    )
+    assert code != 0 and said(err) == ["llmprune: 3 processes share 2 sequences of text; start at most 2"]

@@ -605,3 +605,18 @@ def test_text_from_the_model_and_sequences_over_its_limit_are_refused(starts, tm
         llmprune.recover(starts / "half", text="builtin=0.5+self=0.5", **given)
     with pytest.raises(ValueError, match=r"sequence length 1000 is over the model's limit of 64; use"):
         llmprune.recover(starts / "half", text="builtin", seqlen=1000, **given)
+
+
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "ebft"])
+def test_what_is_measured_is_rounded_as_it_is_stored(make_llama, calibration_tokens, text, tmp_path, recipe):
+    """Steps so small that nothing is left of them in bfloat16 are no better than the start."""
+    model = make_llama(dtype=torch.bfloat16)
+    llmprune.prune(model, recipe="wanda", calibration=calibration_tokens, output=tmp_path / "in")
+    settings = {"rate.rate": 1e-6}
+    record = recover(tmp_path / "in", text, tmp_path / "out", recipe, settings=settings, teacher=model)
+    new, old = weights(tmp_path / "out"), weights(tmp_path / "in")
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+    if recipe != "ebft":  # which tells its errors block by block
+        recovery = record["recovery"]
+        assert recovery["best_step"] == 0 and recovery["curve"]
+        assert {row["held_out_loss"] for row in recovery["curve"]} == {recovery["held_out"]["start"]}

@@ -58,11 +58,13 @@ def chosen_lesson(
             reasons.append(str(error))
             continue
         plan = lesson.plan(steps(lesson))
-        if plan.memory > plan.available:
-            reasons.append(f"{name} needs {size_text(plan.memory)}, {size_text(plan.available)} are free")
-        elif plan.seconds > 60 * limit:
-            reasons.append(f"{name} would take about {duration(plan.seconds)} (--time-limit {limit:g})")
-            quickest = min(quickest, (plan.seconds, name))
+        # Each process times itself, and all must take the same recipe.
+        needed, free, seconds = lesson.team.tell((plan.memory, plan.available, plan.seconds))
+        if needed > free:
+            reasons.append(f"{name} needs {size_text(needed)}, {size_text(free)} are free")
+        elif seconds > 60 * limit:
+            reasons.append(f"{name} would take about {duration(seconds)} (--time-limit {limit:g})")
+            quickest = min(quickest, (seconds, name))
         else:
             why = f"the best that fits here: {reasons[0]}" if reasons else "the usual one, and it fits"
             return dataclasses.replace(lesson, recipe=dataclasses.replace(recipe, chosen=why))

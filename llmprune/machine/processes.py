@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -90,27 +90,36 @@ class Team:
         """
         if self.alone:
             return work()
-        outcome: tuple[Any, BaseException | None] = (None, None)
-        if self.first:
-            try:
-                outcome = (work(), None)
-            except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
-                outcome = (None, error)
-        value, raised = self.tell(outcome)
+        value, raised = self.tell(_outcome(work) if self.first else (None, None))
         if raised is not None:
             raise raised
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Do the work on every rank, on the first one of each machine before the others.
 
-        What the first one downloads, the others find in the cache.
+        What the first one downloads, the others find in the cache. An error of any rank is raised on every
+        rank, so that one that goes on after it does not wait for the others.
         """
         if self.alone:
             return work()
-        value = work() if self._local_rank == 0 else None
-        torch.distributed.barrier()
-        return value if self._local_rank == 0 else work()  # type: ignore[return-value]
+        value, own = None, None
+        for leading in (True, False):
+            if (self._local_rank == 0) == leading:
+                value, own = _outcome(work)
+            errors: list[BaseException | None] = [None] * self.size
+            torch.distributed.all_gather_object(errors, own)
+            if any(errors):
+                raise own or next(filter(None, errors))
+        return value  # type: ignore[return-value]
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What work returns, or the error that it ends with."""
+    try:
+        return work(), None
+    except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        return None, error
 
 
 ALONE = Team()

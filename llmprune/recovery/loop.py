@@ -453,11 +453,14 @@ class Loop:
 
 
 class _Merged(_Weights):
-    """The weights as they would be saved."""
+    """The weights as they would be saved, rounded to the dtype in which they are stored: a small rate may
+    train nothing that is left of it.
+    """
 
     def __init__(self, loop: Loop) -> None:
         super().__init__(loop, loop.phase(loop.step))
 
     def __getitem__(self, name: str) -> Tensor:
         loop = self._loop
-        return loop.others[name].detach() if name in loop.others else loop.merged(name)
+        weight = loop.others[name].detach() if name in loop.others else loop.merged(name)
+        return weight.to(loop.task.dtypes.get(name, weight.dtype)).to(weight.dtype)

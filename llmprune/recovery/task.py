@@ -87,6 +87,7 @@ class Task:
     Attributes:
         matrices: by name; a mapping that makes them when they are read saves memory.
         others: further tensors that are trained as they are, by name: norms, embeddings.
+        dtypes: in which matrices and others are stored, by name, where that is not float32.
         sequences: how many there are to train on; they go by their numbers.
         held: the numbers of those that are not trained on.
         tokens: of some sequences, int64 [n, T].
@@ -108,6 +109,7 @@ class Task:
     student: Callable[[Mapping[str, Tensor], list[int]], Outputs]
     teacher: Callable[[list[int]], Outputs] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     inputs: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     mine: Callable[[list[int]], list[int]] = list
     batch: int = 8

@@ -16,7 +16,7 @@ from llmprune.model.arguments import Store
 from llmprune.model.student import assembled
 from llmprune.model.target import Target
 from llmprune.recovery.task import Outputs, Task
-from llmprune.run.lesson import Lesson, Matrices
+from llmprune.run.lesson import Lesson, Matrices, stored_dtypes
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class BlockTasks:
             tokens=lambda rows: lesson.rows.tokens[rows],
             student=student,
             teacher=teacher,
+            dtypes=stored_dtypes(self._source, targets),
             mine=lambda rows: [row for row in rows if share.start <= row < share.stop],
             batch=self._student.batch,
             shared=not lesson.team.alone,

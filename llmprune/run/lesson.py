@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.reader import WeightSource
 from llmprune.contracts import CalibrationSet, Pattern
 from llmprune.machine import device as devices
 from llmprune.machine.processes import Team
@@ -109,6 +110,11 @@ class Lesson:
         """
         if self.aim is not None:
             check_widths([MatrixPlan(t.key, t.shape, self.aim[0], self.aim[1], "") for t in self.targets])
+        count = len(self.rows.tokens)
+        if self.recipe.scope == "block" and self.team.size > count:
+            raise ValueError(
+                f"{self.team.size} processes share {count} sequences of text; start at most {count}"
+            )
         rule = self.recipe.method(1).rule
         stacked = next((t.key for t in self.targets if t.layer is None), None)
         if rule is not None and self.recipe.moves and "inputs" in rule.wants and stacked:
@@ -128,7 +134,7 @@ class Lesson:
             others=sum(skeleton.source.tensors[name].elements for name in others),
             batch=self.batch,
             length=self.rows.tokens.shape[1],
-            sequences=len(self.rows.tokens[self.team.share(len(self.rows.tokens))]),
+            sequences=len(self.rows.tokens[self.team.share(count)]),
             taught=self.recipe.teaches,
             recompute=self.recompute,
             processes=self.team.size,
@@ -240,6 +246,12 @@ def plain_tensors(skeleton: Skeleton, others: str) -> list[str]:
     return list(found)
 
 
+def stored_dtypes(source: WeightSource, targets: Sequence[Target]) -> dict[str, torch.dtype]:
+    """In which dtype each matrix is stored, by `Target.key`, where that is known."""
+    found = {target.key: source.tensors[target.tensor].dtype for target in targets}
+    return {key: dtype for key, dtype in found.items() if dtype is not None and dtype.is_floating_point}
+
+
 def whole_model(lesson: Lesson) -> Task:
     """The task of training the whole model at once."""
     skeleton, recipe, team = filled(lesson.model), lesson.recipe, lesson.team
@@ -280,6 +292,7 @@ def whole_model(lesson: Lesson) -> Task:
         student=run,
         teacher=teacher,
         others=others,
+        dtypes=stored_dtypes(source, lesson.targets) | {name: t.dtype for name, t in others.items()},
         inputs=inputs,
         mine=lambda rows: rows[team.rank :: team.size],
         batch=batch,
