@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ import llmprune
 from llmprune.api import recovery_start
 from llmprune.checkpoint.masks import read_masks
 from llmprune.recipe import recovery as recipes
+from llmprune.run import production, training
 from llmprune.run import recovery as recovering
-from llmprune.run import training
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def text():
 
 def recover(start, text, output, recipe="masked-finetuning", steps=10, settings=None, **options):
     given = {"rate.rate": 1e-3, "rates": [], "batch": 4, "held_out": 0.2} | (settings or {})
-    return llmprune.recover(
+    done = llmprune.recover(
         start,
         text=text,
         tokens=steps * 4 * 32,
@@ -45,7 +46,8 @@ def recover(start, text, output, recipe="masked-finetuning", steps=10, settings=
         settings=given,
         score=False,
         **{"dtype": "float32", "epochs": 3, **options},
-    ).record
+    )
+    return done.plan if options.get("dry_run") else done.record
 
 
 def weights(folder):
@@ -110,15 +112,9 @@ def test_a_recovery_that_was_cut_off_goes_on_to_the_same_bytes(
     start, settings = CUT[recipe]
     options = {"recipe": recipe, "settings": settings, "teacher": tiny_llama}
     whole = recover(starts / start, text, tmp_path / "whole", **options)
-    real, count = training.Training._advance, iter(range(1000))
-
-    def cut(self, loop):
-        if next(count) == 7:
-            raise KeyboardInterrupt
-        return real(self, loop)
-
+    real = training.Training._advance
     monkeypatch.setattr(training, "_SAVE_EVERY", -1.0)
-    monkeypatch.setattr(training.Training, "_advance", cut)
+    monkeypatch.setattr(training.Training, "_advance", cut_after(7))
     with pytest.raises(KeyboardInterrupt):
         recover(starts / start, text, tmp_path / "cut", **options)
     monkeypatch.setattr(training.Training, "_advance", real)
@@ -417,6 +413,139 @@ def test_pruning_and_recovery_as_one_job(tiny_llama, calibration_tokens, text, t
         **scoring,
     )
     assert again.record["evaluation"] == result.record["evaluation"]
+
+
+def cut_after(steps):
+    """`Training._advance` that is cut off after so many steps."""
+    real, count = training.Training._advance, iter(range(1000))
+
+    def cut(self, loop):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        return real(self, loop)
+
+    return cut
+
+
+def test_a_run_with_a_training_that_was_cut_off_says_how_to_go_on(
+    tiny_llama, calibration_tokens, text, tmp_path, monkeypatch
+):
+    given = {"recipe": "magnitude", "calibration": calibration_tokens, "dtype": "float32"}
+    given |= {"recover": "masked-finetuning", "text": text, "tokens": 1280, "epochs": 2}
+    given |= {"perplexity": ["builtin"], "eval_seqlen": 32, "limit": 4, "output": tmp_path / "out"}
+
+    def cut_off(steps, **how):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_SAVE_EVERY", -1.0)
+            patch.setattr(training.Training, "_advance", cut_after(steps))
+            with pytest.raises(KeyboardInterrupt):
+                llmprune.run_model(tiny_llama, **given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering.Recovery, "_learn", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            llmprune.run_model(tiny_llama, **given)
+    pruned = files(tmp_path / "out-pruned")
+    with pytest.raises(ValueError, match=r"out-pruned holds the pruned model of an earlier run; .*--resume"):
+        llmprune.run_model(tiny_llama, **given)
+    cut_off(2, resume=True)
+    for how in ({}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="holds a training that has begun; continue it with --resume"):
+            llmprune.run_model(tiny_llama, **given, **how)
+    assert files(tmp_path / "out-pruned") == pruned
+    record = llmprune.run_model(tiny_llama, **given, restart=True).record
+    assert record["evaluation"]["perplexity"]["builtin"]["pruned"]
+    assert files(tmp_path / "out-pruned") == pruned
+
+
+def test_a_resumed_recovery_scores_what_is_not_scored_and_nothing_else(
+    starts, tiny_llama, text, tmp_path, monkeypatch
+):
+    scored = []
+    real = production.score
+    for module in (production, recovering):
+        monkeypatch.setattr(module, "score", lambda *a: scored.append(a[2]) or real(*a))
+
+    def run(**more):
+        settings = {"rates": [], "rate.rate": more.pop("rate", 1e-3), "batch": 4}
+        options = {"eval_seqlen": 32, "limit": 4, "resume": True, "settings": settings, "epochs": 3}
+        options |= {"perplexity": ["builtin"], "teacher": tiny_llama, "dtype": "float32"} | more
+        llmprune.recover(
+            starts / "half", recipe="squarehead", text=text, tokens=1280, output=tmp_path / "out", **options
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_SAVE_EVERY", -1.0)
+        patch.setattr(training.Training, "_advance", cut_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert scored == ["start", "dense"]
+    with pytest.raises(ValueError, match="is another one"):
+        run(rate=1e-4)
+    run()
+    run()
+    assert scored == ["start", "dense", "recovered"]
+    file = tmp_path / "words.txt"
+    file.write_text("other words than those " * 400)
+    run(perplexity=[str(file)])
+    assert scored == ["start", "dense", "recovered"] * 2
+
+
+def test_a_kill_while_the_state_is_written_leaves_nothing_in_the_result(starts, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_SAVE_EVERY", -1.0)
+        patch.setattr(training.Training, "_advance", cut_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            recover(starts / "half", text, tmp_path / "out")
+    for name in ("training", "best-step"):
+        (tmp_path / ".out.partial" / f"{name}.safetensors.tmp").write_bytes(b"half of it")
+    recover(starts / "half", text, tmp_path / "out", resume=True)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    recover(starts / "half", text, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("recipe", ["masked-finetuning", "gmp", "rigl", "elsa", "soup", "losa", "maskllm"])
+def test_the_disk_that_is_asked_for_holds_the_state(starts, text, tmp_path, monkeypatch, recipe, tiny_llama):
+    start = starts / ("pairs" if recipe == "maskllm" else "half")
+    plan = recover(start, text, tmp_path / "out", recipe, dry_run=True, teacher=tiny_llama)
+    monkeypatch.setattr(training, "_SAVE_EVERY", -1.0)
+    sizes = {}
+    real = training.save_tensors
+
+    def save(path, tensors):
+        real(path, tensors)
+        sizes["state"] = max(sizes.get("state", 0), path.stat().st_size)
+        sizes["result"] = path.with_name("best-step.safetensors").stat().st_size
+
+    monkeypatch.setattr(training, "save_tensors", save)
+    recover(start, text, tmp_path / "out", recipe, teacher=tiny_llama)
+    headers = 50_000
+    assert sizes["state"] <= plan.state + headers and sizes["result"] <= plan.result + headers
+    assert plan.state <= 2 * sizes["state"] + headers
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"perplexity": "nowhere.txt"}, "nowhere.txt"),
+        ({"tasks": "nosuchtask"}, "nosuchtask"),
+        ({"eval_seqlen": 4096}, "4096"),
+        ({"perplexity": "words.txt", "text": "words.txt", "tokens": 640}, "that is scored"),
+        ({}, "which llmprune has not written"),
+    ],
+)
+def test_what_a_training_cannot_end_with_is_refused_before_anything_is_pruned(
+    tiny_llama, text, tmp_path, tmp_path_factory, monkeypatch, options, said
+):
+    monkeypatch.chdir(tmp_path_factory.mktemp("texts"))
+    Path("words.txt").write_text(" ".join(f"number {n} of the things that are counted" for n in range(400)))
+    (tmp_path / "out").mkdir()
+    if not options:
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+    given = {"recover": "perp", "text": text, "tokens": 1280, "epochs": 2, "perplexity": ["builtin"]}
+    with pytest.raises(ValueError, match=said):
+        llmprune.run_model(tiny_llama, output=tmp_path / "out", recipe="magnitude", **{**given, **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_recovery_within_a_run_must_be_told_its_text(tiny_llama, tmp_path):

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmprune import patterns
-from llmprune.api.recovering import is_ready, recover, training_rows
+from llmprune.api import arguments
+from llmprune.api.recovering import files_read, is_ready, recover, training_rows
 from llmprune.api.reporting import reporting
 from llmprune.api.result import DryRun
+from llmprune.calibration.overlap import check_apart
+from llmprune.checkpoint.contents import INDEX, RECORD
+from llmprune.checkpoint.replacement import MODEL, Inputs, check_output, check_ways, input_files
+from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.contracts import Pattern
 from llmprune.machine import processes
 from llmprune.model.opening import OpenOptions, open_model
@@ -83,10 +88,10 @@ def prune_and_recover(
         raise ValueError(
             "--recover trains values as they are; round them afterwards: llmprune convert --values"
         )
-    planned = _planned(model, training, options)
     output = Path(os.fspath(options["output"])).expanduser()
     start = output.with_name(f"{output.name}-pruned")
-    pruned = prune(model, **{**options, "output": start, "format": "dense"})
+    planned = _planned(model, training, scoring, options)
+    pruned = prune(model, **{**options, **_way(start, options), "output": start, "format": "dense"})
     if isinstance(pruned, DryRun):
         with reporting(options.get("reporter"), options.get("progress"), processes.current()) as report:
             for line in planned(pruned.plan):
@@ -109,11 +114,31 @@ def prune_and_recover(
     )
 
 
-def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Callable[[Plan], list[str]]:
+def _way(start: Path, options: Mapping[str, Any]) -> dict[str, bool]:
+    """How to begin with the folder of the pruned model: one that is whole is gone on from.
+
+    Raises:
+        ValueError: it is there, and what shall become of it was not said.
+    """
+    if not ((start / INDEX).is_file() and (start / RECORD).is_file()):
+        return {}
+    if options.get("restart"):  # which throws away what is unfinished
+        return {"restart": False, "resume": True}
+    if not (options.get("resume") or options.get("overwrite")):
+        raise ValueError(
+            f"{start} holds the pruned model of an earlier run; go on from it with --resume, replace it with "
+            "--overwrite, or choose another --output"
+        )
+    return {}
+
+
+def _planned(
+    model: Any, training: Training, scoring: Mapping[str, Any], options: Mapping[str, Any]
+) -> Callable[[Plan], list[str]]:
     """What tells the plan of the training, in words, given that of the pruning before it.
 
     Raises:
-        ValueError: recipe, text or memory will not do, which is known before anything is pruned.
+        ValueError: the training or its scores cannot be, which is known before anything is pruned.
     """
     recipe = recipes.load(training.recipe)
     opening = OpenOptions(
@@ -128,6 +153,10 @@ def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Call
     opened = team.in_turn(lambda: open_model(model, opening))
     tokens, reading = training.tokens or 0, (training.epochs, length)
     rows = team.on_first(lambda: training_rows(opened, recipe, training.text, tokens, reading))
+    spec = arguments.evaluation(**scoring, trust_remote_code=opening.trust_remote_code)
+    check_apart(rows.tokens, team.in_turn(lambda: spec.prepare(opened)).rows)
+    inputs = input_files([(MODEL, opened.folder), *files_read(training.text), *spec.inputs])
+    team.on_first(lambda: _check_output(inputs, options))
     asked = Asked(tokens, training.epochs)
     lesson = Lesson(opened, recipe, rows, asked, team, None, None, opened if recipe.teaches else None, False)
     steps, start = steps_of(lesson), _start(options)
@@ -139,6 +168,18 @@ def _planned(model: Any, training: Training, options: Mapping[str, Any]) -> Call
         return [f"then training by recipe {recipe.name}", *lesson.plan(steps, start).lines()]
 
     return lines
+
+
+def _check_output(inputs: Inputs, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the training could not write its folder, which is left as it is."""
+    output = Path(os.fspath(options["output"])).expanduser()
+    overwrite, resume, restart = (bool(options.get(key)) for key in ("overwrite", "resume", "restart"))
+    if options.get("dry_run"):
+        check_ways(resume, restart)
+        check_output(output, overwrite or resume, inputs)
+    else:
+        ways = {"overwrite": overwrite, "resume": resume, "restart": restart}
+        CheckpointWriter(output, **ways, inputs=inputs).close()
 
 
 def _start(options: Mapping[str, Any]) -> tuple[Pattern, float] | None:

@@ -182,7 +182,7 @@ def recover(
         target = Path(output).expanduser()
         options = Options(
             output=target,
-            inputs=input_files([(MODEL, model.folder), *_read(text, masks, teacher), *spec.inputs]),
+            inputs=input_files([(MODEL, model.folder), *files_read(text, masks, teacher), *spec.inputs]),
             overwrite=overwrite,
             resume=resume,
             restart=restart,
@@ -303,7 +303,7 @@ def _check_ready(rows: torch.Tensor, held_out: float, tokens: int, reading: tupl
         )
 
 
-def _read(text: Any, masks: Any, teacher: Any) -> list[tuple[str, object]]:
+def files_read(text: Any, masks: Any = None, teacher: Any = None) -> list[tuple[str, object]]:
     """The files and folders that are read beside the model."""
     parts = plain_sources(os.fspath(text)) if isinstance(text, (str, os.PathLike)) else []
     files = [("the text", file_path(part)) for part in parts if is_file(part)]

@@ -22,6 +22,7 @@ SWEEP = "sweep.json"  # the record of a sweep
 SWEEP_MADE = (SWEEP, "table.md", "table.csv", "sweep.png", REPORT)  # what a sweep writes beside its cells
 TRAINING, BEST_STEP = "training.safetensors", "best-step.safetensors"  # only of an unfinished recovery
 WRITTEN_LAST = (*PAGES, JOURNAL)  # those of them that may be written again later
+TEMPORARY = ".tmp"  # what the name of a file ends with while it is being written
 # Files copied from the source folder ("companions"): what is needed to load the model, and its licence. Other
 # files of the folder are not ours to publish.
 COMPANIONS = (

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmprune.checkpoint.contents import TEMPORARY
 from llmprune.common.messages import first_line
 
 DTYPES = {
@@ -229,7 +230,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int
 
     Returns its size in bytes and its SHA-256.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     digest, size = hashlib.sha256(), 0
     temporary.unlink(missing_ok=True)  # if it is a link, nothing is written to where it leads
     with temporary.open("xb") as file:

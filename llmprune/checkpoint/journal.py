@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.contents import TEMPORARY
 from llmprune.checkpoint.files import sync_folder, write_durably
 
 Identity = dict[str, Any]  # everything that two runs must have in common to give the same results
@@ -73,8 +74,9 @@ class Journal:
 
 
 def remove(path: Path) -> None:
-    """Remove a file durably."""
+    """Remove a file durably, and what a killed write of it has left."""
     path.unlink(missing_ok=True)
+    path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

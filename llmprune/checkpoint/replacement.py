@@ -22,6 +22,7 @@ from llmprune.checkpoint.contents import (
     MASKS,
     PAGES,
     RECORD,
+    TEMPORARY,
     WRITTEN_LAST,
     is_companion,
     is_exact,
@@ -31,7 +32,6 @@ from llmprune.common.messages import shown
 
 Inputs = Sequence[tuple[str, Path]]  # what a run reads: its name in messages, and its path
 MODEL = "the model"  # the name of that input
-_TEMPORARY = ".tmp"  # suffix of a file while it is being written
 # Folders of the system, which are never an output. A folder
 # below `_SEALED` is none either, unless it is below `_OPEN`.
 _SEALED = (
@@ -223,7 +223,7 @@ def _is_recorded(entry: os.DirEntry[str], listed: Mapping[str, int]) -> bool:
     """Whether the record lists a file with its present size, or the file is written after the record."""
     if entry.name in listed:
         return entry.stat(follow_symlinks=False).st_size == listed[entry.name]
-    return entry.name.removesuffix(_TEMPORARY) in WRITTEN_LAST
+    return entry.name.removesuffix(TEMPORARY) in WRITTEN_LAST
 
 
 def _recorded_files(folder: Path) -> Mapping[str, int] | None:
@@ -249,11 +249,11 @@ def _of_journal(folder: Path) -> Callable[[os.DirEntry[str]], bool]:
     path = folder / JOURNAL
     if not path.is_file() or path.is_symlink():
         # A run that was killed before its journal was complete has written nothing else.
-        return lambda entry: entry.name == JOURNAL + _TEMPORARY
+        return lambda entry: entry.name == JOURNAL + TEMPORARY
     planned = _planned_files(path)
 
     def ours(entry: os.DirEntry[str]) -> bool:
-        name = entry.name.removesuffix(_TEMPORARY)
+        name = entry.name.removesuffix(TEMPORARY)
         if is_shard(name) or name in (JOURNAL, MASKS):
             return True
         if planned is None:  # a model in memory: transformers chooses the names of config and tokenizer files

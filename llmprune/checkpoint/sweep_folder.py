@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint import replacement
-from llmprune.checkpoint.contents import INDEX, JOURNAL, RECORD, SCHEMA, SWEEP, SWEEP_MADE
+from llmprune.checkpoint.contents import INDEX, JOURNAL, RECORD, SCHEMA, SWEEP, SWEEP_MADE, TEMPORARY
 from llmprune.checkpoint.files import write_durably
 from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.lock import Lock
@@ -200,7 +200,7 @@ def _cells_of(record: Mapping[str, Any]) -> list[str]:
 def _foreign(output: Path, cells: list[str]) -> str | None:
     """The name of something in a sweep's folder that the sweep has not put there."""
     for entry in sorted(os.scandir(output), key=lambda entry: entry.name):
-        if entry.name != CELLS and entry.name.removesuffix(".tmp") not in SWEEP_MADE:
+        if entry.name != CELLS and entry.name.removesuffix(TEMPORARY) not in SWEEP_MADE:
             return entry.name
     folder = output / CELLS
     beside = {form.format(n) for n in cells for form in ("{}", ".{}.partial", ".{}.lock", ".{}.replaced")}

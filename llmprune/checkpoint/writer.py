@@ -18,6 +18,7 @@ from llmprune.checkpoint.contents import (
     MADE,
     MASKS,
     RECORD,
+    TEMPORARY,
     TRAINING,
     WRITTEN_LAST,
     exact_name,
@@ -279,7 +280,7 @@ class CheckpointWriter:
     def files(self) -> dict[str, int]:
         """The files of the output and their sizes in bytes, without those that may be written again later."""
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
-        lasting = (e for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(".tmp"))
+        lasting = (e for e in entries if e.name not in WRITTEN_LAST and not e.name.endswith(TEMPORARY))
         return {entry.name: entry.stat().st_size for entry in lasting}
 
     def finish(self) -> None:

@@ -55,6 +55,8 @@ class TrainingPlan:
         trained: how many numbers are trained.
         steps: of the optimizer. tokens: in all.
         available: bytes that are free.
+        state: bytes of the state on disk, with which a training goes on, at most. result: those of its best
+            step. Both are 0 where it is block by block.
         seconds: that training is estimated to take on this machine, within a factor of about two.
     """
 
@@ -64,6 +66,8 @@ class TrainingPlan:
     steps: int
     tokens: int
     available: int
+    state: int
+    result: int
     seconds: float
 
     @property
@@ -152,7 +156,13 @@ def training_plan(
     step = recipe.batch * extent.length
     beside = extent.taught + (extent.recompute and not one)
     seconds = training_seconds(skeleton, recipe, (count, step, extent.length), moved, beside)
-    return TrainingPlan(parts, weights, trained, steps, count, available, seconds / extent.processes)
+    # Saved are what is trained with its moments, masks of a byte per weight, and what a move has merged.
+    merged = 4 * weights if trainable.based and recipe.moves else 0
+    state = 0 if one else parts["trained"] + weights + merged + parts.get("soup", 0)
+    result = 0 if one else 5 * weights + 4 * extent.others
+    return TrainingPlan(
+        parts, weights, trained, steps, count, available, state, result, seconds / extent.processes
+    )
 
 
 def activations(targets: Sequence[Target], tokens: int, dtype: torch.dtype) -> int:

@@ -56,16 +56,16 @@ class Production:
         model, team, reporter = self.model, self.team, self.reporter
         self._packing = self._packer(request.recipe)
         work, evaluation = planned(model, request, self.options, team, reporter, self._known)
-        team.on_first(lambda: check_space(self.options.output, work.plan.disk))
+        team.on_first(lambda: self._check_space(work.plan.disk))
         before = self._opening(work) | records.allocation(work.recipe, work.plan.measures, work.plan.losses)
         record = team.on_first(lambda: self._made_before(before))
         if record is None:
             team.on_first(lambda: self._begin(before, work.plan.matrices))
             team.on_first(lambda: self._keep_findings(work.plan))
-            dense = self._dense(evaluation)
+            dense = self._scores("dense", model, evaluation) if evaluation else None
             record = self._prune(work, before)
-        elif evaluation and not _scored(record, evaluation):
-            dense = self._dense(evaluation)
+        elif evaluation and not scored(record, evaluation):
+            dense = self._scores("dense", model, evaluation)
         else:
             evaluation = None
         if evaluation is not None and dense is not None:
@@ -157,18 +157,27 @@ class Production:
         if (plan.measures or plan.losses) and not self.writer.journal.find("measures"):
             self.writer.journal.add({"measures": [plan.measures, plan.losses]})
 
-    def _dense(self, evaluation: EvaluationSpec | None) -> Scores | None:
-        """The dense model's scores, from the journal where this run has measured them already."""
-        if evaluation is None:
-            return None
-        key = evaluation.key(self.model.skeleton.dtype)
-        known = self.team.tell(self.writer.journal.find("dense") if self.writer else None)
+    def _scores(self, which: str, model: Model, evaluation: EvaluationSpec) -> Scores:
+        """The scores of a model beside the result, from the journal where this run has measured them before.
+
+        Args:
+            which: `dense` or `start`.
+        """
+        key = evaluation.key(model.skeleton.dtype)
+        known = self.team.tell(self.writer.journal.find(which) if self.writer else None)
         if known and known["key"] == key:
             return Scores(known["perplexity"], known["tasks"], known["seconds"])
-        scores = score(self.model, evaluation, "dense", self.reporter, self.team)
+        scores = score(model, evaluation, which, self.reporter, self.team)
         if self.writer and self.writer.journal.identity is not None:
-            self.writer.journal.add({"dense": {"key": key, **dataclasses.asdict(scores)}})
+            self.writer.journal.add({which: {"key": key, **dataclasses.asdict(scores)}})
         return scores
+
+    def _check_space(self, needed: int) -> None:
+        """Raise `ValueError` if there is no room for so many bytes, those of an unfinished run included."""
+        assert self.writer is not None
+        folder = self.writer.folder
+        there = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
+        check_space(self.options.output, needed - there)
 
     def _prune(self, work: Run, before: Record) -> Record:
         skeleton, writer, team = self.model.skeleton, self.writer, self.team
@@ -302,7 +311,8 @@ def _differs(record: Record, now: Identity) -> str | None:
         return "its record is not of this program"
 
 
-def _scored(record: Record, evaluation: EvaluationSpec) -> bool:
+def scored(record: Record, evaluation: EvaluationSpec) -> bool:
+    """Whether a record holds all scores that are asked for."""
     have = record["evaluation"]
     return set(evaluation.rows) <= set(have["perplexity"]) and set(evaluation.tasks) <= set(have["tasks"])
 

@@ -14,7 +14,6 @@ from llmprune.checkpoint.contents import BEST_STEP, RECORD, TRAINING
 from llmprune.checkpoint.journal import remove
 from llmprune.checkpoint.packed_tensor import Layout
 from llmprune.checkpoint.packing import Packing
-from llmprune.checkpoint.placement import check_space
 from llmprune.checkpoint.reader import fingerprint, read_record
 from llmprune.evaluation.scores import EvaluationSpec, Scores, score
 from llmprune.machine import device as devices
@@ -31,7 +30,7 @@ from llmprune.run.blockwise import BlockTasks, Place
 from llmprune.run.clock import Clock
 from llmprune.run.lesson import Lesson, whole_model
 from llmprune.run.preparation import Options
-from llmprune.run.production import Production
+from llmprune.run.production import Production, scored
 from llmprune.run.reporter import RunReporter
 from llmprune.run.samples import Writers, dense_texts
 from llmprune.run.trained import Trained, TrainedWriter
@@ -97,17 +96,20 @@ class Recovery(Production):
             reporter.note(line)
         shapes = {t.key: t.shape for t in lesson.targets}
         self._packing = Packing(packed_layouts(model.skeleton), 16) if self.options.packed else None
-        team.on_first(lambda: check_space(self.options.output, self._disk()))
+        team.on_first(lambda: self._check_space(self._disk()))
         before = self._before()
         record = team.on_first(lambda: self._made_before(before))
-        scored = self._beside(evaluation) if evaluation else None
         if record is None:
             team.on_first(lambda: self._start(before, shapes))
+            beside = self._beside(evaluation) if evaluation else None
             record = self._train(before)
-        if evaluation is not None and scored is not None and not record["evaluation"]["perplexity"]:
+        else:
+            left = evaluation if evaluation and not scored(record, evaluation) else None
+            beside = self._beside(left) if left else None
+        if evaluation is not None and beside is not None:
             self._left = "trained and saved but not scored"
             result = score(reopen(self.options.output.resolve()), evaluation, "recovered", reporter, team)
-            unscored, record = record, records.add_scores(record, scored.dense, scored.start, result)
+            unscored, record = record, records.add_scores(record, beside.dense, beside.start, result)
             team.on_first(functools.partial(self._write_pages, record, unscored))
         record = self._with_samples(record, self._writers(reopen))
         self._left = "finished"
@@ -134,10 +136,11 @@ class Recovery(Production):
         return dense_texts(self._beginning, wish)
 
     def _disk(self) -> int:
-        """At most the bytes of the result, of its best step in float32 and of a state with two moments."""
-        targets = self.lesson.targets
-        weights = sum(rows * columns for rows, columns in (target.shape for target in targets))
-        return predict_disk(self.model, targets) + 4 * weights * (1 + 3)
+        """The most bytes there are at once: a file is written beside the one that it replaces."""
+        state, best = self.plan.state, self.plan.result
+        return max(
+            2 * state + best, state + 2 * best, state + best + predict_disk(self.model, self.lesson.targets)
+        )
 
     def _before(self) -> Record:
         """What the record says before the work."""
@@ -218,12 +221,12 @@ class Recovery(Production):
     def _beside(self, evaluation: EvaluationSpec) -> Scored:
         """The scores of the start, and of the dense model where it is at hand."""
         lesson = self.lesson
-        start = score(lesson.model, evaluation, "start", self.reporter, self.team)
+        start = self._scores("start", lesson.model, evaluation)
         if lesson.masking is None:
             return Scored(start, start)
         if lesson.base is None:
             return Scored(self._beginning.get("evaluation"), start)
-        return Scored(score(lesson.base, evaluation, "dense", self.reporter, self.team), start)
+        return Scored(self._scores("dense", lesson.base, evaluation), start)
 
     # -- training -------------------------------------------------------------------------------------------
 
