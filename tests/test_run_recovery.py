@@ -749,3 +749,13 @@ def test_what_is_measured_is_rounded_as_it_is_stored(make_llama, calibration_tok
         recovery = record["recovery"]
         assert recovery["best_step"] == 0 and recovery["curve"]
         assert {row["held_out_loss"] for row in recovery["curve"]} == {recovery["held_out"]["start"]}
+
+
+def test_masks_in_another_format_are_not_taken_for_a_dense_model(starts, text, tmp_path):
+    llmprune.convert(starts / "half", to="sparse-bitmask", output=tmp_path / "bits")
+    with pytest.raises(
+        ValueError, match="holds its masks as sparse-bitmask.*llmprune convert .* --to packed"
+    ):
+        recover(tmp_path / "bits", text, tmp_path / "out")
+    llmprune.convert(tmp_path / "bits", to="packed", output=tmp_path / "packed")
+    assert recover(tmp_path / "packed", text, tmp_path / "out", dry_run=True).trained

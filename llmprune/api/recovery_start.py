@@ -10,6 +10,7 @@ from typing import Any
 
 from llmprune import patterns
 from llmprune.api.arguments import AnyPath
+from llmprune.checkpoint.bitmask import Bitmasked
 from llmprune.checkpoint.contents import RECORD
 from llmprune.checkpoint.packed import Packed
 from llmprune.checkpoint.reader import read_record
@@ -90,6 +91,11 @@ def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
                 f"{model.label} has masks of its own, and those of {masks} are others; leave them out"
             )
         return Masking(given, all_targets(model.skeleton), model.label)
+    if isinstance(model.source, Bitmasked):
+        raise ValueError(
+            f"{model.label} holds its masks as sparse-bitmask; make it dense or packed first, with masks that "
+            f"are read here: llmprune convert {model.label} --to packed --output DIR"
+        )
     if model.folder is None or not holds_masks(model.folder):
         return None
     return Masking(masks_at(model.folder), all_targets(model.skeleton), model.label)

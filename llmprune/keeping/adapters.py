@@ -150,8 +150,8 @@ def merge(model: Any, path: Path | None) -> Any:
         if lost:
             warnings.warn(
                 f"merge_adapter: {lost:.1%} of the adapter's squared change falls on pruned weights and is "
-                "dropped, so the merged model is not the one that was trained; MaskKeeper(model) before "
-                "training masks the adapter",
+                "dropped; unless it was trained within a MaskKeeper, which masks it, the merged model is not "
+                "the one that was trained",
                 stacklevel=4,
             )
     if found is None or not any(layer.adapters for layer in found.layers):
