@@ -72,6 +72,13 @@ def test_what_only_resembles_an_output_is_refused(refused, tiny_llama, old, made
     refused(r"output folder out holds '.*which llmprune has not written", overwrite=True)
 
 
+def test_a_sweep_is_refused_as_what_it_is(refused, old):
+    shutil.rmtree(old)
+    (old / "cells").mkdir(parents=True)
+    (old / "sweep.json").write_text("{}")
+    refused(r"output folder out holds a sweep, which no other output replaces; choose", overwrite=True)
+
+
 def test_a_link_to_a_folder_is_looked_through(
     refused, tiny_llama, calibration_tokens, occupied, work, tmp_path
 ):

@@ -14,12 +14,13 @@ from llmprune import calibration as calibrations
 from llmprune.api import arguments
 from llmprune.api.arguments import AnyPath, checked
 from llmprune.api.recovery_start import aim_of, base_of, check_pruned, chosen_lesson, masking_of
-from llmprune.api.reporting import reporting
+from llmprune.api.reporting import remark_to, reporting
 from llmprune.api.result import RecoveryDryRun, Result
 from llmprune.calibration.overlap import check_apart
 from llmprune.calibration.packing import Shortage
 from llmprune.calibration.rows import check_length
 from llmprune.checkpoint.replacement import MODEL, check_output, check_ways, input_files
+from llmprune.checkpoint.stored_masks import holds_masks
 from llmprune.common.messages import duration, shown
 from llmprune.contracts import CalibrationSet
 from llmprune.machine import processes
@@ -179,6 +180,7 @@ def recover(
         else:
             lesson = lesson_of(chosen)
             _note_time(lesson.plan(steps_of(lesson)), minutes, report)
+        _note_teacher(lesson.base, report)
         target = Path(output).expanduser()
         options = Options(
             output=target,
@@ -215,6 +217,12 @@ def _check_numbers(text: Any, tokens: Any, reading: tuple[int, Any], format: str
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     arguments.check_format(format)
+
+
+def _note_teacher(base: Model | None, report: RunReporter) -> None:
+    """Say that a teacher is pruned itself."""
+    if base is not None and base.folder is not None and holds_masks(base.folder):
+        remark_to(report, f"the teacher {base.label} is pruned itself; the dense model teaches more")
 
 
 def _note_time(plan: TrainingPlan, limit: float, report: RunReporter) -> None:

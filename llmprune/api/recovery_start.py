@@ -93,8 +93,8 @@ def masking_of(model: Model, masks: AnyPath | None) -> Masking | None:
         return Masking(given, all_targets(model.skeleton), model.label)
     if isinstance(model.source, Bitmasked):
         raise ValueError(
-            f"{model.label} holds its masks as sparse-bitmask; make it dense or packed first, with masks that "
-            f"are read here: llmprune convert {model.label} --to packed --output DIR"
+            f"{model.label} holds its masks as sparse-bitmask; make them readable here: llmprune convert "
+            f"{model.label} --to packed --output DIR (or --to dense)"
         )
     if model.folder is None or not holds_masks(model.folder):
         return None

@@ -22,6 +22,7 @@ from llmprune.checkpoint.contents import (
     MASKS,
     PAGES,
     RECORD,
+    SWEEP,
     TEMPORARY,
     WRITTEN_LAST,
     is_companion,
@@ -191,6 +192,8 @@ def check_ours(folder: Path, called: str, unfinished: bool = False) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"{called} is no folder of llmprune's and would have to be replaced; move it away")
     foreign = foreign_entries(folder, unfinished)
+    if foreign and (folder / SWEEP).is_file():
+        raise ValueError(f"{called} holds a sweep, which no other output replaces; choose another --output")
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
