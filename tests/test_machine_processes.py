@@ -390,6 +390,16 @@ def test_two_processes_choose_the_same_recipe(ranks, tiny_llama, tmp_path):
     more = ["--recipe", "ebft", "--teacher", str(tiny_llama), "--output", "other"]
     save_file({"tokens": torch.zeros(2, 32, dtype=torch.int64)}, tmp_path / "two.safetensors")
     code, _, err = ranks(
-        3, "recover", "in", "--text", "two.safetensors", "--tokens", "32", "--no-score", *more
+        3,
+        "recover",
+        "in",
+        "--text",
+        "two.safetensors",
+        "--tokens",
+        "64",
+        "--epochs",
+        "2",
+        "--no-score",
+        *more,
     )
     assert code != 0 and said(err) == ["llmprune: 3 processes share 2 sequences of text; start at most 2"]
