@@ -94,6 +94,7 @@ def recovered(case: str, *aims: str) -> str:
         name = f"`{recipe}`" if recipe else "(itself)"
         if aim == "dense" and recipe:
             name += " with sparsity 0, the control"
+        seconds = row.get("processor_seconds") or row.get("seconds")
         before = by.get((aim, start, ""), {}).get("perplexity")
         gap = f"{(before - row['perplexity']) / (before - dense):.0%}" if recipe and start == "best" else ""
         rows.append(
@@ -104,7 +105,7 @@ def recovered(case: str, *aims: str) -> str:
                 gap,
                 f"{row['rate']:g}" if row.get("rate") else "",
                 f"{row['best_step']} of {row['steps']}" if row.get("best_step") is not None else "",
-                f"{row.get('processor_seconds') or row['seconds']:.0f}" if recipe else "",
+                f"{seconds:.0f}" if seconds else "",
                 f"{row['memory'] / 1e9:.2f} GB" if row.get("memory") else "",
             )
         )
