@@ -171,10 +171,10 @@ class Bench:
             rate = f"{row['rate']:.2g}" if row.get("rate") else ""
             step = f"{row.get('best_step')} of {row['steps']}" if key[2] else ""
             memory = f"{row['memory'] / 1e9:.2f} GB" if row.get("memory") else ""
-            recipe = key[2] or "(the start itself)"
+            recipe, seconds = key[2] or "(the start itself)", row.get("processor_seconds") or row["seconds"]
             print(
                 f"| {key[0]} | {key[1]} | {recipe} | {row['perplexity']:.2f} | {closed} | {rate} | {step} | "
-                f"{row.get('processor_seconds', row['seconds']):.0f} | {memory} |"
+                f"{seconds:.0f} | {memory} |"
             )
 
 
