@@ -78,7 +78,11 @@ def read_where() -> str:
 
 
 def recovered(case: str, *aims: str) -> str:
-    """What `eval/bench/recovery.py` measured, by start (by aim where there are several), the best first."""
+    """What `eval/bench/recovery.py` measured, the best first.
+
+    The first column is the start, or the aim where there are several beside the dense model.
+    """
+    by_start = len(set(aims) - {"dense"}) == 1
     listed = [json.loads(line) for line in (RESULTS / f"recovery-{case}.jsonl").read_text().splitlines()]
     by = {(row["aim"], row["start"], row["recipe"]): row for row in listed}
     dense = by["dense", "dense", "masked-finetuning"]["perplexity"]
@@ -99,8 +103,8 @@ def recovered(case: str, *aims: str) -> str:
         gap = f"{(before - row['perplexity']) / (before - dense):.0%}" if recipe and start == "best" else ""
         rows.append(
             (
-                ("dense" if start == "dense" else f"`{start}`") if len(aims) <= 2 else aim,
-                name if recipe or len(aims) <= 2 or start == "dense" else f"(`{start}` itself)",
+                ("dense" if start == "dense" else f"`{start}`") if by_start else aim,
+                name if recipe or by_start or start == "dense" else f"(`{start}` itself)",
                 f"{row['perplexity']:.2f}",
                 gap,
                 f"{row['rate']:g}" if row.get("rate") else "",
@@ -109,9 +113,18 @@ def recovered(case: str, *aims: str) -> str:
                 f"{row['memory'] / 1e9:.2f} GB" if row.get("memory") else "",
             )
         )
-    first = "start" if len(aims) <= 2 else "aim"
     return table(
-        (first, "recipe", "perplexity", "of the gap", "rate", "best step", "seconds", "memory"), rows
+        (
+            "start" if by_start else "aim",
+            "recipe",
+            "perplexity",
+            "of the gap",
+            "rate",
+            "best step",
+            "seconds",
+            "memory",
+        ),
+        rows,
     )
 
 
@@ -133,7 +146,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes_of_pruning,
     "recoveries": recoveries,
     "recovered-demo-80": lambda: recovered("demo", "dense", "80%"),
-    "recovered-demo-24": lambda: recovered("demo", "2:4"),
+    "recovered-demo-2to4": lambda: recovered("demo", "2:4"),
     "recovered-english": lambda: recovered("english", "dense", "70%", "80%", "2:4"),
     "suites": suites,
 }

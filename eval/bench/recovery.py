@@ -150,8 +150,9 @@ class Bench:
         self.a.tokens, self.a.epochs = 12 * 8 * self.a.seqlen, 1
         for key in wanted:
             if key[2] and key in self.known:
-                self.known[key]["memory"] = self.alone(key)["memory"]
-                print(*key, self.known[key]["memory"], flush=True)
+                found = self.alone(key)
+                print(*key, found.get("error") or found["memory"], flush=True)
+                self.known[key]["memory"] = found.get("memory")
                 self.file.write_text("".join(json.dumps(row) + "\n" for row in self.known.values()))
 
     def table(self, wanted: list[tuple[str, str, str]]) -> None:

@@ -91,7 +91,8 @@ def prune_and_recover(
     output = Path(os.fspath(options["output"])).expanduser()
     start = output.with_name(f"{output.name}-pruned")
     planned = _planned(model, training, scoring, options)
-    pruned = prune(model, **{**options, **_way(start, options), "output": start, "format": "dense"})
+    way = processes.current().on_first(lambda: _way(start, options))
+    pruned = prune(model, **{**options, **way, "output": start, "format": "dense"})
     if isinstance(pruned, DryRun):
         with reporting(options.get("reporter"), options.get("progress"), processes.current()) as report:
             for line in planned(pruned.plan):
@@ -159,13 +160,13 @@ def _planned(
     team.on_first(lambda: _check_output(inputs, options))
     asked = Asked(tokens, training.epochs)
     lesson = Lesson(opened, recipe, rows, asked, team, None, None, opened if recipe.teaches else None, False)
-    steps, start = steps_of(lesson), _start(options)
-    if start is not None:
-        lesson.plan(steps, start).check()
+    steps, coming = steps_of(lesson), _coming(options)
+    if coming is not None:
+        lesson.plan(steps, coming).check()
 
     def lines(pruning: Plan) -> list[str]:
-        start = next(iter(pruning.matrices.values())).pattern, pruning.sparsity
-        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, start).lines()]
+        made = next(iter(pruning.matrices.values())).pattern, pruning.sparsity
+        return [f"then training by recipe {recipe.name}", *lesson.plan(steps, made).lines()]
 
     return lines
 
@@ -182,7 +183,7 @@ def _check_output(inputs: Inputs, options: Mapping[str, Any]) -> None:
         CheckpointWriter(output, **ways, inputs=inputs).close()
 
 
-def _start(options: Mapping[str, Any]) -> tuple[Pattern, float] | None:
+def _coming(options: Mapping[str, Any]) -> tuple[Pattern, float] | None:
     """The pattern and sparsity that pruning will give every matrix; None where matrices differ.
 
     Args:

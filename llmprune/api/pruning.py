@@ -333,19 +333,7 @@ def run_model(
     Raises:
         ValueError: bad input, before any long work; one line says what was received and what to do.
     """
-    trust = options.get("trust_remote_code", False)
-    if recover is None:
-        given = {"text": text is not None, "tokens": tokens is not None, "epochs": epochs != 1}
-        for name in filter(given.get, given):
-            raise ValueError(
-                f"{name} is for training after pruning, and no recipe to train by was given; add --recover "
-                f"NAME, or leave {name} out"
-            )
-        spec = arguments.evaluation(
-            perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust
-        )
-        return prune(model, evaluation=spec, samples_text=samples_text, **options)
-    scoring = {
+    scoring: dict[str, Any] = {
         "perplexity": perplexity,
         "tasks": tasks,
         "suite": suite,
@@ -354,6 +342,16 @@ def run_model(
         "task_data": task_data,
         "limit": limit,
     }
+    if recover is None:
+        given = {"text": text is not None, "tokens": tokens is not None, "epochs": epochs != 1}
+        for name in filter(given.get, given):
+            raise ValueError(
+                f"{name} is for training after pruning, and no recipe to train by was given; add --recover "
+                f"NAME, or leave {name} out"
+            )
+        trust = options.get("trust_remote_code", False)
+        spec = arguments.evaluation(**scoring, trust_remote_code=trust)
+        return prune(model, evaluation=spec, samples_text=samples_text, **options)
     arguments.texts(samples_text)  # refused before anything is pruned
     # An iterator gives its texts only once, and they are looked at before the pruning, too.
     text = list(text) if isinstance(text, Iterator) else text

@@ -132,7 +132,7 @@ def recover(
     minutes = arguments.minutes(time_limit, math.inf)
     _check_numbers(text, tokens, (epochs, seqlen), format)
     texts = arguments.texts(samples_text)
-    scoring = {
+    scoring: dict[str, Any] = {
         "perplexity": perplexity,
         "tasks": tasks,
         "suite": suite,
@@ -144,9 +144,7 @@ def recover(
     asked = next((name for name, value in scoring.items() if value), None)
     if not score and asked:
         raise ValueError(f"{asked} is for scoring, and nothing is to be scored; leave out one of the two")
-    spec = arguments.evaluation(
-        perplexity, tasks, suite, eval_seqlen, include_tasks, task_data, limit, trust_remote_code
-    )
+    spec = arguments.evaluation(**scoring, trust_remote_code=trust_remote_code)
     team = processes.current()
 
     def opened_at(what: Any, revision: str | None = None) -> Model:
