@@ -1,13 +1,17 @@
 """The native products with packed weights against torch's dense ones: bf16, int8 and int4.
 
 `kernels.py [--shapes 4096x11008] [--sparsities 0.5,0.7,0.8,2:4] [--rows 1]` prints a table per shape and
-number of rows of x; sparsity 0 is a full matrix without a mask. All are measured in turn in one run, each
-over several matrices that fill the last-level cache more than twice; times are medians. A copy's bandwidth
-counts what it reads and what it writes.
+number of rows of x; sparsity 0 is a full matrix without a mask. Ours are called as a layer of a loaded model
+calls them, torch's by their operator. All are measured in turns of changing order in one run, each over at
+least four matrices that fill CACHE bytes more than twice: what a call reads was last read several turns of
+all contestants ago. Times are medians. A copy is measured on its own, since it leaves caches full of what is
+still to be written; its bandwidth counts what it reads and what it writes.
 """
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import time
 
@@ -17,6 +21,7 @@ from llmprune.kernels import library, packing, products
 
 CACHE = 32 << 20  # bytes of the last-level cache
 ERROR_ROWS = 256  # compared with float64
+COPY = "copy"
 
 
 def sparse(weight, amount):
@@ -60,10 +65,28 @@ def size_of(parts):
 
 def rotated(make_call, parts):
     """A function that calls over copies of `parts`, filling the cache more than twice, and its bytes."""
-    count = max(4, 1 + 2 * CACHE // max(1, size_of(parts)))
-    copies = [tuple(p.clone() if isinstance(p, torch.Tensor) else p for p in parts) for _ in range(count)]
-    turn = iter(range(1 << 60))
-    return lambda: make_call(*copies[next(turn) % count]), size_of(parts)
+    size = size_of(parts)
+    copies = [
+        tuple(p.clone() if isinstance(p, torch.Tensor) else p for p in parts) for _ in range(copies_of(size))
+    ]
+    turn = itertools.cycle(copies)
+    return lambda: make_call(*next(turn)), size
+
+
+def copies_of(size):
+    return max(4, 1 + 2 * CACHE // max(1, size))
+
+
+def rotated_packed(x, made, exact):
+    """The same of a packed matrix, called as a layer calls it; the exact way by its operator."""
+    if exact:
+        return rotated(lambda *p: products.packed_linear(x, *p, exact=True), made)
+    copies, size = [], size_of(made)
+    for _ in range(copies_of(size)):
+        parts = [p.clone() if isinstance(p, torch.Tensor) else p for p in made]
+        copies.append(products.Prepared([products.Packed(*parts)]))
+    turn = itertools.cycle(copies)
+    return lambda: next(turn)(x)[0], size
 
 
 def dense_opponents(weight, x):
@@ -79,7 +102,7 @@ def dense_opponents(weight, x):
         call = torch.ops.aten._weight_int4pack_mm_for_cpu
         yield "torch int4", rotated(lambda w, s: call(x, w, 128, s), (nibbles, zeros))
     source, target = torch.ones(64 << 20, dtype=torch.int32), torch.empty(64 << 20, dtype=torch.int32)
-    yield "copy", (lambda: target.copy_(source), 2 * size_of((source,)))
+    yield COPY, (lambda: target.copy_(source), 2 * size_of((source,)))
 
 
 def contestants(weight, x, arguments):
@@ -91,22 +114,25 @@ def contestants(weight, x, arguments):
             made, dense = packed(weight, keep, bits)
             for exact in (False, True) if bits < 16 and arguments.exact else (False,):
                 name = f"{amount}, {'bf16' if bits == 16 else f'int{bits}'}{', exact' if exact else ''}"
-                named[name] = rotated(lambda *p, e=exact: products.packed_linear(x, *p, exact=e), made)
+                named[name] = rotated_packed(x, made, exact)
                 y, wanted = named[name][0]()[:, :ERROR_ROWS].double(), x.double() @ dense.t()
                 errors[name] = float((y - wanted).norm() / wanted.norm())
     return named, errors
 
 
 def medians(named, repeats, clock):
-    """Seconds of each, measured in turn."""
+    """Seconds of each, measured in turns of changing order, the copy on its own."""
     times = {name: [] for name in named}
-    for name in list(named) * 2:
-        named[name][0]()
-    for _ in range(repeats):
-        for name, (call, _) in named.items():
-            start = clock()
-            call()
-            times[name].append(clock() - start)
+    order = [name for name in named if name != COPY]
+    for names in ([COPY], order):
+        for name in names * 2:
+            named[name][0]()
+        for _ in range(repeats):
+            random.shuffle(names)
+            for name in names:
+                start = clock()
+                named[name][0]()
+                times[name].append(clock() - start)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -117,7 +143,7 @@ def table(shape, n, arguments):
     seconds = medians(
         named, arguments.repeats, time.thread_time if arguments.one_thread else time.perf_counter
     )
-    copy = named["copy"][1] / seconds["copy"]
+    copy = named[COPY][1] / seconds[COPY]
     print(
         f"\n{shape[0]} x {shape[1]}, {n} row{'s' * (n > 1)} of x: {library.status()};"
         f" a copy {copy / 1e9:.1f} GB/s\n"

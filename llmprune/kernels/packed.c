@@ -30,7 +30,8 @@
 enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
 enum { PORTABLE = 1, NEON = 2, AVX2 = 3, AVX512 = 4, AVX512BF16 = 5 };
 enum { OK = 0, BAD_ROWS = 1, NO_PATH = 2 };
-enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16, MATRICES = 8 };
+enum { COARSE = 8, FINE = 32 }; /* shares per thread */
+enum { WORD = 64, GROUP = 128, PAD = 64, BLOCK = 192, MOST = 16, MATRICES = 8, STRETCHES = 64 };
 
 typedef void (*range_function)(int64_t, int64_t, void *);
 typedef int (*parallel_function)(int64_t, int64_t, int64_t, range_function, void *);
@@ -48,6 +49,7 @@ typedef struct {
 typedef struct {
   matrix m;
   int64_t W, G, safe, from; /* mask words and groups of a row; rows starting behind `safe` are in the tail */
+  int64_t width, count;     /* bytes of a value, and how many there are */
   const uint8_t *tail;
   const uint8_t *x; /* laid out for the kernel */
   void *y;          /* [n, R], float or bf16 */
@@ -61,8 +63,9 @@ typedef void (*rows_function)(job *, int64_t, int64_t);
 typedef struct {
   job *jobs;
   rows_function run;
-  int64_t chunks[MATRICES + 1], next; /* shares before those of each job, and all of them */
-  int count, places;
+  int64_t chunks[MATRICES + 1]; /* shares before those of each job, and all of them */
+  int count, places, stretches;
+  struct { int64_t taken, apart[7]; } next[STRETCHES];
 } shared;
 
 static parallel_function parallel_for = 0;
@@ -76,8 +79,10 @@ INLINE uint64_t word_at(const uint8_t *p) {
   return m;
 }
 
-/* Asks for what is wanted soon: the processor alone looks less far ahead than memory is slow (1.2 to 1.6x). */
+/* Asks for what is wanted soon: the processor alone looks less far ahead than memory is slow (1.2 to 1.6x). First
+ * into the second cache, which takes more requests at once than the first. */
 INLINE void ahead(const uint8_t *values, const uint8_t *mask) {
+  __builtin_prefetch(values + 8192, 0, 2);
   __builtin_prefetch(values + 4096);
   if (mask) __builtin_prefetch(mask + 1024);
 }
@@ -145,12 +150,12 @@ INLINE float scale_at(const job *j, int64_t r, int64_t g) {
 
 /* Where the values of a row may be read, 64 W values and 64 bytes far; NULL for a start out of bounds. */
 INLINE const uint8_t *row_values(job *j, int64_t r) {
-  int64_t s = row_start(&j->m, r), width = width_of(j->m.kind);
-  if (s < 0 || s > j->m.size / width) {
+  int64_t s = row_start(&j->m, r);
+  if (s < 0 || s > j->count) {
     j->bad = 1;
     return 0;
   }
-  s *= width;
+  s *= j->width;
   return s <= j->safe ? j->m.values + s : j->tail + (s - j->from);
 }
 
@@ -170,7 +175,8 @@ static int prepare(job *j, uint8_t *tail) {
   j->safe = size - far;
   j->from = size > far ? size - far : 0;
   j->tail = tail;
-  if (row_start(&j->m, 0) != 0 || row_start(&j->m, j->m.R) != size / width_of(j->m.kind)) return BAD_ROWS;
+  j->width = width_of(j->m.kind), j->count = size / j->width;
+  if (row_start(&j->m, 0) != 0 || row_start(&j->m, j->m.R) != j->count) return BAD_ROWS;
   if (size > 0) memcpy(tail, j->m.values + j->from, (size_t)(size - j->from));
   memset(tail + (size - j->from), 0, (size_t)far);
   return OK;
@@ -178,52 +184,44 @@ static int prepare(job *j, uint8_t *tail) {
 
 /* ---- sharing rows among threads ----------------------------------------------------------------------- */
 
-static int64_t cost(const job *j, int64_t r) {
-  return (row_start(&j->m, r) - row_start(&j->m, j->first)) * width_of(j->m.kind) + (r - j->first) * j->W * 16;
+static double cost(const job *j) {
+  double values = (double)row_start(&j->m, j->last) - (double)row_start(&j->m, j->first);
+  return values * width_of(j->m.kind) + (double)(j->last - j->first) * (double)j->W * 16;
 }
 
-/* The first row of a share: shares hold equally many bytes, whatever the rows hold. */
-static int64_t share_start(const job *j, int64_t share, int64_t shares) {
-  if (share <= 0) return j->first;
-  if (share >= shares) return j->last;
-  double wanted = (double)cost(j, j->last) * (double)share / (double)shares;
-  int64_t low = j->first, high = j->last;
-  while (low < high) {
-    int64_t middle = low + (high - low) / 2;
-    if ((double)cost(j, middle) < wanted)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
+/* Shares are runs of rows. Every thread has a stretch of them of its own, so that it reads on where it was, and
+ * helps with the others' when it is through. */
 static void take_shares(int64_t begin, int64_t end, void *context) {
   shared *s = (shared *)context;
+  (void)begin, (void)end;
   place = __atomic_fetch_add(&s->places, 1, __ATOMIC_RELAXED);
-  (void)begin, (void)end; /* every thread takes the next share until none is left */
-  for (;;) {
-    int64_t i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED);
-    int k = 0;
-    if (i >= s->chunks[s->count]) return;
-    while (i >= s->chunks[k + 1]) k++;
-    job *j = s->jobs + k;
-    int64_t shares = s->chunks[k + 1] - s->chunks[k];
-    i -= s->chunks[k];
-    s->run(j, share_start(j, i, shares), share_start(j, i + 1, shares));
+  for (int turn = 0; turn < s->stretches; turn++) {
+    int mine = (place + turn) % s->stretches;
+    int64_t all = s->chunks[s->count], last = all * (mine + 1) / s->stretches;
+    for (;;) {
+      int64_t i = all * mine / s->stretches + __atomic_fetch_add(&s->next[mine].taken, 1, __ATOMIC_RELAXED);
+      int k = 0;
+      if (i >= last) break;
+      while (i >= s->chunks[k + 1]) k++;
+      job *j = s->jobs + k;
+      int64_t shares = s->chunks[k + 1] - s->chunks[k], rows = j->last - j->first;
+      i -= s->chunks[k];
+      s->run(j, j->first + rows * i / shares, j->first + rows * (i + 1) / shares);
+    }
   }
 }
 
-/* The rows of all jobs, whose outputs are of their own. */
-static int run_rows(job *jobs, int count, rows_function run, int threads) {
-  shared s = {jobs, run, {0}, 0, count, 0};
+/* The rows of all jobs, whose outputs are of their own, in so many shares per thread. */
+static int run_rows(job *jobs, int count, rows_function run, int threads, int shares) {
+  shared s = {jobs, run, {0}, count, 0, threads < STRETCHES ? threads : STRETCHES, {{0}}};
   double all = 0;
   int bad = 0;
   if (!run) return NO_PATH;
-  for (int k = 0; k < count; k++) all += (double)cost(jobs + k, jobs[k].last);
+  for (int k = 0; k < count; k++) all += cost(jobs + k);
   int parallel = parallel_for && threads > 1 && all > 65536;
+  if (!parallel) s.stretches = 1;
   for (int k = 0; k < count; k++) {
-    double share = parallel ? 8 * threads * (double)cost(jobs + k, jobs[k].last) / all : 0;
+    double share = parallel ? shares * threads * cost(jobs + k) / all : 0;
     s.chunks[k + 1] = s.chunks[k] + (share > 1 ? (int64_t)(share + 0.5) : 1);
   }
   if (parallel) parallel_for(0, threads, 1, take_shares, &s);
@@ -519,7 +517,6 @@ T512BF INLINE void rows_bf16(job *j, int64_t r, int64_t next, const int rows, co
       ahead(p[i], mask[i] + 8 * w);
       v[i] = _mm512_maskz_expand_epi16((uint32_t)m, load512(p[i]));
       p[i] += 2 * __builtin_popcount((uint32_t)m);
-      ahead(p[i], 0);
       u[i] = _mm512_maskz_expand_epi16((uint32_t)(m >> 32), load512(p[i]));
       p[i] += 2 * __builtin_popcount((uint32_t)(m >> 32));
     }
@@ -592,33 +589,18 @@ T512 static void lay_bytes(job *j, const uint8_t *x, int kind, int first, uint8_
 
 /* One word as unsigned bytes, `offset` where nothing is kept. Where all is kept, what follows the last column is
  * read as well, and meets zeros of x. */
-T512 INLINE __m512i bytes512(int kind, const int whole, const uint8_t **p, uint64_t m, __m512i offset) {
-  ahead(*p, 0);
-  __m512i v = kind == INT4 ? nibbles512(*p) : _mm512_xor_si512(load512(*p), offset);
-  if (whole) {
-    *p += kind == INT4 ? WORD / 2 : WORD;
-    return v;
-  }
-  int kept = __builtin_popcountll(m);
-  *p += kind == INT4 ? (kept + 1) / 2 : kept;
+T512 INLINE __m512i bytes512(int kind, const int whole, const uint8_t *p, uint64_t m, __m512i offset) {
+  __m512i v = kind == INT4 ? nibbles512(p) : _mm512_xor_si512(_mm512_loadu_si512(p), offset);
+  if (whole) return v;
+  APART(v);
   return _mm512_mask_expand_epi8(offset, m, v);
 }
 
-/* One group of `rows` rows (1 or 2) times n rows of x; the values of both are followed in p. */
-T512 INLINE void group512(int kind, const int whole, const int rows, const int n, const uint8_t **p, const uint64_t (*m)[2],
-                          const uint8_t *x, const float (*scales)[16 * 8], __m512 (*sums)[8]) {
-  __m512i offset = _mm512_set1_epi8((char)offset_of(kind)), v[2], u[2];
-  UNROLL for (int i = 0; i < rows; i++) {
-    v[i] = bytes512(kind, whole, &p[i], m[i][0], offset);
-    u[i] = bytes512(kind, whole, &p[i], m[i][1], offset);
-  }
-  UNROLL for (int c = 0; c < n; c++, x += BLOCK) {
-    __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 64), start = _mm512_loadu_si512(x + GROUP);
-    UNROLL for (int i = 0; i < rows; i++) {
-      __m512i s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v[i], x0), u[i], x1);
-      sums[i][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(scales[i][16 * c]), sums[i][c]);
-    }
-  }
+/* The bytes that a word's values take. */
+INLINE int64_t bytes_of(int kind, const int whole, uint64_t m) {
+  if (whole) return kind == INT4 ? WORD / 2 : WORD;
+  unsigned kept = (unsigned)__builtin_popcountll(m);
+  return kind == INT4 ? (kept + 1) / 2 : kept;
 }
 
 /* The bytes of a panel of n rows of x, with the scales behind the blocks. */
@@ -630,6 +612,7 @@ T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int
   const uint8_t *p[2] = {row_values(j, r), row_values(j, next)};
   const uint8_t *mask[2] = {masks_of(j, r), masks_of(j, next)};
   const float *x_scales = (const float *)(x + j->G * n * BLOCK);
+  const __m512i offset = _mm512_set1_epi8((char)offset_of(kind));
   float scales[2][16 * 8] __attribute__((aligned(64)));
   __m512 sums[2][8];
   if (!p[0] || !p[1]) return;
@@ -637,20 +620,39 @@ T512 INLINE void rows_bytes(job *j, int64_t r, int64_t next, int kind, const int
   for (int64_t g0 = 0; g0 < j->G; g0 += 16, x_scales += 16 * n) {
     int64_t count = j->G - g0 < 16 ? j->G - g0 : 16, pairs = j->W - 2 * g0 >= 2 * count ? count : count - 1;
     UNROLL for (int i = 0; i < rows; i++) {
-      __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), j->m.scale + row[i] * j->G + g0);
+      const uint16_t *scale = j->m.scale + row[i] * j->G + g0;
+      __builtin_prefetch(scale + 1024);
+      if (!whole) UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(mask[i] + 1024 + 64 * k);
+      __m256i raw = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), scale);
       __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
       UNROLL for (int c = 0; c < n; c++)
         _mm512_store_ps(scales[i] + 16 * c, _mm512_mul_ps(own, _mm512_loadu_ps(x_scales + 16 * c)));
     }
     for (int64_t g = 0; g < count; g++, x += BLOCK * n) {
-      uint64_t m[2][2];
-      UNROLL for (int i = 0; i < rows && !whole; i++) {
-        ahead(p[i], mask[i]);
-        m[i][0] = word_at(mask[i]);
-        m[i][1] = g < pairs ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
-        mask[i] += 16;
+      __m512i v[2], u[2];
+      UNROLL for (int i = 0; i < rows; i++) {
+        uint64_t m0 = 0, m1 = 0;
+        if (!whole) {
+          m0 = word_at(mask[i]);
+          m1 = g < pairs ? word_at(mask[i] + 8) : 0; /* the last group may have one word, and none behind it */
+          mask[i] += 16;
+        }
+        int64_t one = bytes_of(kind, whole, m0), both = one + bytes_of(kind, whole, m1);
+        ahead(p[i], 0);
+        if (whole && kind == INT8) ahead(p[i] + 64, 0);
+        v[i] = bytes512(kind, whole, p[i], m0, offset);
+        u[i] = bytes512(kind, whole, p[i] + one, m1, offset);
+        p[i] += both;
       }
-      group512(kind, whole, rows, n, p, m, x, (const float(*)[16 * 8])(scales[0] + g), sums);
+      UNROLL for (int c = 0; c < n; c++) {
+        const uint8_t *block = x + BLOCK * c;
+        __m512i x0 = _mm512_loadu_si512(block), x1 = _mm512_loadu_si512(block + 64);
+        __m512i start = _mm512_loadu_si512(block + GROUP);
+        UNROLL for (int i = 0; i < rows; i++) {
+          __m512i s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, v[i], x0), u[i], x1);
+          sums[i][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(scales[i][16 * c + g]), sums[i][c]);
+        }
+      }
     }
   }
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int c = 0; c < n; c++)
@@ -875,7 +877,7 @@ EXPORT int llmprune_products(const matrix *m, int count, const uint8_t *x, int x
   }
   rows_function run = lay(jobs, x, x_kind, exact, scratch + count * tail_room(m));
   for (int k = 1; k < count; k++) jobs[k].x = jobs->x, jobs[k].laid = jobs->laid;
-  return run_rows(jobs, count, run, threads);
+  return run_rows(jobs, count, run, threads, FINE);
 }
 
 /* ---- packed rows -> dense rows ------------------------------------------------------------------------ */
@@ -1034,7 +1036,7 @@ EXPORT int llmprune_expand(const matrix *m, int64_t first, int64_t last, int to,
   int raw = to == m->kind;
   if (!llmprune_has(path) || (!raw && to != FP32 && to != BF16) || (raw && (to == INT4 || !m->mask))) return NO_PATH;
   int bad = prepare(&j, tail);
-  return bad ? bad : run_rows(&j, 1, expander(&j, raw), threads);
+  return bad ? bad : run_rows(&j, 1, expander(&j, raw), threads, COARSE);
 }
 
 /* ---- products with many rows of x, in tiles of AMX ------------------------------------------------------ */
@@ -1188,7 +1190,7 @@ EXPORT int llmprune_many(const matrix *m, const uint8_t *x, int64_t n, int threa
   lay_tiles(&j, x, n, tiles);
   j.x = tiles;
   j.out = scratch + llmprune_many_bytes(m, n, threads) - 64 - (threads + 1) * tile_rows(m) * j.pitch * 2;
-  return run_rows(&j, 1, product_tiles, threads);
+  return run_rows(&j, 1, product_tiles, threads, COARSE);
 }
 #else
 EXPORT int llmprune_tiles(void) { return 0; }
@@ -1252,9 +1254,9 @@ EXPORT int llmprune_compress(const matrix *m, const uint8_t *dense, int path, in
   if (!llmprune_has(path) || m->kind == INT4) return NO_PATH;
 #ifdef X86
   if (path >= AVX512)
-    return run_rows(&j, 1, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads);
+    return run_rows(&j, 1, width == 1 ? compress512_1 : width == 2 ? compress512_2 : compress512_4, threads, COARSE);
 #endif
-  return run_rows(&j, 1, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads);
+  return run_rows(&j, 1, width == 1 ? compress_raw1 : width == 2 ? compress_raw2 : compress_raw4, threads, COARSE);
 }
 
 /* Values as bytes q from `rows` on <-> nibbles q + 8 from `starts` (int64) on; both made from the mask. */
