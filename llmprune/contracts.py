@@ -7,7 +7,7 @@ N sequences, T tokens, S sampled tokens, D model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Measure = float | Mapping[str, Sequence[float]]  # what an allocator measures of a block
 VALUES = {"same": 16, "int8": 8, "int4": 4}  # bits of a packed value; 16 stands for values as they are
 
 
@@ -151,7 +152,9 @@ class Job:
     """One matrix to prune. `weight` is the dense matrix, float32 [R, C], and must not be written to.
 
     `routed`: it belongs to an expert, whose statistics are those of the tokens routed to it. The dense model
-    routes others to it, so there is no `Need.CROSS` among them.
+    routes others to it, so there is no `Need.CROSS` among them. `gradient`: float32 [R, C], the square of the
+    gradient of the loss of one sequence, averaged over some sequences; only for an allocator that asks for
+    it.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Job:
     sparsity: float
     generator: torch.Generator
     routed: bool = False
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -314,20 +318,31 @@ class Allocator(Algorithm, ABC):
     An allocator with `trials` (one label each) allocates once per trial. The model is pruned with each
     allocation by `trial_pruner` (empty: the recipe's own pruner), and the one with the lowest loss on
     held-out calibration rows is used.
+
+    An allocator with `needs` or `rows` measures the blocks of the dense model first. `rows` calibration
+    sequences, the first `length` tokens of each, go through the model and back for `Job.gradient`; an
+    allocator that has them gets no input statistics.
     """
 
     needs: Need = Need.NONE
+    rows: int = 0
+    length: int = 0
     trials: tuple[str, ...] = ()
     trial_pruner: str = ""
 
-    def measure(self, jobs: Iterable[Job]) -> float:
-        """One number for a block, computed from all its matrices and their inputs in the dense model.
+    @property
+    def measures(self) -> bool:
+        """Whether it looks at the dense model before it decides."""
+        return bool(self.needs) or self.rows > 0
 
-        Only called if the allocator has `needs`.
+    def measure(self, jobs: Iterable[Job]) -> Measure:
+        """What is known of a block, computed from all its matrices and their inputs in the dense model.
 
+        Only called if the allocator has `needs` or `rows`. It is one number, or some for each matrix by its
+        name, and goes into the record as it is.
 
-        `jobs` can be iterated several times. Each pass reads the
-        weights again, so that only one is in memory at a time.
+        `jobs` can be iterated several times. Each pass reads the weights again, so that only one is in memory
+        at a time.
         """
         return 0.0
 
@@ -336,7 +351,7 @@ class Allocator(Algorithm, ABC):
         self,
         shapes: Mapping[str, tuple[int, int]],
         blocks: Mapping[str, int],
-        measures: Mapping[int, float],
+        measures: Mapping[int, Any],
         sparsity: float,
         trial: int = 0,
     ) -> dict[str, float]:

@@ -637,6 +637,20 @@ def dlp(
     return [float(1 - (value - o.mean() + (1 - sparsity))) for value in o]
 
 
+def fisher(matrices: dict[str, tuple[np.ndarray, np.ndarray]], sparsity: float) -> dict[str, float]:
+    """Sparsity per matrix: its share of the weights of all matrices whose w^2 F is smallest; a matrix is a
+    weight [R, C] and its squared gradients (the diagonal Fisher matrix, arXiv 1801.05787).
+    """
+    ranked = sorted(
+        (w[i, j] ** 2 * f[i, j], name)
+        for name, (w, f) in matrices.items()
+        for i in range(w.shape[0])
+        for j in range(w.shape[1])
+    )
+    pruned = [name for _, name in ranked[: int(sparsity * len(ranked))]]
+    return {name: pruned.count(name) / w.size for name, (w, _) in matrices.items()}
+
+
 def kept_in_groups(score: ArrayLike, n: int, m: int) -> float:
     """What N:M pruning keeps of score [R, C]: the n highest of every m columns in a row (channel permutation,
     RIA, ICLR 2024).

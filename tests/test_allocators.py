@@ -57,6 +57,63 @@ def test_erk_equals_the_oracle(sparsity):
     assert shares["model.0.q"] < shares["model.0.up"]
 
 
+def scored(name, scale, rows=48, columns=40, seed=0, routed=False):
+    """A matrix with squared gradients, both of very different sizes."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=g) * scale
+    gradient = torch.randn(rows, columns, generator=g).exp() * torch.rand(columns, generator=g).exp()
+    return Job(name, weight, statistics(inputs(8), ALL), Unstructured(), 0.0, g, routed, gradient)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+def test_fisher_equals_the_oracle(sparsity):
+    allocator = build("fisher", strength=1)
+    work = {
+        0: [scored("a", 1.0), scored("b", 0.3, seed=1)],
+        1: [scored("c", 0.6, rows=64, seed=2), scored("d", 2.0, seed=3)],
+    }
+    measures = {block: allocator.measure(matrices) for block, matrices in work.items()}
+    shapes = {j.name: tuple(j.weight.shape) for matrices in work.values() for j in matrices}
+    blocks = {j.name: block for block, matrices in work.items() for j in matrices}
+    given = {j.name: (array(j.weight), array(j.gradient)) for matrices in work.values() for j in matrices}
+    shares = allocator.allocate(shapes, blocks, measures, sparsity)
+    wanted = oracles.fisher(given, sparsity)
+    assert shares == pytest.approx(wanted, abs=0.006 if sparsity < 0.8 else 0.02)
+    assert shares["b"] > shares["a"] > shares["d"]
+    half = build("fisher").allocate(shapes, blocks, measures, sparsity)
+    assert half["b"] == pytest.approx((wanted["b"] + sparsity) / 2, abs=0.01)
+    none = build("fisher", strength=0).allocate(shapes, blocks, measures, sparsity)
+    assert none == pytest.approx(dict.fromkeys(shapes, sparsity))
+    least = build("fisher", strength=1, most=0.9).allocate(shapes, blocks, measures, 0.8)
+    assert max(least.values()) <= 0.9
+
+
+def test_experts_share_one_curve_and_what_no_token_reached_gets_the_model_s_sparsity():
+    allocator = build("fisher")
+    work = [scored("q", 1.0), *(scored(f"e{n}", 0.3 + n, seed=n, routed=True) for n in range(3))]
+    measures = {0: allocator.measure(work), 1: {}}
+    assert list(measures[0]) == ["q", "*"]
+    shapes = {j.name: (48, 40) for j in work} | {"still": (48, 40)}
+    shares = allocator.allocate(shapes, {name: int(name == "still") for name in shapes}, measures, 0.6)
+    assert shares["e0"] == shares["e1"] == shares["e2"] != shares["q"]
+    assert shares["still"] == 0.6 and sum(shares.values()) / 5 == pytest.approx(0.6)
+    assert allocator.allocate({"still": (4, 4)}, {"still": 1}, measures, 0.6) == {"still": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"tokens": 1}, "tokens must be at least 2, got 1"),
+        ({"strength": 1.5}, r"strength must be in \[0, 1\], got 1.5"),
+        ({"most": 1}, r"most must be in \(0, 1\), got 1"),
+    ],
+)
+def test_options_of_fisher_are_checked(options, said):
+    with pytest.raises(ValueError, match=said):
+        build("fisher", **options)
+
+
 @pytest.mark.parametrize("name", ["owl", "dlp"])
 def test_measured_allocators_equal_the_oracle(name):
     allocator = build(name)

@@ -145,6 +145,23 @@ def test_several_processes_give_the_masks_and_the_record_of_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one", "tokens.safetensors"]
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_several_processes_share_the_sparsity_out_like_one(ranks, tiny_llama, tmp_path, rows):
+    options = {"calibration": tmp_path / "tokens.safetensors", "sparsity": 0.6}
+    options["settings"] = {"allocator.name": "fisher", "allocator.samples": rows}
+    one = llmprune.prune(tiny_llama, recipe="wanda", output=tmp_path / "one", **options).record
+    options = ("--recipe", "wanda", "--sparsity", "0.6", "--calibration", "tokens.safetensors")
+    options += ("--set", "allocator.name=fisher", "--set", f"allocator.samples={rows}")
+    code, _, err = ranks(2, "prune", tiny_llama, *options, "--output", "many")
+    assert code == 0, err
+    many = json.loads(contents(tmp_path / "many")["llmprune.json"])
+    for block, curves in one["allocation"]["measure"].items():
+        for name, curve in curves.items():
+            assert many["allocation"]["measure"][block][name] == pytest.approx(curve, abs=0.002)
+    shares = [[row["target_sparsity"] for row in record["matrices"]] for record in (one, many)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3) and len(set(shares[0])) > 1
+
+
 @pytest.mark.parametrize(
     ("kind", "recipe"),
     [("mixtral", "wanda"), ("mixtral", "sparsegpt"), ("qwen3_next", "wanda"), ("gemma3", "sparsegpt")],

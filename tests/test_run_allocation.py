@@ -18,7 +18,7 @@ def zeros(record):
     return sum(round(m["sparsity"] * m["shape"][0] * m["shape"][1]) for m in record["matrices"])
 
 
-@pytest.mark.parametrize("name", ["erk", "owl", "dlp", "atp"])
+@pytest.mark.parametrize("name", ["erk", "owl", "dlp", "atp", "fisher"])
 @pytest.mark.parametrize("scope", ["matrix", "row"])
 def test_a_run_meets_the_total(name, scope, tiny_llama, calibration_tokens, tmp_path):
     result = llmprune.prune(
@@ -232,3 +232,42 @@ def test_a_resumed_run_goes_on_with_what_it_measured(tiny_llama, calibration_tok
     assert [m["target_sparsity"] for m in resumed["matrices"]] == [
         m["target_sparsity"] for m in whole["matrices"]
     ]
+
+
+def test_fisher_measures_the_dense_model_and_says_so(tiny_llama, calibration_tokens, tmp_path):
+    options = {"recipe": "wanda", "allocator": "fisher", "sparsity": 0.6, "calibration": calibration_tokens}
+    options["settings"] = {"allocator.samples": 3, "allocator.tokens": 16, "allocator.strength": 1}
+    options["dtype"] = "float32"
+    record = llmprune.prune(tiny_llama, output=tmp_path / "out", **options).record
+    model, given = llmprune.load(tiny_llama).float(), {}
+    model.requires_grad_()
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in calibration_tokens[:3, :16]:
+        model.zero_grad()
+        logits = model(row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        for name, parameter in model.named_parameters():
+            squares[name] += parameter.grad**2
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            given[name.removesuffix(".weight")] = array(parameter.detach()), array(squares[name])
+    wanted = oracles.fisher(given, 0.6)
+    got = {m["name"].removesuffix(".weight"): m["sparsity"] for m in record["matrices"]}
+    assert got == pytest.approx(wanted, abs=0.02)
+    assert list(record["allocation"]) == ["measure"]
+    assert [len(block) for block in record["allocation"]["measure"].values()] == [7, 7]
+    assert record["totals"]["zeros"] == int(0.6 * record["totals"]["weights"])
+    again = llmprune.prune(tiny_llama, output=tmp_path / "out", resume=True, **options).record
+    assert again["allocation"] == record["allocation"]
+
+
+def test_where_gradients_have_no_way_back_every_matrix_gets_the_same(
+    tiny_llama, calibration_tokens, tmp_path, monkeypatch
+):
+    from llmprune.model.activations import BlockInputs
+
+    monkeypatch.setattr(BlockInputs, "stateless", property(lambda self: False))
+    options = {"recipe": "wanda", "allocator": "fisher", "sparsity": 0.6, "calibration": calibration_tokens}
+    with pytest.warns(UserWarning, match="no gradients for allocator fisher: every matrix gets the same"):
+        record = llmprune.prune(tiny_llama, output=tmp_path / "out", **options).record
+    assert {m["target_sparsity"] for m in record["matrices"]} == {0.6} and "allocation" not in record

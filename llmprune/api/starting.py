@@ -13,7 +13,7 @@ from llmprune.record.record import origin
 
 
 def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[str, Any]:
-    """Fields of a recipe that follow from the masks: their fingerprint, and their sparsity.
+    """Fields of a recipe that follow from the masks: their fingerprint, sparsity, and that nothing allocates.
 
     Args:
         recipe: the recipe, by name, as a file or as fields. given: the fields that override it.
@@ -31,7 +31,7 @@ def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[s
             )
         if head == "masks" and value != masks.digest:
             raise _others(str(value), masks)
-    found: dict[str, Any] = {"masks": masks.digest}
+    found: dict[str, Any] = {"masks": masks.digest, "allocator": "uniform"}
     own = recipes.load(recipe, given).masks
     if own not in ("", masks.digest):
         raise _others(own, masks)

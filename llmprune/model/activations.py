@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -188,13 +189,16 @@ class BlockInputs:
         assert self._hidden is not None
         return self._hidden[rows].to(self.device).movedim(0, self._axis)
 
-    def run(self, number: int, rows: Rows, weights: Mapping[str, Tensor]) -> Tensor:
+    def run(
+        self, number: int, rows: Rows, weights: Mapping[str, Tensor], hidden: Tensor | None = None
+    ) -> Tensor:
         """The outputs of block `number` for some sequences, [n, T, D]; its inputs if it does not run on text.
 
-        `weights`, by name in the block, are used in place of its own.
+        `weights`, by name in the block, are used in place of its own, and `hidden` in place of the inputs
+        that are stored.
         """
         call = self._arguments.of(number, rows)
-        block, hidden = self._blocks[number], self.hidden(rows)
+        block, hidden = self._blocks[number], self.hidden(rows) if hidden is None else hidden
         if call is None:
             return hidden
         args, kwargs = call
@@ -241,9 +245,29 @@ class BlockInputs:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """The model's logits [n, T, V] from the outputs of the last block, one micro-batch at a time."""
+        with self._whole_head():
+            for part in self.slices():
+                yield part, self._recorder.logits(part, self.hidden(part))
+
+    def pull(self, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """The gradient of each sequence's loss by the outputs of the last block, laid out as those.
+
+        `loss` gets the number of a sequence and its logits [1, T, V].
+        """
+        found: list[Tensor] = []
+        with self._whole_head():
+            for row in range(len(self._tokens)):
+                last = self.hidden([row]).requires_grad_()
+                with torch.enable_grad():
+                    value = loss(row, self._recorder.logits([row], last))
+                found += torch.autograd.grad(value, last)
+        return found
+
+    @contextmanager
+    def _whole_head(self) -> Iterator[None]:
+        """Load all weights outside of the blocks inside the `with`, after they have been checked to fit."""
         outer = self._skeleton.outside_blocks()
         self._skeleton.load(outer)
         self._recorder.check_head(self.hidden([0]))
-        for part in self.slices():
-            yield part, self._recorder.logits(part, self.hidden(part))
+        yield
         self._skeleton.free(outer)

@@ -178,13 +178,12 @@ class Recorder:
     def _remedy(self) -> str:
         return self._skeleton.other_lists(self._skeleton.list_name)
 
-    @torch.no_grad()
     def logits(self, rows: Rows, last: Tensor, added: float = 0) -> Tensor:
         """The model's logits [n, T, V] for some sequences, all weights outside of its blocks being loaded.
 
         Args:
             rows: the sequences.
-            last: the outputs of the last block for them.
+            last: the outputs of the last block for them; gradients flow back to them where they require them.
             added: what every other block adds to its inputs.
         """
 
@@ -192,7 +191,7 @@ class Recorder:
             return self._returned(last if number == len(self._blocks) - 1 else hidden + added)
 
         try:
-            with _replaced(self._blocks, outputs):
+            with _replaced(self._blocks, outputs), torch.set_grad_enabled(last.requires_grad):
                 logits: Tensor = self._run(rows).logits
         except (TypeError, LookupError, AttributeError, NotImplementedError) as error:
             raise ValueError(

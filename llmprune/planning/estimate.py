@@ -80,16 +80,18 @@ def _passes(
         recipe.build_allocator(),
     )
     trials, dense = 0 if allocated else len(allocator.trials), needs_dense(recipe)
-    measured = bool(allocator.needs) and not allocated
+    measured = allocator.measures and not allocated
     # All tokens pass a block once for the statistics and once more as a whole. By groups they pass it once,
     # halting before each group; or, where the dense model runs beside, in parts that add up to two passes,
     # and once more. An allocator measures the dense model and prunes it once per trial with a cheap pruner.
-    # Training costs three passes.
+    # Training costs three passes, and so do gradients, which are measured after a pass.
     each = 2 if recipe.order == "block" else 3 if dense else 1
-    seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured + 3 * trials
+    seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured * bool(allocator.needs)
     trained = sum(step.trained for _, step in recipe.build_block_steps()) * length
     tokens = samples * length
-    passes = (tokens * seen + 3 * trained) * _per_token(skeleton, targets, length) / rates.forward
+    back = min(samples, allocator.rows) * min(length, allocator.length) * measured
+    passed = tokens * (seen + 3 * trials) + 3 * trained + 4 * back
+    passes = passed * _per_token(skeleton, targets, length) / rates.forward
     grams = (Need.GRAM in needs) + (Need.CROSS in needs) + trials
     inputs = _inputs(skeleton, [t.shape for t in targets])
     statistics = (

@@ -51,6 +51,13 @@ def activation_bytes(skeleton: Skeleton, samples: int, length: int) -> int:
     return samples * length * skeleton.width * skeleton.dtype.itemsize
 
 
+def measuring_bytes(recipe: Recipe, skeleton: Skeleton, samples: int, length: int) -> int:
+    """Bytes of the block inputs that an allocator keeps, of all blocks, to go back through them."""
+    allocator = recipe.build_allocator()
+    rows, tokens = min(samples, allocator.rows), min(length, allocator.length)
+    return activation_bytes(skeleton, rows, tokens) * (len(skeleton.blocks) + 2)
+
+
 def halted_bytes(skeleton: Skeleton, shapes: Shapes, tokens: int) -> int:
     """Bytes held by forward passes that are halted within a block.
 
@@ -92,7 +99,9 @@ def predict_memory(
     # Of rounded weights also the codes, their scales, what is computed with, and its gradients.
     tuning = elements * ((6 + 5 * bool(recipe.bits)) * 4 + 1 + item) + 4 * passing
     tuning = tuning if recipe.build_block_steps() else 0
-    work += max(_pruning_bytes(recipe, shapes), tuning)
+    # An allocator that looks at gradients: those of a sequence, and the sums of their squares.
+    back = elements * (item + 2 * 4) + 4 * passing if recipe.build_allocator().rows else 0
+    work += max(_pruning_bytes(recipe, shapes), tuning, back)
     if on_gpu:
         return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)
     # While a block is converted, memory holds it as stored and as it becomes, beside the next one, which is

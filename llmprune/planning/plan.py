@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from llmprune import registry
-from llmprune.contracts import Pattern
+from llmprune.contracts import Measure, Pattern
 from llmprune.machine import device as devices
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.target import Target
@@ -49,7 +49,7 @@ class Resources:
 class Findings(NamedTuple):
     """What the allocator found out before it decides: measures by block, held-out losses by trial number."""
 
-    measures: Mapping[int, float] = {}
+    measures: Mapping[int, Measure] = {}
     losses: Mapping[int, float] = {}
 
 
@@ -88,7 +88,7 @@ class Plan:
     available: int
     offload: str
     pausing: bool
-    measures: Mapping[int, float] = field(default_factory=dict)
+    measures: Mapping[int, Measure] = field(default_factory=dict)
     losses: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     scoring: int = 0
@@ -136,6 +136,7 @@ def make_plan(
     host, device = needs.predict_memory(recipe, skeleton, shapes, samples, length, processes)
     streams = 2 if needs.needs_dense(recipe) else 1  # block inputs of the pruned and of the dense model
     activations = needs.activation_bytes(skeleton, samples, length) * streams
+    activations = max(activations, needs.measuring_bytes(recipe, skeleton, samples, length))
     share = -(-activations // processes)
     offload = resources.offload
     if offload == "auto":
@@ -263,7 +264,7 @@ def _allocated(
     losses = findings.losses
     trial = min(losses, key=lambda number: losses[number]) if losses else 0
     allocator = recipe.build_allocator()
-    if allocator.needs and not findings.measures:  # a draft, before anything was measured
+    if allocator.measures and not findings.measures:  # a draft, or nothing can be measured
         allocator = registry.build("allocators", "uniform", {})
     wishes = allocator.allocate(shapes, blocks, findings.measures, recipe.sparsity, trial)
     if all(wish == recipe.sparsity for wish in wishes.values()):

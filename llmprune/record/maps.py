@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from llmprune.pages.charts import Point, lines
@@ -136,13 +137,24 @@ def _allocation(record: Record, grid: Grid) -> Markup:
     return abreast(parts) if parts else Markup("")
 
 
-def _measured(caption: str, measured: Mapping[str, float]) -> Markup:
-    """What was measured by block as a line, by trial as bars."""
+def _measured(caption: str, measured: Mapping[str, Any]) -> Markup:
+    """What was measured by block as a line, of several numbers for each matrix the middle one; by trial as
+    bars.
+    """
     if len(measured) > 1 and all(name.startswith("block ") for name in measured):
-        points = [Point(number, value) for number, value in enumerate(measured.values())]
+        levels = [(number, _level(value)) for number, value in enumerate(measured.values())]
+        points = [Point(number, level) for number, level in levels if level is not None]
         return lines({caption: points}, ("block", "measure"), caption)
     shown = [Bar(name, value, f"{value:.4g}") for name, value in measured.items()]
     return bars(shown, caption, ("allocation", "held-out loss"))
+
+
+def _level(value: float | Mapping[str, Sequence[float]]) -> float | None:
+    """One number for what was measured of a block; None where that is nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    middles = [numbers[len(numbers) // 2] for numbers in value.values()]
+    return fmean(middles) if middles else None
 
 
 def _by_block(grid: Grid) -> Sequence[Point]:

@@ -15,7 +15,7 @@ from llmprune.checkpoint.masks import KeepMasks
 from llmprune.checkpoint.reader import read_record
 from llmprune.checkpoint.writer import CheckpointWriter
 from llmprune.common.version import __version__
-from llmprune.contracts import CalibrationSet
+from llmprune.contracts import CalibrationSet, Measure
 from llmprune.evaluation.scores import Scores
 from llmprune.machine import device as devices
 from llmprune.model.classes import CAUSAL
@@ -96,7 +96,7 @@ def _without_path(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if local else name
 
 
-def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[int, float]) -> Record:
+def allocation(recipe: Recipe, measures: Mapping[int, Measure], losses: Mapping[int, float]) -> Record:
     """The entry `allocation` of the record; an empty dict where the allocator measured nothing.
 
     Args:
@@ -112,7 +112,7 @@ def allocation(recipe: Recipe, measures: Mapping[int, float], losses: Mapping[in
     return {"allocation": found} if found else {}
 
 
-def measured(record: Record) -> tuple[dict[int, float], dict[int, float]] | None:
+def measured(record: Record) -> tuple[dict[int, Measure], dict[int, float]] | None:
     """The arguments of `allocation`, read back from a record; None where it has none."""
     found = record.get("allocation")
     return found and tuple(

@@ -124,6 +124,9 @@ def planned(
     remarks = on_texts(model, unnamed and not model.remote, evaluation)
     remarks += given.remarks if given else ()
     plan = with_output(plan, model, (recipe.bits or 16) if options.packed else None)
+    if recipe.build_allocator().rows and not plan.measures:
+        name = recipe.allocator.name
+        remarks += (f"no gradients for allocator {name}: every matrix gets the same sparsity",)
     remarks += plan.remarks
     plan = dataclasses.replace(plan, remarks=(*options.remarks, *remarks, *model.skeleton.remarks()))
     plan = team.on_first(lambda: with_times(plan, recipe, model, prepared, team.size))
@@ -148,8 +151,8 @@ def calibrated(recipe: Recipe, rows: CalibrationSet) -> Recipe:
 def _findings(run: Run, resources: Resources) -> Findings:
     """What the allocator asks for before it can decide: measures of the blocks, losses of its trials."""
     allocator, blocks = run.recipe.build_allocator(), len(run.skeleton.blocks)
-    if allocator.needs:
-        run.reporter.stage("measuring blocks", blocks)
+    if allocator.measures:
+        run.reporter.stage("measuring blocks", blocks * (2 if allocator.rows else 1))
     measures = run.shared.measures(run.recipe, lambda: measure(run)) if run.shared else measure(run)
     if allocator.trials:
         run.reporter.stage("trying allocations", blocks * len(allocator.trials))

@@ -106,7 +106,7 @@ class Production:
         To measure again takes long, and may differ in the last digit.
         """
         allocator = work.recipe.build_allocator()
-        if not allocator.needs and not allocator.trials:
+        if not allocator.measures and not allocator.trials:
             return None
         now = records.identity(self._opening(work))
         return self.team.on_first(lambda: self._measured_before(now))

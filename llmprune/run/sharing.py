@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.contracts import Measure
 from llmprune.model.activations import BlockInputs
 from llmprune.recipe.types import Recipe
 
@@ -71,9 +72,9 @@ class Shared:
     """
 
     inputs: DenseInputs | None = None
-    _measures: dict[str, dict[int, float]] = field(default_factory=dict)
+    _measures: dict[str, dict[int, Measure]] = field(default_factory=dict)
 
-    def measures(self, recipe: Recipe, measure: Callable[[], dict[int, float]]) -> dict[int, float]:
+    def measures(self, recipe: Recipe, measure: Callable[[], dict[int, Measure]]) -> dict[int, Measure]:
         """What the recipe's allocator measures of the dense model: measured once for recipes that agree."""
         decides: tuple[Any, ...] = (
             asdict(recipe.allocator),

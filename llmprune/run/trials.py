@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune import registry
-from llmprune.contracts import Allocator, CalibrationSet
+from llmprune.contracts import Allocator, CalibrationSet, Measure
 from llmprune.evaluation.perplexity import losses_of
 from llmprune.machine.device import available_memory, exact_matmul
 from llmprune.model.activations import BlockInputs
@@ -25,7 +25,7 @@ _ONE_IN = 8  # calibration rows held out
 _WORST = 1e9  # stands for a loss that is no finite number, which JSON does not know
 
 
-def search(run: Run, measures: Mapping[int, float], resources: Resources) -> dict[int, float]:
+def search(run: Run, measures: Mapping[int, Measure], resources: Resources) -> dict[int, float]:
     """Mean loss per token of every trial of the recipe's allocator, by its number; the same on every process.
 
     Empty for an allocator that tries nothing. Trials prune with one pruner and no further steps. The reporter
