@@ -194,3 +194,11 @@ def test_an_nm_pattern_is_a_text_and_no_number_in_base_60(text):
     assert recipes.parse_choices(f"pattern={text},unstructured") == ("pattern", [text, "unstructured"])
     assert recipes.parse_assignment("seed=12") == ("seed", 12)
     assert recipes.parse_assignment("a=1.5e-3") == ("a", 0.0015)
+
+
+@pytest.mark.parametrize("name", ["best", "best-mask"])
+def test_the_best_recipes_share_sparsity_out_but_keep_a_pattern_that_was_asked_for(name):
+    assert recipes.load(name, {"sparsity": 0.7}).allocator.name == "fisher"
+    for more in ({}, {"permute": False}):
+        assert recipes.load(name, {"pattern": "2:4", **more}).allocator.name == "uniform"
+    assert recipes.load(name, {"pattern": "4:8", "allocator": "owl"}).allocator.name == "owl"

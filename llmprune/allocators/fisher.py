@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ def _curve(name: str, measure: Mapping[str, Sequence[float]]) -> Sequence[float]
 
 def _below(curve: Sequence[float], threshold: float) -> float:
     """The share of a matrix's weights whose saliency is below a threshold, between quantiles by a line."""
-    for number, (low, high) in enumerate(pairwise(curve)):
+    for number, (low, high) in enumerate(zip(curve, curve[1:], strict=False)):
         if threshold < high:
             inside = max(0.0, threshold - low) / (high - low)
             return (number + inside) / (len(curve) - 1)

@@ -196,6 +196,8 @@ def prune(
         if recipe is None:
             chosen = team.on_first(lambda: choice.choose(overrides, opened, source, limit, team.size))
             named = chosen.name
+        if start is not None:
+            chosen = starting.without_allocator(chosen, overrides)
         begun = None if start is None else team.in_turn(lambda: given(start, chosen, opened))
         if output is None:
             target = default_output(opened, chosen, recipes.load(named))

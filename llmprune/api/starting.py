@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.masks import KeepMasks
+from llmprune.common.shipped import shipped_names
 from llmprune.recipe import loading as recipes
-from llmprune.recipe.types import Recipe
+from llmprune.recipe.types import AlgorithmSpec, Recipe
 from llmprune.record.record import origin
 
 
 def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[str, Any]:
-    """Fields of a recipe that follow from the masks: their fingerprint, sparsity, and that nothing allocates.
+    """Fields of a recipe that follow from the masks: their fingerprint, and their sparsity.
 
     Args:
         recipe: the recipe, by name, as a file or as fields. given: the fields that override it.
@@ -31,7 +33,7 @@ def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[s
             )
         if head == "masks" and value != masks.digest:
             raise _others(str(value), masks)
-    found: dict[str, Any] = {"masks": masks.digest, "allocator": "uniform"}
+    found: dict[str, Any] = {"masks": masks.digest}
     own = recipes.load(recipe, given).masks
     if own not in ("", masks.digest):
         raise _others(own, masks)
@@ -39,6 +41,12 @@ def overrides(recipe: Any, given: Mapping[str, Any], masks: KeepMasks) -> dict[s
         # Cases of a recipe go by it. None prunes everything: a sparsity of 1 is no sparsity.
         found["sparsity"] = min(round(masks.sparsity, 6), 0.999999)
     return found
+
+
+def without_allocator(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """The recipe; one that comes with the program loses the allocator that nobody has `given`."""
+    own = recipe.name in shipped_names("recipes") and "allocator" not in given
+    return dataclasses.replace(recipe, allocator=AlgorithmSpec(name="uniform")) if own else recipe
 
 
 def _others(wanted: str, masks: KeepMasks) -> ValueError:

@@ -55,9 +55,10 @@ def choose(overrides: dict[str, Any], model: Model, calibration: Any, limit: flo
     told = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
     if minutes > limit:
         told = f"about {minutes / 60:.0f} h" if minutes > 120 else told
-        return dataclasses.replace(
-            light, chosen=f"{LIGHT}, since {BEST} would take {told} here (--time-limit {limit:g})"
-        )
+        why = f"{LIGHT}, since {BEST} would take {told} here (--time-limit {limit:g})"
+        if light.pattern == "unstructured":
+            why += "; --allocator fisher makes it better and takes more memory"
+        return dataclasses.replace(light, chosen=why)
     why = f"{BEST}, which takes {told} here (--time-limit {limit:g})"
     return dataclasses.replace(best, chosen="; ".join(filter(None, (why, best.chosen))))
 

@@ -96,6 +96,7 @@ def _plan_rows(
         ("recipe", recipe.chosen),
         ("method", f"{method}, target sparsity {plan.sparsity:.4g}"),
         ("matrices", f"{pruned}; embeddings and head stay"),
+        ("sparsity", _shares(recipe, plan)),
         *[("stays dense", line) for line in plan.dense],
         ("calibration", f"{plan.samples} samples x {plan.sequence_length} = {tokens:,} tokens of {source}"),
         ("device", f"{describe(skeleton.device)}, {str(skeleton.dtype).removeprefix('torch.')}"),
@@ -104,6 +105,14 @@ def _plan_rows(
         ("disk", f"{size_text(plan.disk)} in {output}"),
     ]
     return [(name, text) for name, text in rows if text]
+
+
+def _shares(recipe: Recipe, plan: Plan) -> str:
+    """How far apart the sparsities are that an allocator gives; empty where it gives one."""
+    shares = [m.sparsity for m in plan.matrices.values() if m.reason == recipe.allocator.name]
+    if not shares or f"{min(shares):.2f}" == f"{max(shares):.2f}":
+        return ""
+    return f"{min(shares):.2f} to {max(shares):.2f} by matrix, shared out by {recipe.allocator.name}"
 
 
 def _times(plan: Plan) -> str:
