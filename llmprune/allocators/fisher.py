@@ -125,7 +125,8 @@ def _curve(name: str, measure: Mapping[str, Sequence[float]]) -> Sequence[float]
 
 def _below(curve: Sequence[float], threshold: float) -> float:
     """The share of a matrix's weights whose saliency is below a threshold, between quantiles by a line."""
-    for number, (low, high) in enumerate(zip(curve, curve[1:], strict=False)):
+    for number in range(len(curve) - 1):
+        low, high = curve[number], curve[number + 1]
         if threshold < high:
             inside = max(0.0, threshold - low) / (high - low)
             return (number + inside) / (len(curve) - 1)

@@ -67,7 +67,21 @@ def seconds_of(recipe: Recipe, model: Model, samples: int, length: int, allocate
         targets = targets_of(skeleton, name)
         total += _passes(recipe, skeleton, targets, samples, length, allocated)
         total += _pruning(recipe, skeleton, [t.shape for t in targets])
-    return total
+    return total + (0 if allocated else _gradients(recipe, skeleton, samples, length))
+
+
+def _gradients(recipe: Recipe, skeleton: Skeleton, samples: int, length: int) -> float:
+    """Of an allocator that looks at gradients: passes of all blocks and of the head, there and back, and the
+    squares of each sequence's gradients.
+    """
+    allocator, rates = recipe.build_allocator(), rates_of(skeleton.device, skeleton.dtype)
+    rows, tokens = min(samples, allocator.rows), min(length, allocator.length)
+    blocks = [targets_of(skeleton, name) for name in skeleton.blocks]
+    # A pass to the last block; then one more, and back for the gradients of inputs and of weights.
+    passed = 4 * sum(_per_token(skeleton, targets, tokens) for targets in blocks)
+    passed += 3 * 2 * skeleton.width * skeleton.vocabulary
+    entries = sum(_size(target) for targets in blocks for target in targets)
+    return rows * (tokens * passed / rates.forward + 3 * entries * rates.visit)
 
 
 def _passes(
@@ -80,18 +94,16 @@ def _passes(
         recipe.build_allocator(),
     )
     trials, dense = 0 if allocated else len(allocator.trials), needs_dense(recipe)
-    measured = allocator.measures and not allocated
+    measured = bool(allocator.needs) and not allocated
     # All tokens pass a block once for the statistics and once more as a whole. By groups they pass it once,
     # halting before each group; or, where the dense model runs beside, in parts that add up to two passes,
     # and once more. An allocator measures the dense model and prunes it once per trial with a cheap pruner.
-    # Training costs three passes, and so do gradients, which are measured after a pass.
+    # Training costs three passes.
     each = 2 if recipe.order == "block" else 3 if dense else 1
-    seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured * bool(allocator.needs)
+    seen = each + dense * (each if Need.CROSS in needs else 1) + 2 * measured + 3 * trials
     trained = sum(step.trained for _, step in recipe.build_block_steps()) * length
     tokens = samples * length
-    back = min(samples, allocator.rows) * min(length, allocator.length) * measured
-    passed = tokens * (seen + 3 * trials) + 3 * trained + 4 * back
-    passes = passed * _per_token(skeleton, targets, length) / rates.forward
+    passes = (tokens * seen + 3 * trained) * _per_token(skeleton, targets, length) / rates.forward
     grams = (Need.GRAM in needs) + (Need.CROSS in needs) + trials
     inputs = _inputs(skeleton, [t.shape for t in targets])
     statistics = (

@@ -99,15 +99,20 @@ def predict_memory(
     # Of rounded weights also the codes, their scales, what is computed with, and its gradients.
     tuning = elements * ((6 + 5 * bool(recipe.bits)) * 4 + 1 + item) + 4 * passing
     tuning = tuning if recipe.build_block_steps() else 0
-    # An allocator that looks at gradients: those of a sequence, and the sums of their squares.
-    back = elements * (item + 2 * 4) + 4 * passing if recipe.build_allocator().rows else 0
+    # An allocator that looks at gradients: those of one sequence, the sums of their squares, what the
+    # backward pass reads; and the logits.
+    allocator, back, head = recipe.build_allocator(), 0, 0
+    if allocator.rows:
+        tokens = min(length, allocator.length)
+        back = elements * (item + 2 * 4) + 4 * passing // batch * tokens
+        head = outside + tokens * skeleton.vocabulary * (item + 3 * 4)
     work += max(_pruning_bytes(recipe, shapes), tuning, back)
     if on_gpu:
-        return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing)
+        return _INTERPRETER + writing + max(3 * block, outside), max(work, outside, compute + passing, head)
     # While a block is converted, memory holds it as stored and as it becomes, beside the next one, which is
     # read, and the one before, which is written.
     loading = (5 if converted else 3) * block + (0 if converted else compute)
-    host = max(2 * block + work, loading + passing, outside)
+    host = max(2 * block + work, loading + passing, outside, head)
     return _INTERPRETER + writing + host, None
 
 
