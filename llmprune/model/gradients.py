@@ -108,7 +108,7 @@ def _pass_back(
             # A copy: some blocks add to what they get in place.
             outputs = inputs.run(number, [row], weights, hidden.clone())
         found = torch.autograd.grad(outputs, [hidden, *weights.values()], pull, allow_unused=True)
-        pulls[row] = found[0]
+        pulls[row] = torch.zeros_like(pull) if found[0] is None else found[0]
         for square, gradient in zip(squares, found[1:], strict=True):
             if gradient is not None:
                 square += gradient.float().square_()
