@@ -144,6 +144,8 @@ def _measured(caption: str, measured: Mapping[str, Any]) -> Markup:
     if len(measured) > 1 and all(name.startswith("block ") for name in measured):
         levels = [(number, _level(value)) for number, value in enumerate(measured.values())]
         points = [Point(number, level) for number, level in levels if level is not None]
+        if any(isinstance(value, Mapping) for value in measured.values()):
+            caption += ", the middle one of each matrix, averaged"
         return lines({caption: points}, ("block", "measure"), caption)
     shown = [Bar(name, value, f"{value:.4g}") for name, value in measured.items()]
     return bars(shown, caption, ("allocation", "held-out loss"))
