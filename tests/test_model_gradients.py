@@ -6,14 +6,9 @@ from other_models import make
 
 from llmprune.model.gradients import NoWayBack, next_token_loss, squared_gradients
 from llmprune.model.opening import OpenOptions, open_model
-from llmprune.model.targets import targets_of
 
 TOKENS = torch.randint(0, 120, (3, 16), generator=torch.Generator().manual_seed(0))
 CPU = OpenOptions(device="cpu", dtype="float32")
-
-
-def wanted(skeleton):
-    return lambda block: [name for t in targets_of(skeleton, block) for name in t.owners]
 
 
 def whole(folder, kind, tokens):
@@ -36,9 +31,7 @@ def test_they_are_those_of_the_whole_model(kind, tmp_path):
     skeleton = open_model(make(kind, tmp_path / "model"), CPU).skeleton
     steps = []
     found, order = {}, []
-    for number, squares, _ in squared_gradients(
-        skeleton, TOKENS, wanted(skeleton), step=lambda: steps.append(1)
-    ):
+    for number, squares, _ in squared_gradients(skeleton, TOKENS, step=lambda: steps.append(1)):
         order.append(number)
         found |= {name: square.clone() for name, square in squares.items()}
     assert order == [1, 0] and len(steps) == 4
@@ -48,19 +41,13 @@ def test_they_are_those_of_the_whole_model(kind, tmp_path):
         torch.testing.assert_close(square, reference[name], rtol=1e-3, atol=1e-6 * float(square.max()))
 
 
-def test_without_a_row_they_are_zero(tiny_llama):
-    skeleton = open_model(tiny_llama, CPU).skeleton
-    for _, squares, shard in squared_gradients(skeleton, TOKENS[:0], wanted(skeleton)):
-        assert squares and shard and not any(square.any() for square in squares.values())
-
-
 def test_blocks_that_hand_on_more_have_no_way_back(tiny_llama, monkeypatch):
     from llmprune.model.activations import BlockInputs
 
     monkeypatch.setattr(BlockInputs, "stateless", property(lambda self: False))
     skeleton = open_model(tiny_llama, CPU).skeleton
     with pytest.raises(NoWayBack, match="more than hidden states"):
-        next(squared_gradients(skeleton, TOKENS, wanted(skeleton)))
+        next(squared_gradients(skeleton, TOKENS))
 
 
 def test_the_loss_is_that_of_the_next_tokens():

@@ -1,5 +1,7 @@
 """Allocation in the whole run: the total it meets, the measuring pass, trials, mixed N:M."""
 
+import dataclasses
+
 import numpy as np
 import oracles
 import pytest
@@ -8,6 +10,11 @@ from jobs import array
 
 import llmprune
 from llmprune import registry
+from llmprune.machine.processes import Team
+from llmprune.model.opening import OpenOptions, open_model
+from llmprune.recipe import loading as recipes
+from llmprune.run.measures import measure
+from runs import ready
 
 
 def build(name, **options):
@@ -271,3 +278,16 @@ def test_where_gradients_have_no_way_back_every_matrix_gets_the_same(
     with pytest.warns(UserWarning, match="no gradients for allocator fisher: every matrix gets the same"):
         record = llmprune.prune(tiny_llama, output=tmp_path / "out", **options).record
     assert {m["target_sparsity"] for m in record["matrices"]} == {0.6} and "allocation" not in record
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_without_a_row_is_refused_like_the_others(
+    tiny_llama, calibration_tokens, monkeypatch, rank
+):
+    from llmprune.model.activations import BlockInputs
+
+    monkeypatch.setattr(BlockInputs, "stateless", property(lambda self: False))
+    model = open_model(tiny_llama, OpenOptions(device="cpu", dtype="float32"))
+    recipe = recipes.load("wanda", {"allocator": {"name": "fisher", "samples": 1}})
+    run = dataclasses.replace(ready(model, recipe, calibration_tokens), team=Team(rank, 2))
+    assert measure(run) == {}  # without a word to the other, which would wait for ever

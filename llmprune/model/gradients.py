@@ -15,6 +15,7 @@ from llmprune.checkpoint.reader import read_ahead
 from llmprune.model.activations import BlockInputs, in_memory
 from llmprune.model.arguments import Store
 from llmprune.model.skeleton import Skeleton
+from llmprune.model.targets import targets_of
 from llmprune.numerics.counts import all_finite
 
 Passed = tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -32,19 +33,18 @@ def next_token_loss(tokens: Tensor, logits: Tensor) -> Tensor:
 def squared_gradients(
     skeleton: Skeleton,
     tokens: Tensor,
-    wanted: Callable[[str], list[str]],
     store: Store = in_memory,
     step: Callable[[], None] = lambda: None,
 ) -> Iterator[Passed]:
     """Number, squared gradients and stored tensors of each block, from the last to the first.
 
-    The squares are summed over the sequences, float32, by the name of the parameter in the model; the loss is
-    `next_token_loss`. While a block is out, its weights are loaded.
+    Of every parameter that holds a prunable matrix. The squares are summed over the sequences, float32, by
+    the name of the parameter in the model; the loss is `next_token_loss`. While a block is out, its weights
+    are loaded.
 
     Args:
         skeleton: the model.
-        tokens: int64 [N, T]; with none of them the squares are 0.
-        wanted: the names of the parameters whose gradients are wanted, by the name of the block.
+        tokens: int64 [N, T].
         store: allocates the inputs of all blocks.
         step: called when a block has been passed, forward and back.
 
@@ -53,35 +53,30 @@ def squared_gradients(
         ValueError: a gradient is NaN or Inf.
     """
     names = list(skeleton.blocks)
+    inputs = BlockInputs(skeleton, tokens, skeleton.device, store)
     entered: list[Tensor] = []  # the inputs of each block
-    pulls: list[Tensor] = []  # the gradients by the outputs of the block that is next on the way back
-    inputs = None
-    if len(tokens):
-        inputs = BlockInputs(skeleton, tokens, skeleton.device, store)
-        for number, shard in enumerate(read_ahead(skeleton.source, skeleton.block_tensors())):
-            parameters = skeleton.parameters_of(names[number])
-            skeleton.fill(parameters, shard)
-            entered.append(store(tuple(inputs.everything.shape), inputs.everything.dtype))
-            entered[-1].copy_(inputs.everything)
-            inputs.forward(number)
-            skeleton.free(parameters)
-            step()
-        if not inputs.stateless:
-            raise NoWayBack("its blocks hand on more than hidden states")
-        pulls = inputs.pull(lambda row, logits: next_token_loss(tokens[row], logits))
+    for number, shard in enumerate(read_ahead(skeleton.source, skeleton.block_tensors())):
+        parameters = skeleton.parameters_of(names[number])
+        skeleton.fill(parameters, shard)
+        entered.append(store(tuple(inputs.everything.shape), inputs.everything.dtype))
+        entered[-1].copy_(inputs.everything)
+        inputs.forward(number)
+        skeleton.free(parameters)
+        step()
+    if not inputs.stateless:
+        raise NoWayBack("its blocks hand on more than hidden states")
+    # The gradients by the outputs of the block that is next on the way back.
+    pulls = inputs.pull(lambda row, logits: next_token_loss(tokens[row], logits))
     for back, shard in enumerate(read_ahead(skeleton.source, skeleton.block_tensors()[::-1]), 1):
         number = len(names) - back
         parameters = skeleton.parameters_of(names[number])
         skeleton.fill(parameters, shard)
-        leaves = {
-            name: skeleton.model.get_parameter(name).detach().requires_grad_()
-            for name in wanted(names[number])
-        }
+        owners = dict.fromkeys(name for t in targets_of(skeleton, names[number]) for name in t.owners)
+        leaves = {name: skeleton.model.get_parameter(name).detach().requires_grad_() for name in owners}
         squares = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-        if inputs is not None:
-            inputs.everything.copy_(entered.pop())
-            weights = {name.removeprefix(f"{names[number]}."): leaf for name, leaf in leaves.items()}
-            _pass_back(inputs, number, weights, pulls, list(squares.values()))
+        inputs.everything.copy_(entered.pop())
+        weights = {name.removeprefix(f"{names[number]}."): leaf for name, leaf in leaves.items()}
+        _pass_back(inputs, number, weights, pulls, list(squares.values()))
         if not all(map(all_finite, squares.values())):
             raise ValueError(
                 f"a gradient became NaN or Inf at block {number + 1} of {len(names)}; try --dtype float32"

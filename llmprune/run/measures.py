@@ -57,20 +57,19 @@ def measure(run: Run) -> dict[int, Measure]:
 
 def _by_gradients(run: Run, allocator: Allocator) -> dict[int, Measure]:
     """The measures of an allocator that asks for gradients."""
-    skeleton, share = run.skeleton, run.share
-    rows = run.calibration.tokens[: allocator.rows, : allocator.length]
-    mine = rows[share.start : share.stop]  # the first ones of all; some processes may have none of them
+    skeleton = run.skeleton
+    rows = run.calibration.tokens[: allocator.rows, : allocator.length]  # every process knows all of them
+    mine = rows[run.team.share(len(rows))]
+    # A process without a row passes one for nothing: all must do, and be refused, alike.
+    counts = len(mine) > 0
     stats = InputStats(rows.numel(), rows.shape[1], {})
     found: dict[int, Measure] = {}
 
-    def wanted(block: str) -> list[str]:
-        return list(dict.fromkeys(name for t in targets_of(skeleton, block) for name in t.owners))
-
-    passed = squared_gradients(skeleton, mine, wanted, run.store, run.reporter.step)
+    passed = squared_gradients(skeleton, mine if counts else rows[:1], run.store, run.reporter.step)
     for number, squares, shard in _as_far(passed, run):
-        run.team.add(*squares.values())
         for square in squares.values():
-            square /= len(rows)
+            square *= counts / len(rows)
+        run.team.add(*squares.values())
         targets = targets_of(skeleton, list(skeleton.blocks)[number])
         # A matrix that nothing was computed with is worth nothing only here: it is like the model as a whole.
         known = {t.name: stats for t in targets if bool(t.gather(squares).any())}

@@ -124,7 +124,7 @@ def planned(
     remarks = on_texts(model, unnamed and not model.remote, evaluation)
     remarks += given.remarks if given else ()
     plan = with_output(plan, model, (recipe.bits or 16) if options.packed else None)
-    if recipe.build_allocator().rows and not plan.measures:
+    if recipe.build_allocator().rows and not any(plan.measures.values()):
         name = recipe.allocator.name
         remarks += (f"no gradients for allocator {name}: every matrix gets the same sparsity",)
     remarks += plan.remarks
